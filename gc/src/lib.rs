@@ -1,0 +1,1 @@
+//! Reachability over the blockstore: mark and check.

@@ -1,0 +1,140 @@
+//! Messages between a disk's worker and the cache's asynchronous side.
+//!
+//! Queues are bounded by construction: fetches by the guest's queue sizes, segment messages by the number
+//! of segments, the rest by one outstanding message of a kind.
+
+use crate::disk::plan::SegmentId;
+use crate::image::SegmentImage;
+use blockstore::types::{Lba, Lsn};
+use bytes::Bytes;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// From the asynchronous side to the worker.
+#[derive(Debug)]
+pub enum ToDisk {
+    /// Answer to [`FromDisk::Fetch`]: one entry per block, `None` for zeros; every block was verified.
+    /// The driver handles this one itself (and offers the blocks to `Disk::fill`).
+    Fetched { id: u64, result: Result<Vec<Option<Bytes>>, FetchError> },
+    /// A segment for the disk to append to.
+    Segment(Grant),
+    /// The store's durable image reaches `lsn`; everything up to it may be dropped from the dirty state.
+    Committed { lsn: Lsn },
+    /// Forget these blocks where they still lie in `segment`, then answer [`FromDisk::Evicted`].
+    Evict { segment: SegmentId, lbas: Vec<Lba> },
+    /// Seal the open segment, so that all that was staged so far can be committed, then answer
+    /// [`FromDisk::Rolled`].
+    Roll { id: u64 },
+    /// The disk grew.
+    Resized { bytes: u64 },
+}
+
+/// A fetch that failed for good (transient trouble is retried by the asynchronous side).
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct FetchError(pub String);
+
+/// A free segment handed to a disk.
+#[derive(Clone, Debug)]
+pub struct Grant {
+    /// Which one.
+    pub id: SegmentId,
+    /// Never used before by any segment of this cache.
+    pub seq: u64,
+    /// Keys the headers' checksums, so that nothing left in the segment or written by a guest passes for a record.
+    pub nonce: u64,
+    /// Memory to compose it in.
+    pub image: Arc<SegmentImage>,
+}
+
+/// From the worker to the asynchronous side.
+#[derive(Debug)]
+pub enum FromDisk {
+    /// Read blocks of the committed image.
+    Fetch { id: u64, lba: Lba, blocks: u32 },
+    /// The disk will soon need another segment.
+    WantSegment,
+    /// A segment is complete on the device: records flushed, summary written.
+    Sealed(SealedSegment),
+    /// Everything staged before the request is sealed; `lsn` is the last of it.
+    Rolled { id: u64, lsn: Lsn },
+    /// No index entry and no read refers to the segment any more.
+    Evicted { segment: SegmentId },
+    /// The log can no longer be written; the disk refuses writes.
+    Failed { reason: String },
+}
+
+/// A segment that the flusher may replay.
+#[derive(Clone, Debug)]
+pub struct SealedSegment {
+    /// Which one.
+    pub id: SegmentId,
+    /// Its sequence number.
+    pub seq: u64,
+    /// First LSN in it.
+    pub first_lsn: Lsn,
+    /// Last LSN in it; below `first_lsn` if it holds no records.
+    pub last_lsn: Lsn,
+    /// Its bytes, if they are still in memory.
+    pub image: Option<Arc<SegmentImage>>,
+}
+
+/// The worker's end.
+#[derive(Debug)]
+pub struct Link {
+    pub(crate) tx: tokio::sync::mpsc::UnboundedSender<FromDisk>,
+    pub(crate) rx: crossbeam_channel::Receiver<ToDisk>,
+    pub(crate) wake: Arc<EventFd>,
+}
+
+/// The asynchronous side's end.
+#[derive(Clone, Debug)]
+pub struct DiskSender {
+    tx: crossbeam_channel::Sender<ToDisk>,
+    wake: Arc<EventFd>,
+}
+
+/// A connected pair of ends, and the receiver of what the worker says.
+pub fn pair()
+-> std::io::Result<(Link, DiskSender, tokio::sync::mpsc::UnboundedReceiver<FromDisk>)> {
+    let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+    let (to_disk, rx) = crossbeam_channel::unbounded();
+    let (tx, from_disk) = tokio::sync::mpsc::unbounded_channel();
+    let sender = DiskSender { tx: to_disk, wake: Arc::clone(&wake) };
+    Ok((Link { tx, rx, wake }, sender, from_disk))
+}
+
+impl Link {
+    /// Readable when a message waits. Poll it, then call [`Self::clear_wake`], then receive until `None`.
+    #[must_use]
+    pub fn wake_fd(&self) -> RawFd {
+        self.wake.as_raw_fd()
+    }
+
+    /// Resets the wake-up.
+    pub fn clear_wake(&self) {
+        // An empty counter (EAGAIN) is what we want.
+        let _ = self.wake.read();
+    }
+
+    /// The next message, if any.
+    #[must_use]
+    pub fn try_recv(&self) -> Option<ToDisk> {
+        self.rx.try_recv().ok()
+    }
+
+    /// Sends a message. Ignored once the other side is gone (the agent is stopping).
+    pub fn send(&self, message: FromDisk) {
+        let _ = self.tx.send(message);
+    }
+}
+
+impl DiskSender {
+    /// Sends a message and wakes the worker. Ignored once the worker is gone.
+    pub fn send(&self, message: ToDisk) {
+        if self.tx.send(message).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+}

@@ -3,6 +3,10 @@
 //! All offsets and lengths are bytes and multiples of 4096. Buffers are owned while an operation is
 //! under way, because io_uring and libiscsi keep using them after a caller's future was dropped.
 
+mod check;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
+
 use crate::buf::AlignedBuf;
 use async_trait::async_trait;
 use bytes::Bytes;

@@ -1,0 +1,142 @@
+//! A VDI slot: what the cache device knows of one attached virtual disk.
+//!
+//! The local checkpoint of rule L2 lives here: a segment may be reused only after the slot that covers it is
+//! durable. Two copies are written in turn; the one with the higher sequence counts.
+
+use super::{FormatError, VERSION, open_block, seal_block};
+use blockstore::types::{BLOCK_SIZE, Lsn};
+use uuid::Uuid;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+const MAGIC: [u8; 8] = *b"BLSTVDIS";
+const WHAT: &str = "VDI slot";
+const NAME_MAX: usize = 255;
+const TAIL: usize = BLOCK_SIZE - 120 - 256;
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct Raw {
+    magic: [u8; 8],
+    crc: U32,
+    version: U32,
+    sequence: U64,
+    slot: U32,
+    state: U32,
+    vdi: [u8; 16],
+    log_id: [u8; 16],
+    size_bytes: U64,
+    committed: U64,
+    evicted_below: U64,
+    sequence_seen: U64,
+    first_lsn: U64,
+    epoch: U32,
+    name_len: U16,
+    reserved0: U16,
+    reserved1: U64,
+    name: [u8; 256],
+    reserved: [u8; TAIL],
+}
+const _: () = assert!(size_of::<Raw>() == BLOCK_SIZE);
+
+/// A validated slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VdiSlot {
+    /// Rises with every rewrite of this slot, over all disks that ever used it.
+    pub sequence: u64,
+    /// Own place in the table.
+    pub slot: u32,
+    /// The disk, or none if the slot is free.
+    pub vdi: Option<SlotVdi>,
+}
+
+/// An attached disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotVdi {
+    /// The disk in the store.
+    pub uuid: Uuid,
+    /// The log: binds segments, slot and the store's head together.
+    pub log_id: u128,
+    /// For messages while the store is away.
+    pub name: String,
+    /// Bytes the guest sees.
+    pub size_bytes: u64,
+    /// The store's image reached at least this LSN.
+    pub committed: Lsn,
+    /// Segments of this disk with a lower sequence number are dead (evicted in this order).
+    pub evicted_below: u64,
+    /// A segment sequence number above all that this disk used when the slot was written.
+    pub sequence_seen: u64,
+    /// Counts recoveries of the log.
+    pub epoch: u32,
+    /// First LSN of this epoch: records of an older epoch at or beyond it are dead (rule L3).
+    pub first_lsn: Lsn,
+}
+
+impl VdiSlot {
+    /// The block that stands for it. Names longer than 255 bytes are cut (they are for messages only).
+    #[must_use]
+    pub fn encode(&self) -> [u8; BLOCK_SIZE] {
+        let mut raw = Raw::new_zeroed_slot();
+        raw.magic = MAGIC;
+        raw.version = VERSION.into();
+        raw.sequence = self.sequence.into();
+        raw.slot = self.slot.into();
+        if let Some(vdi) = &self.vdi {
+            raw.state = 1.into();
+            raw.vdi = vdi.uuid.into_bytes();
+            raw.log_id = vdi.log_id.to_le_bytes();
+            raw.size_bytes = vdi.size_bytes.into();
+            raw.committed = vdi.committed.0.into();
+            raw.evicted_below = vdi.evicted_below.into();
+            raw.sequence_seen = vdi.sequence_seen.into();
+            raw.epoch = vdi.epoch.into();
+            raw.first_lsn = vdi.first_lsn.0.into();
+            let name = vdi.name.as_bytes();
+            let len = name.len().min(NAME_MAX);
+            raw.name[..len].copy_from_slice(&name[..len]);
+            raw.name_len = (len as u16).into();
+        }
+        let mut block = [0u8; BLOCK_SIZE];
+        block.copy_from_slice(raw.as_bytes());
+        seal_block(&mut block);
+        block
+    }
+
+    /// Reads and checks a block that should be a copy of slot `slot`.
+    pub fn decode(block: &[u8], slot: u32) -> Result<Self, FormatError> {
+        open_block(block, MAGIC, WHAT)?;
+        let raw = Raw::ref_from_bytes(block).map_err(|_| FormatError::Absent(WHAT))?;
+        if raw.slot.get() != slot {
+            return Err(FormatError::Invalid { what: WHAT, why: "it was written for another place" });
+        }
+        let vdi = match raw.state.get() {
+            0 => None,
+            1 => {
+                let len = usize::from(raw.name_len.get());
+                if len > NAME_MAX {
+                    return Err(FormatError::Invalid { what: WHAT, why: "its name is too long" });
+                }
+                Some(SlotVdi {
+                    uuid: Uuid::from_bytes(raw.vdi),
+                    log_id: u128::from_le_bytes(raw.log_id),
+                    name: String::from_utf8_lossy(&raw.name[..len]).into_owned(),
+                    size_bytes: raw.size_bytes.get(),
+                    committed: Lsn(raw.committed.get()),
+                    evicted_below: raw.evicted_below.get(),
+                    sequence_seen: raw.sequence_seen.get(),
+                    epoch: raw.epoch.get(),
+                    first_lsn: Lsn(raw.first_lsn.get()),
+                })
+            }
+            _ => return Err(FormatError::Invalid { what: WHAT, why: "its state is unknown" }),
+        };
+        Ok(Self { sequence: raw.sequence.get(), slot, vdi })
+    }
+}
+
+impl Raw {
+    fn new_zeroed_slot() -> Self {
+        zerocopy::FromZeros::new_zeroed()
+    }
+}

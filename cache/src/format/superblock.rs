@@ -1,0 +1,104 @@
+//! What the cache device is and whom it belongs to.
+
+use super::{FormatError, Geometry, VERSION, open_block, seal_block};
+use blockstore::types::BLOCK_SIZE;
+use uuid::Uuid;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+const MAGIC: [u8; 8] = *b"BLSTCACH";
+const WHAT: &str = "cache superblock";
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct Raw {
+    magic: [u8; 8],
+    crc: U32,
+    version: U32,
+    sequence: U64,
+    cache: [u8; 16],
+    host: [u8; 16],
+    store: [u8; 16],
+    leg: [u8; 16],
+    legs: U32,
+    slots: U32,
+    size: U64,
+    segment_size: U64,
+    data_start: U64,
+    segments: U32,
+    reserved: [u8; BLOCK_SIZE - 124],
+}
+const _: () = assert!(size_of::<Raw>() == BLOCK_SIZE);
+
+/// A validated superblock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Superblock {
+    /// Rises with every rewrite; the newer copy counts.
+    pub sequence: u64,
+    /// The cache, the same on all legs.
+    pub cache: Uuid,
+    /// The host, as the store knows it.
+    pub host: Uuid,
+    /// The store whose disks are logged here; none before the first use.
+    pub store: Option<Uuid>,
+    /// This leg.
+    pub leg: Uuid,
+    /// How many legs the cache has.
+    pub legs: u32,
+    /// Division of the device.
+    pub geometry: Geometry,
+}
+
+impl Superblock {
+    /// The block that stands for it.
+    #[must_use]
+    pub fn encode(&self) -> [u8; BLOCK_SIZE] {
+        let raw = Raw {
+            magic: MAGIC,
+            crc: U32::ZERO,
+            version: VERSION.into(),
+            sequence: self.sequence.into(),
+            cache: self.cache.into_bytes(),
+            host: self.host.into_bytes(),
+            store: self.store.unwrap_or(Uuid::nil()).into_bytes(),
+            leg: self.leg.into_bytes(),
+            legs: self.legs.into(),
+            slots: self.geometry.slots.into(),
+            size: self.geometry.size.into(),
+            segment_size: self.geometry.segment_size.into(),
+            data_start: self.geometry.data_start.into(),
+            segments: self.geometry.segments.into(),
+            reserved: [0; BLOCK_SIZE - 124],
+        };
+        let mut block = [0u8; BLOCK_SIZE];
+        block.copy_from_slice(raw.as_bytes());
+        seal_block(&mut block);
+        block
+    }
+
+    /// Reads and checks a block.
+    pub fn decode(block: &[u8]) -> Result<Self, FormatError> {
+        open_block(block, MAGIC, WHAT)?;
+        let raw = Raw::ref_from_bytes(block).map_err(|_| FormatError::Absent(WHAT))?;
+        let geometry = Geometry {
+            size: raw.size.get(),
+            segment_size: raw.segment_size.get(),
+            segments: raw.segments.get(),
+            slots: raw.slots.get(),
+            data_start: raw.data_start.get(),
+        };
+        if !geometry.is_sound() {
+            return Err(FormatError::Invalid { what: WHAT, why: "its sizes contradict each other" });
+        }
+        let store = Uuid::from_bytes(raw.store);
+        Ok(Self {
+            sequence: raw.sequence.get(),
+            cache: Uuid::from_bytes(raw.cache),
+            host: Uuid::from_bytes(raw.host),
+            store: (!store.is_nil()).then_some(store),
+            leg: Uuid::from_bytes(raw.leg),
+            legs: raw.legs.get(),
+            geometry,
+        })
+    }
+}

@@ -1,0 +1,211 @@
+//! Where each block of a disk lies locally.
+//!
+//! An entry is a place on the cache device and the CRC32C of the block there. Memory is the point: 10 bytes per block in
+//! sparse regions, 8 in dense ones, so that a gibibyte of random 4 KiB blocks stays below 3 MiB (rule L11).
+//!
+//! Order of precedence, newest first: patches, entries, zero ranges. It holds because a write replaces the entry and
+//! any patch of its block, and a zeroing removes entries and patches of its range (see `Index::zero`).
+
+mod patches;
+mod region;
+mod zeros;
+#[cfg(test)]
+mod tests;
+
+pub use patches::{Patch, PatchBase, PatchSource, Patched};
+pub use zeros::ZeroRanges;
+
+use blockstore::types::{Lba, Lsn};
+use hashbrown::HashMap;
+use region::{REGION_SHIFT, Region};
+
+/// A block on the cache device, counted from the first block of segment 0.
+pub type Slot = u32;
+
+/// Marks an entry whose block is patched: look in [`Index::patched`].
+const PATCHED: Slot = u32::MAX;
+
+/// What the index knows of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found<'a> {
+    /// One whole block.
+    At { slot: Slot, crc: u32 },
+    /// A base with sector patches over it.
+    Patched(&'a Patched),
+    /// Zeros, not committed yet.
+    Zero,
+    /// Nothing: the store's image counts.
+    Absent,
+}
+
+/// The index of one disk.
+#[derive(Debug, Default)]
+pub struct Index {
+    regions: HashMap<u32, Region>,
+    patches: HashMap<u64, Patched>,
+    zeros: ZeroRanges,
+}
+
+impl Index {
+    /// Looks up a block.
+    #[must_use]
+    pub fn get(&self, lba: Lba) -> Found<'_> {
+        if let Some((slot, crc)) = self.entry(lba) {
+            if slot == PATCHED {
+                return self.patches.get(&lba.0).map_or(Found::Absent, Found::Patched);
+            }
+            return Found::At { slot, crc };
+        }
+        if self.zeros.contains(lba) { Found::Zero } else { Found::Absent }
+    }
+
+    /// A whole block was written at `slot`.
+    pub fn insert(&mut self, lba: Lba, slot: Slot, crc: u32) {
+        debug_assert_ne!(slot, PATCHED);
+        let (region, key) = split(lba);
+        let old = self.regions.entry(region).or_default().insert(key, slot, crc);
+        if old == Some(PATCHED) {
+            self.patches.remove(&lba.0);
+        }
+    }
+
+    /// Some sectors of a block were written or zeroed.
+    pub fn patch(&mut self, lba: Lba, lsn: Lsn, patch: Patch) {
+        let base = match self.get(lba) {
+            Found::Patched(_) => None,
+            Found::At { slot, crc } => Some(PatchBase::At { slot, crc }),
+            Found::Zero => Some(PatchBase::Zero),
+            Found::Absent => Some(PatchBase::Store),
+        };
+        if let Some(base) = base {
+            let (region, key) = split(lba);
+            self.regions.entry(region).or_default().insert(key, PATCHED, 0);
+            self.patches.insert(lba.0, Patched::new(base));
+        }
+        if let Some(patched) = self.patches.get_mut(&lba.0) {
+            patched.push(lsn, patch);
+        }
+    }
+
+    /// `blocks` whole blocks read as zeros from `lsn` on.
+    pub fn zero(&mut self, lba: Lba, blocks: u64, lsn: Lsn) {
+        let end = lba.0.saturating_add(blocks);
+        self.remove_range(lba.0, end);
+        self.zeros.insert(lba.0, end, lsn);
+    }
+
+    /// Keeps a block fetched from the store, unless something newer is known. Returns whether it was kept.
+    pub fn fill(&mut self, lba: Lba, slot: Slot, crc: u32) -> bool {
+        let absent = matches!(self.get(lba), Found::Absent);
+        if absent {
+            self.insert(lba, slot, crc);
+        }
+        absent
+    }
+
+    /// The store's image reaches `lsn`: forgets zero ranges and patches up to it. Returns whether there were any.
+    pub fn committed(&mut self, lsn: Lsn) -> bool {
+        let zeros = self.zeros.retire(lsn);
+        let before = self.patches.len();
+        let regions = &mut self.regions;
+        self.patches.retain(|&lba, patched| {
+            let keep = patched.last_lsn() > lsn;
+            if !keep {
+                remove_entry(regions, Lba(lba));
+            }
+            keep
+        });
+        zeros || self.patches.len() != before
+    }
+
+    /// Forgets `lba` where it lies in `range` (slots of a segment that is being evicted; all of it is committed).
+    pub fn evict(&mut self, lba: Lba, range: &std::ops::Range<Slot>) {
+        match self.entry(lba) {
+            Some((PATCHED, _)) => {
+                if let Some(patched) = self.patches.get_mut(&lba.0) {
+                    patched.evict(range);
+                    if patched.is_plain_store() {
+                        self.patches.remove(&lba.0);
+                        remove_entry(&mut self.regions, lba);
+                    }
+                }
+            }
+            Some((slot, _)) if range.contains(&slot) => remove_entry(&mut self.regions, lba),
+            _ => {}
+        }
+    }
+
+    /// Forgets the entry of `lba` if it is at `slot` (its bytes turned out bad).
+    pub fn forget(&mut self, lba: Lba, slot: Slot) {
+        if matches!(self.entry(lba), Some((found, _)) if found == slot) {
+            remove_entry(&mut self.regions, lba);
+        }
+    }
+
+    /// Blocks with an entry.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.regions.values().map(Region::len).sum()
+    }
+
+    /// No block has an entry, and nothing is zeroed.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty() && self.zeros.is_empty()
+    }
+
+    /// Bytes of memory in use, estimated from capacities.
+    #[must_use]
+    pub fn memory(&self) -> usize {
+        self.regions.values().map(Region::memory).sum::<usize>()
+            + self.regions.capacity() * (size_of::<(u32, Region)>() + 1)
+            + self.patches.capacity() * (size_of::<(u64, Patched)>() + 1)
+            + self.zeros.memory()
+    }
+
+    fn entry(&self, lba: Lba) -> Option<(Slot, u32)> {
+        let (region, key) = split(lba);
+        self.regions.get(&region)?.get(key)
+    }
+
+    fn remove_range(&mut self, start: u64, end: u64) {
+        let first = (start >> REGION_SHIFT) as u32;
+        let last = ((end - 1) >> REGION_SHIFT) as u32;
+        let span = u64::from(last) - u64::from(first) + 1;
+        let touched: Vec<u32> = if span > self.regions.len() as u64 {
+            self.regions.keys().copied().filter(|r| (first..=last).contains(r)).collect()
+        } else {
+            (first..=last).filter(|r| self.regions.contains_key(r)).collect()
+        };
+        for number in touched {
+            let base = u64::from(number) << REGION_SHIFT;
+            let from = start.saturating_sub(base) as u16;
+            let to = (end - base).min(1 << REGION_SHIFT) as u16;
+            let Some(region) = self.regions.get_mut(&number) else { continue };
+            let patches = &mut self.patches;
+            region.remove_range(from, to, |key, slot| {
+                if slot == PATCHED {
+                    patches.remove(&(base + u64::from(key)));
+                }
+            });
+            if region.len() == 0 {
+                self.regions.remove(&number);
+            }
+        }
+    }
+}
+
+fn remove_entry(regions: &mut HashMap<u32, Region>, lba: Lba) {
+    let (number, key) = split(lba);
+    if let Some(region) = regions.get_mut(&number) {
+        region.remove(key);
+        if region.len() == 0 {
+            regions.remove(&number);
+        }
+    }
+}
+
+/// Region number and place inside it. Disks end at 2^36 blocks, so that the number fits.
+fn split(lba: Lba) -> (u32, u16) {
+    ((lba.0 >> REGION_SHIFT) as u32, (lba.0 & ((1 << REGION_SHIFT) - 1)) as u16)
+}

@@ -1,0 +1,59 @@
+//! Ranges that read as zeros and are not committed yet.
+
+use blockstore::types::{Lba, Lsn};
+use std::collections::BTreeMap;
+
+/// Disjoint ranges of blocks, each with the LSN that zeroed it.
+#[derive(Debug, Default)]
+pub struct ZeroRanges {
+    /// start → (end, lsn)
+    ranges: BTreeMap<u64, (u64, Lsn)>,
+}
+
+impl ZeroRanges {
+    /// True if the block was zeroed.
+    #[must_use]
+    pub fn contains(&self, lba: Lba) -> bool {
+        self.ranges.range(..=lba.0).next_back().is_some_and(|(_, &(end, _))| lba.0 < end)
+    }
+
+    /// Zeroes `start..end` at `lsn`; older ranges inside give way.
+    pub fn insert(&mut self, start: u64, end: u64, lsn: Lsn) {
+        let mut from = start;
+        if let Some((&left, &(left_end, _))) = self.ranges.range(..start).next_back()
+            && left_end > start
+        {
+            from = left;
+        }
+        let overlapping: Vec<u64> = self.ranges.range(from..end).map(|(&s, _)| s).collect();
+        for old_start in overlapping {
+            let Some((old_end, old_lsn)) = self.ranges.remove(&old_start) else { continue };
+            if old_start < start {
+                self.ranges.insert(old_start, (start, old_lsn));
+            }
+            if old_end > end {
+                self.ranges.insert(end, (old_end, old_lsn));
+            }
+        }
+        self.ranges.insert(start, (end, lsn));
+    }
+
+    /// Forgets ranges zeroed at or before `lsn`; returns whether there were any.
+    pub fn retire(&mut self, lsn: Lsn) -> bool {
+        let before = self.ranges.len();
+        self.ranges.retain(|_, &mut (_, zeroed)| zeroed > lsn);
+        self.ranges.len() != before
+    }
+
+    /// No range at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
+    /// Bytes of memory, estimated.
+    #[must_use]
+    pub fn memory(&self) -> usize {
+        self.ranges.len() * 48
+    }
+}

@@ -1,0 +1,182 @@
+//! Child processes under measurement: pinned, never leaked, their CPU time and memory read from
+//! `/proc`.
+
+use std::fs::File;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+/// A running program. Dropping it kills it with SIGKILL and reaps it; so does the death of the
+/// thread that started it.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `command` with all its threads on `core`, its output going to `log`.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn spawn(name: &str, mut command: Command, core: usize, log: &Path) -> Result<Self> {
+        let out = File::create(log).with_context(|| format!("create {}", log.display()))?;
+        let err = out.try_clone().context("share the log")?;
+        let cores = one_core(core)?;
+        command.stdin(Stdio::null()).stdout(out).stderr(err);
+        // SAFETY: between fork and exec only two system calls are made, both async-signal-safe, and
+        // nothing is allocated.
+        unsafe {
+            command.pre_exec(move || {
+                sched_setaffinity(Pid::from_raw(0), &cores)?;
+                nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+                Ok(())
+            });
+        }
+        let child = command.spawn().with_context(|| format!("start {name} ({command:?})"))?;
+        Ok(Self { name: name.to_owned(), child, log: log.to_owned() })
+    }
+
+    /// The process's id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until `ready` says so.
+    ///
+    /// # Errors
+    /// When the program ends first or `timeout` is over; the message carries the end of its log.
+    pub fn wait_until(
+        &mut self,
+        what: &str,
+        timeout: Duration,
+        mut ready: impl FnMut() -> bool,
+    ) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        while !ready() {
+            if let Some(status) = self.child.try_wait().context("look after the child")? {
+                let signal = status.signal().map(|s| format!(" by signal {s}")).unwrap_or_default();
+                bail!("{} ended ({status}{signal}) before {what}:\n{}", self.name, self.log_tail());
+            }
+            if Instant::now() > deadline {
+                bail!("{}: no {what} within {timeout:?}:\n{}", self.name, self.log_tail());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// The last lines of the program's output.
+    #[must_use]
+    pub fn log_tail(&self) -> String {
+        let text = std::fs::read(&self.log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+
+    /// CPU time of all threads so far, user and system.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn cpu(&self) -> Result<Duration> {
+        let path = format!("/proc/{}/stat", self.pid());
+        let stat = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        let ticks = cpu_ticks(&stat).with_context(|| format!("understand {path}"))?;
+        // SAFETY: a query without side effects.
+        let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+        Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
+    }
+
+    /// The value in KiB of a line of `/proc/PID/status` such as `RssAnon`, in bytes.
+    ///
+    /// # Errors
+    /// When the process is gone or the line is missing.
+    pub fn memory(&self, field: &str) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+            .and_then(|value| value.trim().strip_suffix(" kB")?.parse::<u64>().ok())
+            .map(|kib| kib * 1024)
+            .with_context(|| format!("no {field} in {path}"))
+    }
+
+    /// Kills the program at once, as a crash would, and reaps it.
+    ///
+    /// # Errors
+    /// When it cannot be reaped.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill().context("kill the child")?;
+        self.child.wait().context("reap the child")?;
+        Ok(())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.kill();
+    }
+}
+
+/// Pins the calling thread, and those it starts from now on, to `core`.
+///
+/// # Errors
+/// When the machine has no such core.
+pub fn pin_self(core: usize) -> Result<()> {
+    sched_setaffinity(Pid::from_raw(0), &one_core(core)?)
+        .with_context(|| format!("pin the client to core {core}"))
+}
+
+fn one_core(core: usize) -> Result<CpuSet> {
+    let mut set = CpuSet::new();
+    set.set(core).with_context(|| format!("no core {core}"))?;
+    Ok(set)
+}
+
+/// User plus system ticks in the text of `/proc/PID/stat`. The second field, the name, may hold
+/// spaces and brackets, so fields are counted from its closing bracket.
+fn cpu_ticks(stat: &str) -> Option<u64> {
+    let rest = &stat[stat.rfind(')')? + 1..];
+    let mut fields = rest.split_ascii_whitespace().skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    Some(user + system)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_found_behind_a_hostile_name() {
+        let stat = "7 (a) b ( c) S 1 7 7 0 -1 4194304 90 0 0 0 30 12 0 0 20 0 1 0 5 6 7";
+        assert_eq!(cpu_ticks(stat), Some(42));
+        assert_eq!(cpu_ticks("7 a"), None);
+    }
+
+    #[test]
+    fn a_process_is_pinned_measured_and_reaped() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        let log = dir.path().join("log");
+        let mut process = Process::spawn("sleep", command, 0, &log).unwrap();
+        process
+            .wait_until("exec", Duration::from_secs(10), || true)
+            .expect("a sleeping process is alive");
+        assert!(process.cpu().unwrap() < Duration::from_secs(5));
+        assert!(process.memory("VmRSS").unwrap() > 0);
+        let pid = process.pid();
+        drop(process);
+        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "reaped");
+    }
+}

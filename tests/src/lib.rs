@@ -1,1 +1,2 @@
 //! Rigs for whole-system tests.
+pub mod guest;

@@ -98,8 +98,8 @@ pub fn run(disk: &mut Disk, workload: &Workload, limit: Limit) -> Result<Measure
     let mut run = Run::new(disk, workload)?;
     let start = Instant::now();
     let end = start + limit.time;
-    let bytes_max = limit.bytes.max(u64::from(workload.block_bytes));
     let mut now = start;
+    run.left = limit.bytes.div_ceil(u64::from(workload.block_bytes)).max(1);
     for slot in 0..workload.depth {
         run.start(slot, now)?;
     }
@@ -107,11 +107,11 @@ pub fn run(disk: &mut Disk, workload: &Workload, limit: Limit) -> Result<Measure
     while run.disk.in_flight() > 0 {
         run.wait(now)?;
         now = Instant::now();
-        let more = now < end && run.submitted_bytes() < bytes_max;
-        run.collect(now, more)?;
-        if more {
-            run.write_paced(start, now)?;
+        if now >= end {
+            run.left = 0;
         }
+        run.collect(now)?;
+        run.write_paced(start, now)?;
         run.disk.kick()?;
     }
     let time = now - start;
@@ -131,6 +131,8 @@ struct Run<'a> {
     started: Vec<Instant>,
     flushing: Vec<bool>,
     paced_sent: u64,
+    /// Operations still to submit.
+    left: u64,
     operations: u64,
     latency: Histogram<u64>,
 }
@@ -160,16 +162,18 @@ impl<'a> Run<'a> {
             started: vec![Instant::now(); slots],
             flushing: vec![false; slots],
             paced_sent: 0,
+            left: 0,
             operations: 0,
             latency: Histogram::new_with_bounds(1, 120_000_000_000, 3).context("histogram")?,
         })
     }
 
-    fn submitted_bytes(&self) -> u64 {
-        (self.operations + self.disk.in_flight() as u64) * u64::from(self.workload.block_bytes)
-    }
-
+    /// Submits the next operation in `slot`, unless none is left.
     fn start(&mut self, slot: usize, now: Instant) -> Result<()> {
+        if self.left == 0 {
+            return Ok(());
+        }
+        self.left -= 1;
         self.started[slot] = now;
         let request = self.next_request();
         if let Request::Write { sector, .. } = request {
@@ -210,8 +214,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Takes every completion and, with `more`, submits as many again.
-    fn collect(&mut self, now: Instant, more: bool) -> Result<()> {
+    /// Takes every completion and submits as many operations again.
+    fn collect(&mut self, now: Instant) -> Result<()> {
         while let Some(done) = self.disk.take()? {
             let slot = done.slot;
             ensure!(done.status == Status::Ok, "a request ended with {:?}", done.status);
@@ -227,9 +231,7 @@ impl<'a> Run<'a> {
             }
             self.operations += 1;
             self.latency.saturating_record((now - self.started[slot]).as_nanos() as u64);
-            if more {
-                self.start(slot, now)?;
-            }
+            self.start(slot, now)?;
         }
         Ok(())
     }
@@ -239,7 +241,7 @@ impl<'a> Run<'a> {
     fn write_paced(&mut self, start: Instant, now: Instant) -> Result<()> {
         let rate = f64::from(self.workload.paced_writes_per_second);
         let slot = self.workload.depth;
-        if rate == 0.0 || self.disk.is_busy(slot) {
+        if rate == 0.0 || self.left == 0 || self.disk.is_busy(slot) {
             return Ok(());
         }
         if (now - start).as_secs_f64() * rate < self.paced_sent as f64 {

@@ -43,7 +43,7 @@ impl StorageDaemon {
         let mut command = Command::new("qemu-storage-daemon");
         command.args(Self::arguments(&file.display().to_string(), &socket.display().to_string()));
         let log = dir.join("peer.log");
-        let mut process = Process::spawn("qemu-storage-daemon", command, core, &log)?;
+        let mut process = Process::spawn("qemu-storage-daemon", command, Some(core), &log)?;
         process.wait_until("its socket", Duration::from_secs(20), || socket.exists())?;
         Ok(Self { process, socket })
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
 
 /// A running program. Dropping it kills it with SIGKILL and reaps it; so does the death of the
@@ -21,21 +22,32 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command` with all its threads on `core`, its output going to `log`.
+    /// Starts `command` with all its threads on `core` (or anywhere), its output appended to `log`.
     ///
     /// # Errors
     /// When the program cannot be started.
-    pub fn spawn(name: &str, mut command: Command, core: usize, log: &Path) -> Result<Self> {
-        let out = File::create(log).with_context(|| format!("create {}", log.display()))?;
+    pub fn spawn(
+        name: &str,
+        mut command: Command,
+        core: Option<usize>,
+        log: &Path,
+    ) -> Result<Self> {
+        let out = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| format!("open the log {}", log.display()))?;
         let err = out.try_clone().context("share the log")?;
-        let cores = one_core(core)?;
+        let cores = core.map(one_core).transpose()?;
         command.stdin(Stdio::null()).stdout(out).stderr(err);
         // SAFETY: between fork and exec only two system calls are made, both async-signal-safe, and
         // nothing is allocated.
         unsafe {
             command.pre_exec(move || {
-                sched_setaffinity(Pid::from_raw(0), &cores)?;
-                nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+                if let Some(cores) = &cores {
+                    sched_setaffinity(Pid::from_raw(0), cores)?;
+                }
+                nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
                 Ok(())
             });
         }
@@ -110,6 +122,34 @@ impl Process {
             .with_context(|| format!("no {field} in {path}"))
     }
 
+    /// Asks the program to end (SIGTERM) and waits for it.
+    ///
+    /// # Errors
+    /// When it does not end within `timeout`, or not with success.
+    pub fn terminate(&mut self, timeout: Duration) -> Result<()> {
+        signal::kill(Pid::from_raw(self.pid() as i32), Signal::SIGTERM)
+            .with_context(|| format!("ask {} to end", self.name))?;
+        let deadline = Instant::now() + timeout;
+        loop {
+            match self.child.try_wait().context("look after the child")? {
+                Some(status) if status.success() => return Ok(()),
+                Some(status) => bail!("{} ended with {status}:\n{}", self.name, self.log_tail()),
+                None if Instant::now() > deadline => {
+                    bail!("{} ignores SIGTERM for {timeout:?}:\n{}", self.name, self.log_tail())
+                }
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+
+    /// Whether the program still runs.
+    ///
+    /// # Errors
+    /// When its state cannot be read.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait().context("look after the child")?.is_none())
+    }
+
     /// Kills the program at once, as a crash would, and reaps it.
     ///
     /// # Errors
@@ -133,7 +173,7 @@ impl Drop for Process {
 /// When the machine has no such core.
 pub fn pin_self(core: usize) -> Result<()> {
     sched_setaffinity(Pid::from_raw(0), &one_core(core)?)
-        .with_context(|| format!("pin the client to core {core}"))
+        .with_context(|| format!("pin the client to core {core}: the measurements need two cores"))
 }
 
 fn one_core(core: usize) -> Result<CpuSet> {
@@ -169,7 +209,7 @@ mod tests {
         let mut command = Command::new("sleep");
         command.arg("60");
         let log = dir.path().join("log");
-        let mut process = Process::spawn("sleep", command, 0, &log).unwrap();
+        let mut process = Process::spawn("sleep", command, Some(0), &log).unwrap();
         process
             .wait_until("exec", Duration::from_secs(10), || true)
             .expect("a sleeping process is alive");

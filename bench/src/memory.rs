@@ -1,0 +1,96 @@
+//! Memory of the agent per GiB of cache that holds random 4 KiB blocks: the worst case for an index,
+//! for no two blocks are neighbours in the log and on the disk.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::ballast::{Ballast, DISK_NAME};
+use crate::load::{Limit, Pattern, Workload};
+use crate::server::{Server, measure};
+use crate::suite::Settings;
+
+/// One reading.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Reading {
+    /// Bytes in the cache that are not in the store.
+    pub dirty_bytes: u64,
+    /// Bytes in the cache that are in the store too.
+    pub clean_bytes: u64,
+    /// Private memory of the agent (`RssAnon`).
+    pub anonymous_bytes: u64,
+    /// Most memory it ever held (`VmHWM`), shared memory of the guest included.
+    pub peak_bytes: u64,
+}
+
+/// What the agent held idle, and after each step of filling.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Memory {
+    /// With the disk attached and nothing written.
+    pub idle: Reading,
+    /// After each quarter of the cache's size, written at random.
+    pub filled: Vec<Reading>,
+}
+
+impl Memory {
+    /// Steepest growth over idle seen, in MiB of private memory per GiB of dirty and clean data.
+    #[must_use]
+    pub fn mib_per_gib_max(&self) -> f64 {
+        self.filled
+            .iter()
+            .filter(|reading| reading.cached() > 0)
+            .map(|reading| {
+                let grown = reading.anonymous_bytes.saturating_sub(self.idle.anonymous_bytes);
+                (grown as f64 / f64::from(1 << 20)) / (reading.cached() as f64 / f64::from(1 << 30))
+            })
+            .fold(0.0, f64::max)
+    }
+}
+
+impl Reading {
+    /// Bytes held by the cache.
+    #[must_use]
+    pub fn cached(&self) -> u64 {
+        self.dirty_bytes + self.clean_bytes
+    }
+}
+
+/// Fills a cache of `settings.cache_bytes` with random blocks and reads the agent's memory.
+///
+/// # Errors
+/// When there is no agent to measure, or it fails.
+pub fn run(settings: &Settings) -> Result<Memory> {
+    let binary = settings.ballast.as_ref().context("no `ballast` binary to measure")?;
+    let dir = tempfile::tempdir_in(&settings.dir).context("make a directory")?;
+    let config = settings.agent_config(binary, dir.path(), settings.cache_bytes)?;
+    let ballast = Ballast::create(&config, settings.disk_bytes)?;
+    let idle = read(&ballast)?;
+    let mut filled = Vec::new();
+    for step in 0..4 {
+        let workload = Workload {
+            pattern: Pattern::RandomWrite,
+            block_bytes: 4096,
+            depth: 32,
+            span_bytes: settings.disk_bytes,
+            paced_writes_per_second: 0,
+            seed: 77 + step,
+        };
+        let limit =
+            Limit { time: Duration::from_secs(1800), bytes: settings.cache_bytes.div_ceil(4) };
+        measure(&ballast, &workload, limit, settings.poll)?;
+        filled.push(read(&ballast)?);
+    }
+    Ok(Memory { idle, filled })
+}
+
+fn read(ballast: &Ballast) -> Result<Reading> {
+    let (dirty_bytes, clean_bytes, _) = ballast.agent().cache_bytes()?;
+    let process = ballast.process();
+    Ok(Reading {
+        dirty_bytes: dirty_bytes.max(ballast.agent().info(DISK_NAME)?.dirty_bytes),
+        clean_bytes,
+        anonymous_bytes: process.memory("RssAnon")?,
+        peak_bytes: process.memory("VmHWM")?,
+    })
+}

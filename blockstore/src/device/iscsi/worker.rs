@@ -1,0 +1,554 @@
+//! The session thread: owns the libiscsi context, turns commands into SCSI tasks and answers each once.
+//!
+//! When a session is lost, commands that it left open part ways: reads are sent again on the next one;
+//! a flush fails at once; a write, compare-and-write or discard is *withheld*: its caller hears
+//! `Unreachable` only after a login under the same ISID has made the target drop the old session
+//! and everything it still had in flight. So no caller can overwrite or reuse a block that an old
+//! write may yet reach. The epoch rises before any of these answers is given.
+//!
+//! Bounds: [`DEPTH_MAX`] commands under way, [`WAITING_MAX`] waiting, the rest in the channel.
+
+use super::context::{Context, Login, Notice, Payload};
+use super::link::{Command, Reply, Shared};
+use super::outcome::{Class, Ending, Failure, Verdict, judge};
+use super::prepare::{Facts, Preparation, Progress};
+use super::session::{Action, Event, Session, State, Timing};
+use crate::buf::AlignedBuf;
+use crate::device::DeviceErrorKind;
+use bytes::Bytes;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot};
+
+/// Commands under way at a target at most.
+const DEPTH_MAX: usize = 64;
+/// Fewest commands under way, however small the target's command window is.
+const DEPTH_MIN: usize = 2;
+/// Commands taken from the channel that wait for their turn or for a session.
+const WAITING_MAX: usize = 128;
+/// A read is given up after this many sessions were lost under it.
+const ATTEMPTS_MAX: u32 = 5;
+/// Pause after the target said that it is busy.
+const BUSY_PAUSE: Duration = Duration::from_millis(50);
+/// For what is under way when the device is closed.
+const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// Id of the commands of a [`Preparation`]; callers' commands come after it.
+const PREPARATION: usize = 16;
+
+/// What the thread works with.
+#[derive(Debug)]
+pub struct Config {
+    pub login: Login,
+    /// Reservation key, in exclusive mode.
+    pub reserve: Option<u64>,
+    pub timing: Timing,
+    /// How long a command waits for a session before it fails.
+    pub wait_max: Duration,
+    /// How long a command may be under way before the session is given up.
+    pub command_max: Duration,
+}
+
+/// The thread's state.
+pub struct Worker {
+    config: Config,
+    commands: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
+    /// Told once: the first session's facts, or why there is none.
+    opened: Option<oneshot::Sender<Result<Facts, Failure>>>,
+    start: Instant,
+    session: Session,
+    context: Option<Context>,
+    preparation: Option<Preparation>,
+    facts: Option<Facts>,
+    waiting: VecDeque<Waiting>,
+    running: HashMap<usize, Running>,
+    /// Cut-off commands that may still land, until the next login.
+    withheld: Vec<Command>,
+    next_id: usize,
+    /// Why there is no session.
+    down: Failure,
+    depth: usize,
+    busy_until: Duration,
+    closing_since: Option<Duration>,
+}
+
+struct Waiting {
+    command: Command,
+    since: Duration,
+    first_sent: Option<Duration>,
+    attempts: u32,
+}
+
+struct Running {
+    command: Command,
+    first_sent: Duration,
+    attempts: u32,
+    deadline: Duration,
+}
+
+impl Worker {
+    /// A worker that has not begun to connect.
+    pub fn new(
+        config: Config,
+        commands: mpsc::Receiver<Command>,
+        shared: Arc<Shared>,
+        opened: oneshot::Sender<Result<Facts, Failure>>,
+    ) -> Self {
+        Self {
+            session: Session::new(config.timing.clone()),
+            config,
+            commands,
+            shared,
+            opened: Some(opened),
+            start: Instant::now(),
+            context: None,
+            preparation: None,
+            facts: None,
+            waiting: VecDeque::new(),
+            running: HashMap::new(),
+            withheld: Vec::new(),
+            next_id: PREPARATION + 1,
+            down: Failure::new(DeviceErrorKind::Unreachable, "not connected yet"),
+            depth: DEPTH_MAX,
+            busy_until: Duration::ZERO,
+            closing_since: None,
+        }
+    }
+
+    /// Runs until the device is dropped or the first session cannot be had.
+    pub fn run(mut self) {
+        while *self.session.state() != State::Closed {
+            self.receive();
+            self.handle(Event::Tick);
+            self.watch_deadlines();
+            self.close_when_idle();
+            self.submit();
+            self.sleep_and_service();
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    fn receive(&mut self) {
+        while self.waiting.len() < WAITING_MAX
+            && let Ok(command) = self.commands.try_recv()
+        {
+            let since = self.now();
+            self.waiting.push_back(Waiting { command, since, first_sent: None, attempts: 0 });
+        }
+    }
+
+    /// Feeds the session and does what it says, which may lead to more events.
+    fn handle(&mut self, event: Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            for action in self.session.handle(self.now(), event) {
+                if let Err(message) = self.perform(action) {
+                    self.down = Failure::new(DeviceErrorKind::Unreachable, message);
+                    events.push_back(Event::Broken);
+                }
+            }
+        }
+    }
+
+    fn perform(&mut self, action: Action) -> Result<(), String> {
+        match action {
+            Action::Connect => {
+                let mut context = Context::new(&self.config.login)?;
+                context.connect(&self.config.login)?;
+                self.context = Some(context);
+                Ok(())
+            }
+            Action::LogIn => self.connected()?.log_in(),
+            Action::Reinstated => {
+                for command in self.withheld.drain(..) {
+                    let message = format!(
+                        "the session was lost ({}) before the target answered; the outcome is \
+                         unknown, but the command can no longer take effect",
+                        self.down.message
+                    );
+                    answer(command, Err(Failure::new(DeviceErrorKind::Unreachable, message)));
+                }
+                Ok(())
+            }
+            Action::Prepare => {
+                self.preparation = Some(Preparation::start(self.config.reserve));
+                self.send_preparation()
+            }
+            Action::SendNop => self.connected()?.nop(),
+            Action::LogOut => match self.config.reserve {
+                Some(key) => {
+                    self.preparation = Some(Preparation::farewell(key));
+                    self.send_preparation()
+                }
+                None => self.connected()?.log_out(),
+            },
+            Action::Drop { served, reason } => {
+                if let Some(expiry) = reason {
+                    self.down = Failure::new(DeviceErrorKind::Unreachable, expiry.describe());
+                }
+                self.drop_connection(served);
+                Ok(())
+            }
+        }
+    }
+
+    fn connected(&mut self) -> Result<&mut Context, String> {
+        self.context.as_mut().ok_or_else(|| "there is no connection".to_owned())
+    }
+
+    fn send_preparation(&mut self) -> Result<(), String> {
+        let Some(order) = self.preparation.as_ref().map(Preparation::order) else { return Ok(()) };
+        let payload = payload(vec![Bytes::from(order.out)], order.in_len);
+        self.connected()?.submit(PREPARATION, &order.cdb, payload)
+    }
+
+    fn drop_connection(&mut self, served: bool) {
+        self.context = None;
+        self.preparation = None;
+        self.depth = DEPTH_MAX;
+        if served {
+            // Before anyone can see an answer that depends on it.
+            self.shared.epoch.fetch_add(1, Ordering::AcqRel);
+            tracing::warn!(
+                target = ?self.config.login.target,
+                reason = self.down.message,
+                commands = self.running.len(),
+                "iSCSI session ended"
+            );
+        }
+        if let Some(opened) = self.opened.take() {
+            // A device that never opened is not retried: whoever opens it decides.
+            let _ = opened.send(Err(self.down.clone()));
+            self.session.handle(self.now(), Event::Close);
+        }
+        let mut cut_off: Vec<_> = self.running.drain().collect();
+        cut_off.sort_unstable_by_key(|(id, _)| std::cmp::Reverse(*id));
+        for (_, running) in cut_off {
+            self.cut_off(running);
+        }
+    }
+
+    fn cut_off(&mut self, running: Running) {
+        let Running { command, attempts, first_sent, .. } = running;
+        let since = self.now();
+        if command.class.alters_medium() {
+            self.withheld.push(command);
+        } else if command.class.is_repeatable() && attempts < ATTEMPTS_MAX {
+            let first_sent = Some(first_sent);
+            self.waiting.push_front(Waiting { command, since, first_sent, attempts });
+        } else {
+            answer(command, Err(self.lost()));
+        }
+    }
+
+    fn lost(&self) -> Failure {
+        let message =
+            format!("the session was lost ({}); it is being set up again", self.down.message);
+        Failure::new(DeviceErrorKind::Unreachable, message)
+    }
+
+    /// Fails what waited too long for a session, and gives a session up that lets a command wait.
+    fn watch_deadlines(&mut self) {
+        let now = self.now();
+        if let Some(overdue) = self.running.values().find(|running| now >= running.deadline) {
+            let message =
+                format!("a command got no answer for {} s", (now - overdue.first_sent).as_secs());
+            self.down = Failure::new(DeviceErrorKind::Unreachable, message);
+            self.handle(Event::Broken);
+        }
+        if self.session.is_up() {
+            return;
+        }
+        let permanent = self.down.kind != DeviceErrorKind::Unreachable;
+        let patience = if permanent { Duration::ZERO } else { self.config.wait_max };
+        let expired = |waiting: &Waiting| now.saturating_sub(waiting.since) >= patience;
+        let (expired, waiting) = self.waiting.drain(..).partition::<VecDeque<_>, _>(expired);
+        self.waiting = waiting;
+        for waiting in expired {
+            let failure = match permanent {
+                true => self.down.clone(),
+                false => Failure::new(
+                    DeviceErrorKind::Unreachable,
+                    format!("no session with the target: {}", self.down.message),
+                ),
+            };
+            answer(waiting.command, Err(failure));
+        }
+    }
+
+    fn close_when_idle(&mut self) {
+        if !self.shared.closing.load(Ordering::Acquire) {
+            return;
+        }
+        let since = *self.closing_since.get_or_insert(self.start.elapsed());
+        self.commands.close();
+        // Callers that wait hold the device, so these have gone.
+        self.waiting.retain(|waiting| !waiting.command.reply.is_closed());
+        let idle = self.running.is_empty() && self.waiting.is_empty();
+        if idle || !self.session.is_up() || self.now().saturating_sub(since) >= DRAIN_MAX {
+            self.handle(Event::Close);
+        }
+    }
+
+    fn submit(&mut self) {
+        let now = self.now();
+        while self.session.is_up()
+            && self.running.len() < self.depth
+            && now >= self.busy_until
+            && let Some(context) = self.context.as_mut()
+            && !context.is_congested()
+            && let Some(Waiting { command, first_sent, attempts, .. }) = self.waiting.pop_front()
+        {
+            if command.class.is_repeatable() && command.reply.is_closed() {
+                continue;
+            }
+            let id = self.next_id;
+            self.next_id += 1;
+            let submitted =
+                context.submit(id, &command.cdb, payload(command.out.clone(), command.in_len));
+            let first_sent = first_sent.unwrap_or(now);
+            let deadline = now + self.config.command_max;
+            let running = Running { command, first_sent, attempts: attempts + 1, deadline };
+            self.running.insert(id, running);
+            if let Err(message) = submitted {
+                self.down = Failure::new(DeviceErrorKind::Unreachable, message);
+                self.handle(Event::Broken);
+            }
+        }
+    }
+
+    fn sleep_and_service(&mut self) {
+        let timeout = self.sleep_max();
+        let mut fds = vec![PollFd::new(self.shared.wake_fd().as_fd(), PollFlags::POLLIN)];
+        if let Some(context) = &self.context
+            && let Some(fd) = context.fd()
+        {
+            fds.push(PollFd::new(fd, PollFlags::from_bits_truncate(context.events())));
+        }
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::from(1000_u16));
+        // An interrupted or failed poll is a short sleep; libiscsi finds out what happened.
+        let _ = poll(&mut fds, timeout);
+        let revents =
+            |at: usize| fds.get(at).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
+        let (woken, revents) = (!revents(0).is_empty(), revents(1).bits());
+        drop(fds);
+        if woken {
+            let _ = self.shared.wake_fd().read();
+        }
+        self.service(revents);
+    }
+
+    fn sleep_max(&self) -> Duration {
+        let now = self.now();
+        let mut until = now + Duration::from_secs(1);
+        until = until.min(self.session.next_tick().unwrap_or(until));
+        if !self.waiting.is_empty() {
+            let busy = self.busy_until > now && self.session.is_up();
+            until =
+                until.min(if busy { self.busy_until } else { now + Duration::from_millis(100) });
+        }
+        // Rounded up, as poll counts in milliseconds.
+        until.saturating_sub(now) + Duration::from_millis(1)
+    }
+
+    fn service(&mut self, revents: i16) {
+        let Some(context) = self.context.as_mut() else { return };
+        let serviced = context.service(revents);
+        let notices = context.notices();
+        let blocked = context.window_blocked();
+        self.follow_window(blocked);
+        for notice in notices {
+            self.notice(notice);
+        }
+        if let Err(message) = serviced
+            && self.context.is_some()
+        {
+            let message = match message.as_str() {
+                "" => "the target closed the connection".to_owned(),
+                _ => format!("the connection broke: {message}"),
+            };
+            self.broken(message);
+        }
+    }
+
+    /// Keeps the number of commands below the target's window, so that a NOP always finds room.
+    fn follow_window(&mut self, blocked: Option<usize>) {
+        if let Some(queued) = blocked {
+            let sent = self.running.len().saturating_sub(queued);
+            self.depth = sent.saturating_sub(1).clamp(DEPTH_MIN, DEPTH_MAX);
+        }
+    }
+
+    fn broken(&mut self, message: String) {
+        self.down = Failure::new(DeviceErrorKind::Unreachable, message);
+        self.handle(Event::Broken);
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        // A session dropped by an earlier notice of the same batch has no say any more.
+        if self.context.is_none() {
+            return;
+        }
+        match notice {
+            Notice::Connected(Ok(())) => self.handle(Event::Connected),
+            Notice::LoggedIn(Ok(())) => self.handle(Event::LoggedIn),
+            Notice::Connected(Err(message)) => self.broken(message),
+            Notice::LoggedIn(Err(message)) => {
+                self.down = login_failure(&message, self.config.login.chap.is_some());
+                self.handle(Event::Broken);
+            }
+            Notice::LoggedOut => self.handle(Event::LoggedOut),
+            Notice::Nop => {
+                self.depth = (self.depth + 1).min(DEPTH_MAX);
+                self.handle(Event::Answered);
+            }
+            Notice::Command { id: PREPARATION, ending, data, missing } => {
+                self.prepared(ending, data.as_deref().unwrap_or(&[]), missing);
+            }
+            Notice::Command { id, ending, data, missing } => {
+                self.ended(id, ending, data, missing);
+            }
+        }
+    }
+
+    fn prepared(&mut self, ending: Ending, data: &[u8], missing: usize) {
+        let Some(preparation) = self.preparation.as_mut() else { return };
+        let data = &data[..data.len().saturating_sub(missing)];
+        let sent = match preparation.feed(ending, data) {
+            Progress::Next => self.send_preparation(),
+            Progress::Ready(facts) => {
+                self.ready(facts);
+                Ok(())
+            }
+            Progress::Released => {
+                self.preparation = None;
+                self.connected().and_then(Context::log_out)
+            }
+            Progress::Failed(failure) => {
+                self.down = failure;
+                self.handle(Event::Broken);
+                Ok(())
+            }
+        };
+        if let Err(message) = sent {
+            self.broken(message);
+        }
+    }
+
+    fn ready(&mut self, facts: Facts) {
+        self.preparation = None;
+        match &self.facts {
+            Some(opened) if !opened.is_same_lun(&facts) => {
+                self.down = Failure::new(
+                    DeviceErrorKind::Io,
+                    "behind this URL is now another LUN than the one that was opened (its \
+                     identity changed or it shrank); check the target's configuration",
+                );
+                return self.handle(Event::Broken);
+            }
+            Some(_) => {}
+            None => self.facts = Some(facts.clone()),
+        }
+        self.handle(Event::Prepared);
+        if let Some(opened) = self.opened.take() {
+            let _ = opened.send(Ok(facts));
+        }
+    }
+
+    fn ended(&mut self, id: usize, ending: Ending, data: Option<AlignedBuf>, missing: usize) {
+        let Some(running) = self.running.remove(&id) else { return };
+        let verdict = judge(running.command.class, ending);
+        if verdict == Verdict::SessionBroken {
+            self.running.insert(id, running);
+            return self.broken("the connection broke or the target rejected a command".to_owned());
+        }
+        self.handle(Event::Answered);
+        match verdict {
+            Verdict::Done if running.command.class == Class::Read && missing > 0 => {
+                let message = format!("the target left out {missing} bytes of the data");
+                answer(running.command, Err(Failure::new(DeviceErrorKind::Io, message)));
+            }
+            Verdict::Done => {
+                answer(running.command, Ok(Reply { data, missing, miscompare: false }));
+            }
+            Verdict::Miscompare => {
+                let reply = Reply { miscompare: true, ..Reply::default() };
+                answer(running.command, Ok(reply));
+            }
+            Verdict::Again => self.again(running),
+            Verdict::AgainLater => {
+                self.busy_until = self.now() + BUSY_PAUSE;
+                self.depth = (self.depth / 2).max(DEPTH_MIN);
+                self.again(running);
+            }
+            Verdict::Reset => {
+                self.shared.epoch.fetch_add(1, Ordering::AcqRel);
+                if running.command.class.is_repeatable() {
+                    self.again(running);
+                } else {
+                    let message = "the target was reset and may have lost writes that were not \
+                                   flushed; the command was not carried out";
+                    answer(
+                        running.command,
+                        Err(Failure::new(DeviceErrorKind::Unreachable, message)),
+                    );
+                }
+            }
+            Verdict::Failed(failure) => answer(running.command, Err(failure)),
+            Verdict::SessionBroken => {}
+        }
+    }
+
+    /// Queues a command again that the target did not carry out.
+    fn again(&mut self, running: Running) {
+        let Running { command, first_sent, attempts, .. } = running;
+        let now = self.now();
+        if now.saturating_sub(first_sent) >= self.config.command_max {
+            let failure = Failure::new(
+                DeviceErrorKind::Unreachable,
+                "the target keeps answering that it is busy",
+            );
+            return answer(command, Err(failure));
+        }
+        // Not cut off by a loss: does not count as an attempt.
+        let attempts = attempts.saturating_sub(1);
+        let first_sent = Some(first_sent);
+        self.waiting.push_front(Waiting { command, since: now, first_sent, attempts });
+    }
+}
+
+fn payload(out: Vec<Bytes>, in_len: usize) -> Payload {
+    if in_len > 0 {
+        Payload::In(AlignedBuf::zeroed(in_len))
+    } else if out.iter().any(|bytes| !bytes.is_empty()) {
+        Payload::Out(out)
+    } else {
+        Payload::None
+    }
+}
+
+fn answer(command: Command, outcome: Result<Reply, Failure>) {
+    // A caller that went away does not care.
+    let _ = command.reply.send(outcome);
+}
+
+/// Says what to do about a refused login. libiscsi ends its text with the status in parentheses.
+fn login_failure(message: &str, with_chap: bool) -> Failure {
+    let status = message.rsplit_once('(').and_then(|(_, code)| code.strip_suffix(')'));
+    let advice = match status.and_then(|code| code.parse::<u16>().ok()) {
+        Some(0x0201) if with_chap => "the CHAP user or secret is wrong",
+        Some(0x0201) => "the target wants CHAP: give user and secret",
+        Some(0x0202) => "the target does not admit this initiator name: add it to the target's ACL",
+        Some(0x0203) => "the portal has no target of this name: check the IQN",
+        Some(0x0301 | 0x0302) => "the target has no room for another session now",
+        _ => "see the target's log",
+    };
+    Failure::new(DeviceErrorKind::Unreachable, format!("{message}; {advice}"))
+}

@@ -4,8 +4,14 @@
 //! under way, because io_uring and libiscsi keep using them after a caller's future was dropped.
 
 mod check;
+pub mod file;
+#[cfg(feature = "iscsi")]
+pub mod iscsi;
+mod open;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
+
+pub use open::{OpenOptions, URL_FORMS, open};
 
 use crate::buf::AlignedBuf;
 use async_trait::async_trait;

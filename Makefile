@@ -34,7 +34,7 @@ bench: setup-build setup-test ## Measures Ballast beside its peers and writes do
 	$(call step,build)
 	cargo build $(LOCKED) --release -p agent -p bench --bins
 	$(call step,bench)
-	@target/release/bench
+	@target/release/bench all --markdown docs/benchmarks.md
 
 fuzz: setup-fuzz ## Runs each fuzz target for FUZZ_SECONDS
 	$(call step,fuzz: $(FUZZ_SECONDS) s per target)

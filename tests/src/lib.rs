@@ -1,2 +1,3 @@
 //! Rigs for whole-system tests.
+pub mod demo;
 pub mod guest;

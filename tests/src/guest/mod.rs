@@ -21,9 +21,11 @@ pub mod job;
 pub mod process;
 pub mod qemu;
 pub mod run;
+pub mod workload;
 
 pub use agent::{Agent, AgentOptions, Ballast};
 pub use image::GuestImage;
 pub use process::OwnedProcess;
 pub use qemu::{Accelerator, QemuVersion};
 pub use run::{Guest, GuestOptions, GuestReport};
+pub use workload::{Promises, Writer};

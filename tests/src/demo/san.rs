@@ -1,0 +1,66 @@
+//! What the demo's store lies on: a file, or an iSCSI LUN served on loopback.
+
+use std::path::Path;
+use std::str::FromStr;
+
+use anyhow::{Result, bail};
+
+use crate::guest::agent::argument;
+
+/// The choice, from the environment variable `SAN`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum San {
+    /// A file.
+    File,
+    /// An iSCSI LUN.
+    Iscsi,
+}
+
+impl FromStr for San {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<San> {
+        match text {
+            "" | "file" => Ok(San::File),
+            "iscsi" => Ok(San::Iscsi),
+            other => bail!("SAN={other}: known are SAN=file and SAN=iscsi"),
+        }
+    }
+}
+
+/// A place for a store. Dropping it ends the iSCSI target, if there is one.
+#[derive(Debug)]
+pub struct StorePlace {
+    /// What `--store` takes.
+    pub url: String,
+    /// Size to format, where the place does not have one of its own.
+    pub size: Option<&'static str>,
+    /// For people.
+    pub what: String,
+}
+
+impl StorePlace {
+    /// Makes one in `folder`.
+    pub fn make(san: San, folder: &Path) -> Result<StorePlace> {
+        match san {
+            San::File => Ok(StorePlace {
+                url: format!("file:{}", argument(&folder.join("store.img"))?),
+                size: Some("8GiB"),
+                what: "a file".into(),
+            }),
+            San::Iscsi => bail!("SAN=iscsi: not there yet"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_san_is_refused_by_name() {
+        assert_eq!("".parse::<San>().expect("default"), San::File);
+        assert_eq!("iscsi".parse::<San>().expect("iscsi"), San::Iscsi);
+        assert!("fc".parse::<San>().expect_err("unknown").to_string().contains("fc"));
+    }
+}

@@ -6,9 +6,33 @@
 
 use blockstore::buf::AlignedBuf;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use std::cell::UnsafeCell;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+
+/// Keeps the memory of a few retired images, so that a new segment costs no page faults.
+#[derive(Debug)]
+pub struct ImagePool {
+    len: usize,
+    keep: usize,
+    free: Mutex<Vec<AlignedBuf>>,
+}
+
+impl ImagePool {
+    /// A pool of images of `len` bytes that keeps at most `keep` of them while unused.
+    #[must_use]
+    pub fn new(len: usize, keep: usize) -> Arc<Self> {
+        Arc::new(Self { len, keep, free: Mutex::new(Vec::new()) })
+    }
+
+    /// An image with arbitrary content.
+    #[must_use]
+    pub fn take(self: &Arc<Self>) -> Arc<SegmentImage> {
+        let buf = self.free.lock().pop().unwrap_or_else(|| AlignedBuf::zeroed(self.len));
+        SegmentImage::from_buf(buf, Arc::downgrade(self))
+    }
+}
 
 /// Block-aligned memory of one segment. Written by the one [`Disk`](crate::disk::Disk) that owns the
 /// segment, read by everyone else.
@@ -16,6 +40,7 @@ pub struct SegmentImage {
     bytes: UnsafeCell<AlignedBuf>,
     base: *mut u8,
     len: usize,
+    home: Weak<ImagePool>,
 }
 
 // SAFETY: `base` points into the owned buffer; sharing follows the append-only rule above.
@@ -23,13 +48,29 @@ unsafe impl Send for SegmentImage {}
 // SAFETY: writers touch only ranges that nobody else was given (see `writable`).
 unsafe impl Sync for SegmentImage {}
 
+impl Drop for SegmentImage {
+    fn drop(&mut self) {
+        if let Some(pool) = self.home.upgrade() {
+            let buf = std::mem::replace(self.bytes.get_mut(), AlignedBuf::zeroed(0));
+            let mut free = pool.free.lock();
+            if free.len() < pool.keep {
+                free.push(buf);
+            }
+        }
+    }
+}
+
 impl SegmentImage {
     /// A zeroed image of `len` bytes.
     #[must_use]
     pub fn new(len: usize) -> Arc<Self> {
-        let mut buf = AlignedBuf::zeroed(len);
+        Self::from_buf(AlignedBuf::zeroed(len), Weak::new())
+    }
+
+    fn from_buf(mut buf: AlignedBuf, home: Weak<ImagePool>) -> Arc<Self> {
         let base = buf.as_mut_ptr();
-        Arc::new(Self { bytes: UnsafeCell::new(buf), base, len })
+        let len = buf.len();
+        Arc::new(Self { bytes: UnsafeCell::new(buf), base, len, home })
     }
 
     /// Bytes in the image.
@@ -77,7 +118,6 @@ impl SegmentImage {
     #[allow(clippy::mut_from_ref)] // the image is filled through shared references by design
     pub(crate) unsafe fn writable(&self, start: usize, len: usize) -> &mut [u8] {
         assert!(start <= self.len && len <= self.len - start, "range outside the segment image");
-        debug_assert!(!self.bytes.get().is_null());
         // SAFETY: in bounds; exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(start), len) }
     }

@@ -28,6 +28,8 @@ pub enum ToDisk {
     Roll { id: u64 },
     /// The disk grew.
     Resized { bytes: u64 },
+    /// Sent about once a second: write down how far the log is flushed, if no later record says so (rule L4).
+    Tick,
 }
 
 /// A fetch that failed for good (transient trouble is retried by the asynchronous side).
@@ -55,6 +57,8 @@ pub enum FromDisk {
     Fetch { id: u64, lba: Lba, blocks: u32 },
     /// The disk will soon need another segment.
     WantSegment,
+    /// The first record went into a segment: from now on the disk has something to commit.
+    Opened { segment: SegmentId },
     /// A segment is complete on the device: records flushed, summary written.
     Sealed(SealedSegment),
     /// Everything staged before the request is sealed; `lsn` is the last of it.
@@ -76,6 +80,8 @@ pub struct SealedSegment {
     pub first_lsn: Lsn,
     /// Last LSN in it; below `first_lsn` if it holds no records.
     pub last_lsn: Lsn,
+    /// Blocks in use by header and records.
+    pub used_blocks: u32,
     /// Its bytes, if they are still in memory.
     pub image: Option<Arc<SegmentImage>>,
 }

@@ -15,14 +15,26 @@
 //!
 //! Requests are staged into the open segment at once (the guest's data is copied, checksummed and given its LSN),
 //! and `poll` decides when a batch of them goes out: group commit. Completions come in LSN order (rule L1).
+//!
+//! Where to read on: `log.rs` (segments, batches, flushes), `write.rs` (staging), `read.rs` (planning).
 
+mod log;
 pub mod plan;
+mod read;
+#[cfg(test)]
+mod tests;
+mod write;
 
+use crate::format::Geometry;
 use crate::image::SegmentImage;
-use crate::link::{FromDisk, ToDisk};
-use blockstore::types::Lba;
-use plan::ReadPlan;
+use crate::index::Index;
+use crate::link::{FromDisk, Grant, Link, ToDisk};
+use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
+use hashbrown::HashMap;
+use log::Log;
+use plan::SegmentId;
 use std::sync::Arc;
+use uuid::Uuid;
 
 /// The driver's name for a guest request; returned with its completion.
 pub type Tag = u64;
@@ -64,45 +76,204 @@ pub enum BadBlock {
     Lost,
 }
 
+/// Whose log it is: goes into every segment header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The cache.
+    pub cache: Uuid,
+    /// The disk.
+    pub vdi: Uuid,
+    /// The disk's log.
+    pub log_id: u128,
+    /// Recovery epoch (rule L3).
+    pub epoch: u32,
+}
+
+/// What a disk starts from: nothing, or what recovery found.
+#[derive(Debug)]
+pub struct Start {
+    /// Whose log it is.
+    pub identity: Identity,
+    /// Division of the cache device.
+    pub geometry: Geometry,
+    /// Bytes the guest sees.
+    pub size_bytes: u64,
+    /// Everything held locally.
+    pub index: Index,
+    /// Last LSN in the log; all of it is durable.
+    pub last_lsn: Lsn,
+    /// The store's image reaches this LSN.
+    pub committed: Lsn,
+    /// Sealed segments with the last LSN in each.
+    pub sealed: Vec<(SegmentId, Lsn)>,
+    /// Segments to append to.
+    pub grants: Vec<Grant>,
+}
+
+/// What the index refers to on the device: a sealed segment.
+#[derive(Debug)]
+struct Sealed {
+    last_lsn: Lsn,
+    pins: u32,
+    evicting: bool,
+}
+
 /// One attached virtual disk.
 #[derive(Debug)]
-pub struct Disk {}
+pub struct Disk {
+    geometry: Geometry,
+    size_bytes: u64,
+    index: Index,
+    log: Log,
+    committed: Lsn,
+    sealed: HashMap<SegmentId, Sealed>,
+    /// Counts removals from the index, see [`Disk::fill_ticket`].
+    removals: u64,
+    outbox: Vec<FromDisk>,
+}
 
-#[expect(unused_variables, clippy::todo, reason = "contract first; the bodies are being written")]
 impl Disk {
+    /// A disk that goes on where `start` ends.
+    #[must_use]
+    pub fn new(start: Start) -> Self {
+        let sealed = start
+            .sealed
+            .into_iter()
+            .map(|(id, last_lsn)| (id, Sealed { last_lsn, pins: 0, evicting: false }))
+            .collect();
+        Self {
+            log: Log::new(start.identity, start.geometry, start.last_lsn, start.grants),
+            geometry: start.geometry,
+            size_bytes: start.size_bytes,
+            index: start.index,
+            committed: start.committed,
+            sealed,
+            removals: 0,
+            outbox: Vec::new(),
+        }
+    }
+
     /// Bytes the guest sees.
-    pub fn size_bytes(&self) -> u64 { todo!() }
-    /// Stages a guest write of `len` bytes (multiple of 512) at `sector`. `copy(offset, dst)` must fill
-    /// `dst` with the request's bytes from `offset` on; it is called once for each byte.
-    pub fn write(&mut self, tag: Tag, sector: u64, len: usize, copy: &mut dyn FnMut(usize, &mut [u8])) -> Staged { todo!() }
-    /// Stages WRITE_ZEROES or DISCARD of `sectors` sectors: both read as zeros afterwards. Partial blocks of a
-    /// discard (`discard` true) are left alone, those of a zeroing are zeroed.
-    pub fn zero(&mut self, tag: Tag, sector: u64, sectors: u64, discard: bool) -> Staged { todo!() }
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// Last LSN given out.
+    #[must_use]
+    pub fn staged_lsn(&self) -> Lsn {
+        self.log.staged_lsn()
+    }
+
+    /// Everything up to here is durable in the log.
+    #[must_use]
+    pub fn flushed_lsn(&self) -> Lsn {
+        self.log.flushed_lsn()
+    }
+
+    /// The index, for statistics.
+    #[must_use]
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
     /// Completes `tag` when everything staged before is durable in the log.
-    pub fn flush(&mut self, tag: Tag) { todo!() }
+    pub fn flush(&mut self, tag: Tag) {
+        self.log.flush(tag);
+    }
+
     /// Write-through (guest switched the write cache off): writes complete when durable.
-    pub fn set_write_through(&mut self, on: bool) { todo!() }
-    /// Plans a read of `sectors` sectors at `sector` into `plan` (cleared first) and pins what it names.
-    pub fn read(&mut self, sector: u64, sectors: u64, plan: &mut ReadPlan) { todo!() }
-    /// Gives back the pins of a plan whose local I/O is finished.
-    pub fn release(&mut self, plan: &mut ReadPlan) { todo!() }
+    pub fn set_write_through(&mut self, on: bool) {
+        self.log.set_write_through(on);
+    }
+
     /// The block that `lba` was planned at device byte `offset` is bad there.
-    pub fn bad_block(&mut self, lba: Lba, offset: u64) -> BadBlock { todo!() }
-    /// Offers a fetched, verified block for keeping; `planned` is the value of [`Self::fill_ticket`] from when the read
-    /// was planned, so that a block overwritten since is not kept.
-    pub fn fill(&mut self, lba: Lba, data: &[u8], planned: u64) { todo!() }
-    /// See [`Self::fill`].
-    pub fn fill_ticket(&self) -> u64 { todo!() }
+    pub fn bad_block(&mut self, lba: Lba, offset: u64) -> BadBlock {
+        let slot = self.geometry.block_at(offset);
+        let segment = self.geometry.segment_of(slot);
+        match self.sealed.get(&segment) {
+            Some(sealed) if sealed.last_lsn > self.committed => BadBlock::Lost,
+            Some(_) => {
+                let range = self.slots_of(segment);
+                self.index.evict(lba, &range);
+                self.removals += 1;
+                BadBlock::Refetch
+            }
+            // Not sealed: the open segment, which holds uncommitted records, unless the segment was evicted while
+            // the read was under way, which its pin prevents.
+            None => BadBlock::Lost,
+        }
+    }
+
     /// A local I/O finished; `Err` carries the errno.
-    pub fn io_done(&mut self, op: OpId, result: Result<(), i32>) { todo!() }
-    /// A message from the link (not `Fetched`).
-    pub fn on_message(&mut self, message: ToDisk) { todo!() }
+    pub fn io_done(&mut self, op: OpId, result: Result<(), i32>) {
+        self.log.io_done(op, result);
+    }
+
+    /// A message from the link (not `Fetched`, which the driver handles).
+    pub fn on_message(&mut self, message: ToDisk) {
+        match message {
+            ToDisk::Fetched { .. } => debug_assert!(false, "the driver handles fetched blocks"),
+            ToDisk::Segment(grant) => self.log.grant(grant),
+            ToDisk::Committed { lsn } => {
+                self.committed = self.committed.max(lsn);
+                if self.index.committed(lsn) {
+                    self.removals += 1;
+                }
+            }
+            ToDisk::Evict { segment, lbas } => self.evict(segment, &lbas),
+            ToDisk::Roll { id } => self.log.roll(id),
+            ToDisk::Resized { bytes } => self.size_bytes = self.size_bytes.max(bytes),
+            ToDisk::Tick => self.log.tick(),
+        }
+    }
+
     /// Collects what to do now.
-    pub fn poll(&mut self, actions: &mut Vec<Action>) { todo!() }
+    pub fn poll(&mut self, actions: &mut Vec<Action>) {
+        self.log.poll(actions);
+        for (id, last_lsn) in self.log.newly_sealed() {
+            self.sealed.insert(id, Sealed { last_lsn, pins: 0, evicting: false });
+        }
+        actions.extend(self.outbox.drain(..).map(Action::Send));
+    }
+
     /// Finished requests, in the order to publish them; `false` means I/O error.
-    pub fn completions(&mut self) -> std::vec::Drain<'_, (Tag, bool)> { todo!() }
+    pub fn completions(&mut self) -> std::vec::Drain<'_, (Tag, bool)> {
+        self.log.completions()
+    }
+
     /// No local I/O is under way and none is wanted.
-    pub fn is_quiet(&self) -> bool { todo!() }
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.log.is_quiet() && self.outbox.is_empty()
+    }
+
+    /// Segments that were granted and hold nothing: given back when the disk is released.
+    pub fn take_unused_grants(&mut self) -> Vec<Grant> {
+        self.log.take_unused_grants()
+    }
+
+    fn evict(&mut self, segment: SegmentId, lbas: &[Lba]) {
+        let range = self.slots_of(segment);
+        for lba in lbas {
+            self.index.evict(*lba, &range);
+        }
+        self.removals += 1;
+        match self.sealed.get_mut(&segment) {
+            Some(sealed) if sealed.pins > 0 => sealed.evicting = true,
+            _ => self.evicted(segment),
+        }
+    }
+
+    fn evicted(&mut self, segment: SegmentId) {
+        self.sealed.remove(&segment);
+        self.outbox.push(FromDisk::Evicted { segment });
+    }
+
+    fn slots_of(&self, segment: SegmentId) -> std::ops::Range<u32> {
+        let first = self.geometry.first_block(segment);
+        first..first + self.geometry.segment_blocks()
+    }
 }
 
 /// A disk as the cache hands it to a driver, and gets it back.
@@ -111,7 +282,12 @@ pub struct AttachedDisk {
     /// The state machine.
     pub disk: Disk,
     /// The way to the asynchronous side.
-    pub link: crate::link::Link,
+    pub link: Link,
     /// The cache device, one file per leg, opened with O_DIRECT where the file system allows.
     pub legs: Vec<Arc<std::fs::File>>,
+}
+
+/// Byte offset of a block inside a segment image.
+const fn image_offset(block: u32) -> usize {
+    block as usize * BLOCK_SIZE
 }

@@ -209,3 +209,23 @@ fn remove_entry(regions: &mut HashMap<u32, Region>, lba: Lba) {
 fn split(lba: Lba) -> (u32, u16) {
     ((lba.0 >> REGION_SHIFT) as u32, (lba.0 & ((1 << REGION_SHIFT) - 1)) as u16)
 }
+
+/// Applies a zeroing of `blocks` blocks of which the first and the last may be partial (sector masks).
+pub fn apply_zero(index: &mut Index, lba: Lba, blocks: u64, masks: (u8, u8), lsn: Lsn) {
+    const WHOLE: u8 = crate::format::record::WHOLE;
+    let (mut first, mut end) = (lba.0, lba.0 + blocks);
+    let mut edge = |lba: u64, sectors: u8| {
+        index.patch(Lba(lba), lsn, Patch { source: PatchSource::Zero, sectors });
+    };
+    if masks.0 != WHOLE {
+        edge(first, masks.0);
+        first += 1;
+    }
+    if masks.1 != WHOLE && end > first {
+        end -= 1;
+        edge(end, masks.1);
+    }
+    if first < end {
+        index.zero(Lba(first), end - first, lsn);
+    }
+}

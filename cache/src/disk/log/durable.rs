@@ -1,0 +1,104 @@
+//! Written, flushed, acknowledged: what completes when, and when to flush the device.
+
+use super::{FlushUnderWay, Log, Op, SummaryState};
+use super::{FLUSH_AHEAD_AFTER, FLUSH_AHEAD_WRITES};
+use crate::disk::{Action, OpId, Tag};
+use crate::link::FromDisk;
+
+impl Log {
+    pub fn flush(&mut self, tag: Tag) {
+        self.flush_follows = if (1..=FLUSH_AHEAD_WRITES).contains(&self.writes_since_flush) {
+            self.flush_follows.saturating_add(1)
+        } else {
+            0
+        };
+        self.writes_since_flush = 0;
+        if self.failure.is_some() {
+            self.completions.push((tag, false));
+        } else if self.flushed_lsn >= self.staged_lsn {
+            self.completions.push((tag, true));
+        } else {
+            self.flush_waiters.push_back((self.staged_lsn, tag));
+        }
+    }
+
+
+    /// Batches that are written without a gap count; their requests complete, or wait for a flush.
+    pub(super) fn pop_written(&mut self) {
+        while self.batches.front().is_some_and(|batch| batch.written) {
+            let Some(batch) = self.batches.pop_front() else { break };
+            self.written += 1;
+            self.written_lsn = batch.last_lsn;
+            for tag in batch.tags {
+                if self.write_through {
+                    self.through_waiters.push_back((batch.last_lsn, tag));
+                } else {
+                    self.completions.push((tag, true));
+                }
+            }
+        }
+    }
+
+    /// Completes what waited for the flush that just finished.
+    pub(super) fn release_waiters(&mut self) {
+        for waiters in [&mut self.through_waiters, &mut self.flush_waiters] {
+            while waiters.front().is_some_and(|(lsn, _)| *lsn <= self.flushed_lsn) {
+                self.completions.extend(waiters.pop_front().map(|(_, tag)| (tag, true)));
+            }
+        }
+    }
+
+    /// Starts a device flush if someone waits for one that could begin now. One at a time: whoever comes
+    /// meanwhile shares the next.
+    pub(super) fn start_flush(&mut self, actions: &mut Vec<Action>) {
+        if self.flush_under_way.is_some() || !self.flush_wanted() {
+            return;
+        }
+        let op = OpId(self.next_op);
+        self.next_op += 1;
+        self.ops.insert(op.0, Op::Flush);
+        self.flush_under_way = Some(FlushUnderWay { lsn: self.written_lsn, batch: self.written });
+        actions.push(Action::Flush { op, leg: 0 });
+    }
+
+    fn flush_wanted(&self) -> bool {
+        let for_guest =
+            self.flush_waiters.front().is_some_and(|(lsn, _)| *lsn <= self.written_lsn);
+        let for_seal = self.closing.iter().any(|closing| {
+            closing.summary == SummaryState::Due
+                && closing.last_batch <= self.written
+                && closing.last_batch > self.flushed
+        });
+        for_guest || !self.through_waiters.is_empty() || for_seal || self.flush_ahead()
+    }
+
+    /// A guest that flushes after each write will flush again: start before it asks.
+    fn flush_ahead(&self) -> bool {
+        self.flush_follows >= FLUSH_AHEAD_AFTER
+            && self.written_lsn > self.flushed_lsn
+            && self.written_lsn == self.staged_lsn
+    }
+
+    /// Latches the log as failed: after a failed write or flush nothing about the device is certain any more.
+    pub(super) fn fail(&mut self, what: Op, errno: i32) {
+        let what = match what {
+            Op::Batch => "writing a record",
+            Op::Flush => "flushing",
+            Op::Summary { .. } => "writing a summary",
+        };
+        let error = std::io::Error::from_raw_os_error(errno);
+        let reason = format!("{what} on the cache device failed: {error}; the log takes no more writes");
+        self.failure.get_or_insert(reason.clone());
+        if !self.failure_told {
+            self.failure_told = true;
+            self.outbox.push(FromDisk::Failed { reason });
+        }
+        self.flush_under_way = None;
+        let gathering = self.open.as_mut().and_then(|open| open.gathering.take());
+        let tags = self.batches.drain(..).flat_map(|batch| batch.tags);
+        self.completions.extend(tags.map(|tag| (tag, false)));
+        self.completions.extend(gathering.into_iter().flat_map(|g| g.tags).map(|tag| (tag, false)));
+        let waiters = self.through_waiters.drain(..).chain(self.flush_waiters.drain(..));
+        self.completions.extend(waiters.map(|(_, tag): (_, Tag)| (tag, false)));
+    }
+}

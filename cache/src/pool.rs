@@ -1,0 +1,197 @@
+//! The segment pool: which segments are free, and who gives way when they run short.
+//!
+//! Segments are handed out with a sequence number and a nonce never used before. Clean segments of all disks are
+//! evicted oldest first (INV-POOL-1: those of one disk in order of their sequence, so that no older copy of a block can
+//! outlive a newer one). Locked only when a segment changes hands.
+
+use crate::disk::plan::SegmentId;
+use crate::format::Geometry;
+use crate::image::ImagePool;
+use crate::link::Grant;
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use tokio::sync::mpsc::UnboundedSender;
+use uuid::Uuid;
+
+/// What the pool asks of the task that looks after a disk. At most one message per segment is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolMessage {
+    /// Give this clean segment back.
+    Evict(SegmentId),
+    /// A segment is free and it is your turn: ask again.
+    YourTurn,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Pool {
+    geometry: Geometry,
+    images: Arc<ImagePool>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    free: VecDeque<SegmentId>,
+    next_seq: u64,
+    clean: BTreeMap<u64, (SegmentId, Uuid)>,
+    evicting: u32,
+    waiting: VecDeque<Uuid>,
+    tasks: BTreeMap<Uuid, UnboundedSender<PoolMessage>>,
+}
+
+/// Segments by state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolCounts {
+    /// All of them.
+    pub segments: u32,
+    /// Ready to be handed out.
+    pub free: u32,
+    /// Committed; read cache until evicted.
+    pub clean: u32,
+}
+
+impl Pool {
+    /// A pool in which `free` can be handed out, with sequence numbers from `next_seq` on.
+    #[must_use]
+    pub fn new(geometry: Geometry, images: Arc<ImagePool>, free: Vec<SegmentId>, next_seq: u64) -> Self {
+        let inner = Inner {
+            free: free.into(),
+            next_seq,
+            clean: BTreeMap::new(),
+            evicting: 0,
+            waiting: VecDeque::new(),
+            tasks: BTreeMap::new(),
+        };
+        Self { geometry, images, inner: Mutex::new(inner) }
+    }
+
+    /// Makes a disk's task known.
+    pub fn register(&self, vdi: Uuid, task: UnboundedSender<PoolMessage>) {
+        self.inner.lock().tasks.insert(vdi, task);
+    }
+
+    /// Forgets a disk and its claims on segments.
+    pub fn unregister(&self, vdi: Uuid) {
+        let mut inner = self.inner.lock();
+        inner.tasks.remove(&vdi);
+        inner.waiting.retain(|waiting| *waiting != vdi);
+        inner.clean.retain(|_, (_, owner)| *owner != vdi);
+    }
+
+    /// Hands out a segment, or queues the disk for the next one that becomes free.
+    pub fn grant(&self, vdi: Uuid) -> Option<Grant> {
+        let mut inner = self.inner.lock();
+        let first = inner.waiting.front().is_none_or(|front| *front == vdi);
+        let granted = if first { inner.free.pop_front() } else { None };
+        match granted {
+            Some(id) => {
+                inner.waiting.retain(|waiting| *waiting != vdi);
+                let grant = self.make_grant(&mut inner, id);
+                self.relieve(&mut inner);
+                Some(grant)
+            }
+            None => {
+                if !inner.waiting.contains(&vdi) {
+                    inner.waiting.push_back(vdi);
+                }
+                self.relieve(&mut inner);
+                Self::next_turn(&inner);
+                None
+            }
+        }
+    }
+
+    /// Hands out two segments for a disk that is being attached, or says how many are free.
+    pub fn grant_two(&self) -> Result<Vec<Grant>, u32> {
+        let mut inner = self.inner.lock();
+        if inner.free.len() < 2 {
+            self.relieve(&mut inner);
+            return Err(inner.free.len() as u32);
+        }
+        let mut grants = Vec::new();
+        for _ in 0..2 {
+            if let Some(id) = inner.free.pop_front() {
+                grants.push(self.make_grant(&mut inner, id));
+            }
+        }
+        self.relieve(&mut inner);
+        Ok(grants)
+    }
+
+    /// A segment is free again: nothing on the device or in memory refers to it, and the local checkpoint that says so
+    /// is durable (rule L2).
+    pub fn release(&self, id: SegmentId, was_evicted: bool) {
+        let mut inner = self.inner.lock();
+        debug_assert!(!inner.free.contains(&id), "a segment is freed once");
+        if was_evicted {
+            inner.evicting = inner.evicting.saturating_sub(1);
+        }
+        inner.free.push_back(id);
+        Self::next_turn(&inner);
+    }
+
+    /// A segment is clean: it may be evicted when space is short.
+    pub fn offer_clean(&self, vdi: Uuid, id: SegmentId, seq: u64) {
+        let mut inner = self.inner.lock();
+        inner.clean.insert(seq, (id, vdi));
+        self.relieve(&mut inner);
+    }
+
+    /// The lowest sequence number not given out yet.
+    pub fn next_seq(&self) -> u64 {
+        self.inner.lock().next_seq
+    }
+
+    /// Segments by state.
+    #[must_use]
+    pub fn counts(&self) -> PoolCounts {
+        let inner = self.inner.lock();
+        PoolCounts {
+            segments: self.geometry.segments,
+            free: inner.free.len() as u32,
+            clean: inner.clean.len() as u32 + inner.evicting,
+        }
+    }
+
+    /// Free segments that the pool tries to have at hand, so that writers need not wait for an eviction.
+    fn low_water(&self) -> u32 {
+        (self.geometry.segments / 16).clamp(2, 64)
+    }
+
+    fn make_grant(&self, inner: &mut Inner, id: SegmentId) -> Grant {
+        let seq = inner.next_seq;
+        inner.next_seq += 1;
+        Grant { id, seq, nonce: random_u64(), image: self.images.take() }
+    }
+
+    /// Asks for the oldest clean segments until enough are free or on their way.
+    fn relieve(&self, inner: &mut Inner) {
+        let wanted = self.low_water() + inner.waiting.len() as u32;
+        while (inner.free.len() as u32) + inner.evicting < wanted {
+            let Some((_, (id, vdi))) = inner.clean.pop_first() else { break };
+            if let Some(task) = inner.tasks.get(&vdi)
+                && task.send(PoolMessage::Evict(id)).is_ok()
+            {
+                inner.evicting += 1;
+            }
+        }
+    }
+
+    fn next_turn(inner: &Inner) {
+        if !inner.free.is_empty()
+            && let Some(task) = inner.waiting.front().and_then(|vdi| inner.tasks.get(vdi))
+        {
+            // A task that is gone unregisters itself and so leaves the queue.
+            let _ = task.send(PoolMessage::YourTurn);
+        }
+    }
+}
+
+/// Sixty-four random bits from the kernel.
+pub(crate) fn random_u64() -> u64 {
+    let mut bytes = [0u8; 8];
+    getrandom::fill(&mut bytes).expect("the kernel's random number source works");
+    u64::from_le_bytes(bytes)
+}

@@ -1,0 +1,109 @@
+//! Recovery of one disk's log: read its segments, decide (pure, in `scan` and `assemble`), make the decision durable.
+//!
+//! Before the disk is served (rule L3): segments without summary get one that lists exactly the live records, dead
+//! segments are wiped, the device is flushed, then the slot records the new epoch and its first LSN. A crash at any of
+//! these steps leaves a log that recovers to the same end, since nothing new was appended yet.
+
+mod assemble;
+mod scan;
+#[cfg(test)]
+mod tests;
+
+pub use assemble::{AssembleError, Assembler, Live, Recovered};
+pub use scan::{Found, scan};
+
+use crate::error::CacheError;
+use crate::format::segment::SegmentHeader;
+use crate::format::slot::SlotVdi;
+use crate::format::summary::{self, Summary};
+use crate::format::{Geometry, record};
+use crate::local::Local;
+use blockstore::buf::AlignedBuf;
+use blockstore::types::{BLOCK_SIZE, Lsn};
+use futures_util::StreamExt;
+
+/// Segments read ahead of the one being put together.
+const READ_AHEAD: usize = 16;
+
+/// Reads the segments that `headers` name (in order of sequence) and puts the log of `slot` together; `store` is the LSN
+/// of the store's image. Changes nothing.
+pub async fn recover(
+    local: &Local,
+    slot: &SlotVdi,
+    store: Lsn,
+    headers: &[SegmentHeader],
+) -> Result<Recovered, CacheError> {
+    let refuse = |why: AssembleError| CacheError::Log {
+        name: slot.name.clone(),
+        vdi: slot.uuid,
+        why: why.to_string(),
+    };
+    let mut assembler = Assembler::new(local.geometry, slot.clone(), store).map_err(refuse)?;
+    let mut found = futures_util::stream::iter(headers)
+        .map(|header| async move { (header, read_segment(local, header).await) })
+        .buffered(READ_AHEAD);
+    while let Some((header, found)) = found.next().await {
+        assembler.push(header, &found?).map_err(refuse)?;
+    }
+    assembler.finish().map_err(refuse)
+}
+
+/// Finds out what stands in a segment: by its summary, else record by record. A read error is an error, never the end of
+/// the log.
+pub async fn read_segment(local: &Local, header: &SegmentHeader) -> Result<Found, CacheError> {
+    let geometry = &local.geometry;
+    let tail = u64::from(summary::blocks_max(geometry.segment_blocks())) * BLOCK_SIZE as u64;
+    let offset = geometry.segment_offset(header.segment);
+    let bytes = local.read(offset + geometry.segment_size - tail, tail as usize).await?;
+    if let Ok(summary) = Summary::decode(&bytes, header.seq, header.nonce)
+        && is_consistent(&summary, header, geometry)
+    {
+        return Ok(Found {
+            first_lsn: summary.first_lsn,
+            last_lsn: summary.last_lsn,
+            used_blocks: summary.used_blocks,
+            flushed: summary.flushed,
+            entries: summary.entries,
+            sealed: true,
+        });
+    }
+    let segment = local.read(offset, geometry.segment_size as usize).await?;
+    Ok(scan(&segment, header))
+}
+
+/// A summary whose entries decode and add up to its LSNs.
+fn is_consistent(summary: &Summary, header: &SegmentHeader, geometry: &Geometry) -> bool {
+    let mut lsns = 0;
+    for entry in record::Entries::new(&summary.entries, geometry.segment_blocks()) {
+        let Ok(entry) = entry else { return false };
+        lsns += entry.lsns();
+    }
+    summary.first_lsn == header.first_lsn && summary.last_lsn.0 + 1 == summary.first_lsn.0 + lsns
+}
+
+/// Makes what recovery decided durable, see the module. Afterwards the slot (with the new epoch) may be written.
+pub async fn settle(local: &Local, recovered: &Recovered) -> Result<(), CacheError> {
+    let geometry = &local.geometry;
+    for live in &recovered.live {
+        let Some(entries) = &live.unsealed else { continue };
+        let blocks = summary::blocks_for(entries.len());
+        let summary = Summary {
+            seq: live.seq,
+            first_lsn: live.first_lsn,
+            last_lsn: live.last_lsn,
+            flushed: live.last_lsn,
+            used_blocks: live.used_blocks,
+            entries: entries.clone(),
+        };
+        let mut bytes = AlignedBuf::zeroed(blocks as usize * BLOCK_SIZE);
+        summary.encode_into(&mut bytes, live.nonce);
+        // Records first, then the summary that vouches for them (rule L4).
+        local.flush().await?;
+        let offset = geometry.segment_offset(live.id) + geometry.segment_size - bytes.len() as u64;
+        local.write(offset, bytes).await?;
+    }
+    for id in &recovered.dead {
+        local.write(geometry.segment_offset(*id), AlignedBuf::zeroed(BLOCK_SIZE)).await?;
+    }
+    local.flush().await
+}

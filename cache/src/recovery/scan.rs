@@ -1,0 +1,99 @@
+//! Reading an unsealed segment record by record.
+
+use crate::format::FormatError;
+use crate::format::record::{Entries, RecordHeader};
+use crate::format::segment::SegmentHeader;
+use blockstore::crc::crc32c;
+use blockstore::types::{BLOCK_SIZE, Lsn};
+
+/// What stands in a segment, however it was found out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// LSN of the first entry that takes one.
+    pub first_lsn: Lsn,
+    /// Last LSN; `first_lsn - 1` if there is none.
+    pub last_lsn: Lsn,
+    /// Blocks in use by header and good records.
+    pub used_blocks: u32,
+    /// Everything up to here is known to have been durable when the segment was written.
+    pub flushed: Lsn,
+    /// Entries of the good records.
+    pub entries: Vec<u8>,
+    /// A summary vouches for it.
+    pub sealed: bool,
+}
+
+/// Takes the good records at the start of `segment` (all its bytes). The first that is absent, torn or fits not
+/// ends them: it was never acknowledged, unless a flushed LSN found elsewhere says otherwise (rule L4, judged by the caller).
+#[must_use]
+pub fn scan(segment: &[u8], header: &SegmentHeader) -> Found {
+    let blocks = (segment.len() / BLOCK_SIZE) as u32;
+    let mut found = Found {
+        first_lsn: header.first_lsn,
+        last_lsn: Lsn(header.first_lsn.0.saturating_sub(1)),
+        used_blocks: 1,
+        flushed: Lsn(0),
+        entries: Vec::new(),
+        sealed: false,
+    };
+    while found.used_blocks < blocks {
+        let Ok(record) = read_record(segment, blocks, header, &found) else { break };
+        found.last_lsn = found.last_lsn.plus(record.lsns);
+        found.flushed = found.flushed.max(record.header.flushed);
+        found.used_blocks += 1 + u32::from(record.header.payload_blocks);
+        found.entries.extend_from_slice(record.entries);
+    }
+    found
+}
+
+struct Record<'a> {
+    header: RecordHeader,
+    entries: &'a [u8],
+    lsns: u64,
+}
+
+fn read_record<'a>(
+    segment: &'a [u8],
+    blocks: u32,
+    header: &SegmentHeader,
+    so_far: &Found,
+) -> Result<Record<'a>, FormatError> {
+    let invalid = |why| FormatError::Invalid { what: "record", why };
+    let position = so_far.used_blocks;
+    let block = block_at(segment, position);
+    let (record, entries) = RecordHeader::decode(block, header.seq, header.nonce, position)?;
+    if record.epoch != header.epoch || record.first_lsn != so_far.last_lsn.plus(1) {
+        return Err(invalid("it does not continue the log"));
+    }
+    let payload_end = position + 1 + u32::from(record.payload_blocks);
+    if payload_end > blocks {
+        return Err(invalid("its payload lies outside the segment"));
+    }
+    let mut lsns = 0;
+    let mut payload = position + 1;
+    for entry in Entries::new(entries, blocks) {
+        let entry = entry?;
+        lsns += entry.lsns();
+        if entry.payload_blocks() == 0 {
+            continue;
+        }
+        if u32::from(entry.payload) != payload {
+            return Err(invalid("its payload is not where it belongs"));
+        }
+        for index in 0..entry.payload_blocks() {
+            if payload >= payload_end {
+                return Err(invalid("its payload is longer than it says"));
+            }
+            let (expected, found) = (entry.crc(index), crc32c(block_at(segment, payload)));
+            if expected != found {
+                return Err(FormatError::Checksum { what: "payload block", expected, found });
+            }
+            payload += 1;
+        }
+    }
+    Ok(Record { header: record, entries, lsns })
+}
+
+fn block_at(segment: &[u8], block: u32) -> &[u8] {
+    &segment[block as usize * BLOCK_SIZE..(block as usize + 1) * BLOCK_SIZE]
+}

@@ -2,7 +2,7 @@
 //!
 //! A store, an agent with a cache, a real Linux guest that makes a file system and fsyncs files on its disk. In the
 //! middle of that the agent is killed with -9 and started again; a second guest then checks every file.
-//! [`story`] is the sequence, [`san`] what the store lies on, [`report`] what is printed.
+//! [`story`] is the sequence, [`report`] what is printed.
 //!
 //! Leaves nothing behind. When it fails, the logs stay and the last lines say where.
 
@@ -14,7 +14,6 @@ use anyhow::{Context, Result};
 use crate::guest::process;
 
 mod report;
-mod san;
 mod story;
 
 /// Longest path of the demo's folder for which its sockets still fit into a socket address (108 bytes).

@@ -7,13 +7,13 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::guest::agent::{argument, number};
-use crate::guest::workload::{Promises, Writer, verifier};
+use crate::guest::workload::{Promises, Writer, carries_on, verifier};
 use crate::guest::{
-    Accelerator, Agent, AgentOptions, Ballast, Guest, GuestImage, GuestOptions, QemuVersion,
+    Accelerator, Agent, AgentOptions, Ballast, Guest, GuestImage, GuestOptions, QemuVersion, San,
+    StorePlace,
 };
 
 use super::report::{Report, size, time};
-use super::san::{San, StorePlace};
 
 const DISK: &str = "demo";
 const DISK_SIZE: &str = "4GiB";
@@ -104,7 +104,7 @@ pub fn tell(folder: &Path, san: San) -> Result<()> {
     ));
 
     let mut promises = Promises::default();
-    if carries_on(&mut guest)? {
+    if carries_on(&mut guest, CARRY_ON_LIMIT)? {
         report.event("the guest, still running, was served again and carried on");
         promises.record(&guest.finish().context("the first guest")?.results)?;
     } else {
@@ -138,17 +138,6 @@ pub fn tell(folder: &Path, san: San) -> Result<()> {
     report.event("the agent ended on SIGTERM; 'ballast store check' finds the store sound");
     println!("\nAll of it held, in {}.\n", time(report.elapsed()));
     print_by_hand(&ballast)
-}
-
-/// Whether the running guest is served again. One more `fsync` may have returned before the kill and be reported late:
-/// only the second one counts.
-fn carries_on(guest: &mut Guest) -> Result<bool> {
-    for _ in 0..2 {
-        if guest.wait_for_at_most("synced", CARRY_ON_LIMIT)?.is_none() {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }
 
 /// `vdi info` at a moment when the log holds what the store does not, as long as there is one.

@@ -21,6 +21,7 @@ pub mod job;
 pub mod process;
 pub mod qemu;
 pub mod run;
+pub mod san;
 pub mod workload;
 
 pub use agent::{Agent, AgentOptions, Ballast};
@@ -28,4 +29,5 @@ pub use image::GuestImage;
 pub use process::OwnedProcess;
 pub use qemu::{Accelerator, QemuVersion};
 pub use run::{Guest, GuestOptions, GuestReport};
+pub use san::{San, StorePlace};
 pub use workload::{Promises, Writer};

@@ -5,8 +5,11 @@
 //! next `fsync`. What was never promised may be there or not, but the file system has to be sound either way.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anyhow::{Result, anyhow};
+
+use super::run::Guest;
 
 /// The checksums that a guest's files must have, as far as they were fsynced.
 #[derive(Clone, Debug, Default)]
@@ -105,6 +108,18 @@ impl Writer {
             "#
         )
     }
+}
+
+/// Whether the guest of a [`Writer`] is served again after its agent was killed and started. Call
+/// [`Guest::skip_reported`] while the agent is dead. One more `fsync` may have returned before the kill and be reported
+/// late: only the second one counts. Gives up after `patience` for each.
+pub fn carries_on(guest: &mut Guest, patience: Duration) -> Result<bool> {
+    for _ in 0..2 {
+        if guest.wait_for_at_most("synced", patience)?.is_none() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// A job that mounts disk 0 (which lets ext4 replay its journal), checks every promise in the guest's file `/promises`,

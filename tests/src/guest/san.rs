@@ -1,13 +1,13 @@
-//! What the demo's store lies on: a file, or an iSCSI LUN served on loopback.
+//! What a store lies on: a file, or an iSCSI LUN served on loopback.
 
 use std::path::Path;
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
 
-use crate::guest::agent::argument;
+use super::agent::argument;
 
-/// The choice, from the environment variable `SAN`.
+/// The choice; the demo takes it from the environment variable `SAN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum San {
     /// A file.

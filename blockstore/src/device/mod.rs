@@ -4,6 +4,8 @@
 //! under way, because io_uring and libiscsi keep using them after a caller's future was dropped.
 
 mod check;
+#[cfg(any(test, feature = "sim"))]
+pub mod conformance;
 pub mod file;
 #[cfg(feature = "iscsi")]
 pub mod iscsi;
@@ -102,7 +104,7 @@ pub enum DeviceErrorKind {
 
 /// A failed device operation with its context.
 #[derive(Debug, thiserror::Error)]
-#[error("{device}: {operation} of {len} bytes at offset {offset}: {message}")]
+#[error("{device}: {operation}{}: {message}", DisplayRange(*offset, *len))]
 pub struct DeviceError {
     /// What callers branch on.
     pub kind: DeviceErrorKind,
@@ -116,6 +118,19 @@ pub struct DeviceError {
     pub len: u64,
     /// What went wrong and, where it helps, what to do next.
     pub message: String,
+}
+
+/// The range of an operation in a message; nothing for one that has none.
+struct DisplayRange(u64, u64);
+
+impl fmt::Display for DisplayRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(offset, len) = self;
+        if (*offset, *len) == (0, 0) {
+            return Ok(());
+        }
+        write!(f, " of {len} bytes at offset {offset}")
+    }
 }
 
 impl DeviceError {

@@ -79,6 +79,12 @@ async fn open_file(path: PathBuf, options: &OpenOptions) -> Result<Device, Devic
         })
 }
 
+#[cfg(feature = "iscsi")]
+async fn open_iscsi(url: &str, options: &OpenOptions) -> Result<Device, DeviceError> {
+    super::iscsi::open(url, options).await
+}
+
+#[cfg(not(feature = "iscsi"))]
 async fn open_iscsi(url: &str, _options: &OpenOptions) -> Result<Device, DeviceError> {
     let message = "this program was built without iSCSI: attach the target by the kernel and give \
                    file:/dev/disk/by-id/…, or build with the feature `iscsi`";

@@ -1,0 +1,239 @@
+//! What crosses the control socket, and what `--json` prints: the same objects.
+//!
+//! Scripts rely on these fields: they are only ever added to. Sizes are bytes, ages and times are
+//! milliseconds, LSNs count from 1 per disk (0: nothing written yet).
+
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use uuid::Uuid;
+
+/// A virtual disk as `vdi list` shows it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Vdi {
+    /// Unique in its store.
+    pub name: String,
+    /// Its identity for good.
+    pub uuid: Uuid,
+    /// Bytes that the guest sees.
+    pub size: u64,
+    /// Attached to this host.
+    pub attached: bool,
+    /// The vhost-user socket, while attached to this host.
+    pub socket: Option<PathBuf>,
+    /// The store's durable image reaches this LSN.
+    pub committed_lsn: u64,
+    /// What it is doing.
+    pub state: VdiState,
+    /// The host that holds it, if any: its name or UUID.
+    pub owner: Option<String>,
+}
+
+/// What a disk is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VdiState {
+    /// Attached to no host.
+    Detached,
+    /// Attached to another host.
+    Elsewhere,
+    /// Its socket listens, its log is being recovered; requests wait.
+    Recovering,
+    /// Serving.
+    Running,
+    /// Being detached.
+    Detaching,
+    /// Attached, but not served: see `last_error`. `vdi attach` tries again.
+    Failed,
+}
+
+impl VdiState {
+    /// The word that tables and JSON show.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Detached => "detached",
+            Self::Elsewhere => "elsewhere",
+            Self::Recovering => "recovering",
+            Self::Running => "running",
+            Self::Detaching => "detaching",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// A virtual disk as `vdi info` and `status` show it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VdiInfo {
+    /// The same as in the list.
+    #[serde(flatten)]
+    pub vdi: Vdi,
+    /// The last write that was taken.
+    pub last_lsn: u64,
+    /// Everything up to here is durable in the local log.
+    pub flushed_lsn: u64,
+    /// Bytes in the local log that the store does not have yet.
+    pub dirty_bytes: u64,
+    /// Age of the oldest of them.
+    pub oldest_dirty_ms: Option<u64>,
+    /// The last trouble with this disk, if it still matters.
+    pub last_error: Option<String>,
+    /// A virtual machine is connected.
+    pub front_end_connected: bool,
+}
+
+/// The store as `status` shows it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StoreStatus {
+    /// Where it is, without secrets.
+    pub url: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// It answered last time.
+    pub reachable: bool,
+    /// Since when it did not, in milliseconds of UNIX time.
+    pub down_since_ms: Option<u64>,
+    /// Why it did not.
+    pub last_error: Option<String>,
+    /// The device has no compare-and-write: this host has the store for itself.
+    pub single_host: bool,
+    /// Bytes of the device that the store manages.
+    pub capacity: u64,
+    /// Bytes not allocated, as far as this host knows.
+    pub free_bytes: Option<u64>,
+}
+
+/// The cache as `cache status` and `status` show it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CacheStatus {
+    /// Its files or devices.
+    pub paths: Vec<PathBuf>,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// Bytes for segments.
+    pub capacity: u64,
+    /// Bytes of a segment.
+    pub segment_size: u64,
+    /// How many there are.
+    pub segments: u64,
+    /// Bytes in segments that the store does not have yet.
+    pub dirty_bytes: u64,
+    /// Bytes in segments that serve as read cache.
+    pub clean_bytes: u64,
+    /// Bytes in free segments.
+    pub free_bytes: u64,
+    /// Share of the ring that cannot be reclaimed at once: 0 to 1.
+    pub fill: f64,
+}
+
+/// The agent as `status` shows it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AgentStatus {
+    /// Its process id.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// Since its start.
+    pub uptime_ms: u64,
+    /// This host's identity, kept in the cache.
+    pub host_uuid: Uuid,
+    /// This host's name.
+    pub host_name: String,
+}
+
+/// Everything `status` shows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The daemon.
+    pub agent: AgentStatus,
+    /// The shared store.
+    pub store: StoreStatus,
+    /// The local cache.
+    pub cache: CacheStatus,
+    /// Disks attached to this host.
+    pub vdis: Vec<VdiInfo>,
+}
+
+/// Request of `vdi create`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateRequest {
+    /// Unique in the store.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Answer of `vdi create` and `vdi resize`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Created {
+    /// As given.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// Bytes that it has now.
+    pub size: u64,
+}
+
+/// Answer of `vdi attach`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Attached {
+    /// As given.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// Path of the vhost-user socket.
+    pub socket: PathBuf,
+}
+
+/// Request of `vdi detach`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DetachRequest {
+    /// Even while a virtual machine is connected.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Request of `vdi resize`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeRequest {
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Answer of `vdi detach` and `vdi delete`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Done {
+    /// Which disk.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+}
+
+/// Request of `cache drain`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrainRequest {
+    /// One disk, by name or UUID; all attached ones if absent.
+    #[serde(default)]
+    pub vdi: Option<String>,
+}
+
+/// Answer of `cache drain`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Drained {
+    /// The disks that were drained.
+    pub drained: Vec<DrainedVdi>,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// One drained disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DrainedVdi {
+    /// Which disk.
+    pub name: String,
+    /// All up to this LSN is committed to the store.
+    pub lsn: u64,
+}

@@ -1,0 +1,99 @@
+//! Commands that ask the daemon.
+//!
+//! The daemon carries a request to its end even if the command is interrupted, so that Ctrl-C never leaves half a
+//! change behind; `status` and `vdi info` then show what became of it.
+
+use super::VdiCommand;
+use super::output::Output;
+use super::tables;
+use crate::api::{
+    Attached, CacheStatus, CreateRequest, Created, DetachRequest, Done, DrainRequest, Drained,
+    ResizeRequest, Status, Vdi, VdiInfo,
+};
+use crate::control::client::Client;
+use crate::error::{Failure, Kind, Result};
+use crate::names::{check_vdi_name, percent_escape};
+use crate::units::format_size;
+use std::io::IsTerminal;
+use std::path::Path;
+use std::time::Duration;
+
+/// Path of a disk's resource.
+fn at(name: &str, action: &str) -> Result<String> {
+    if name.is_empty() {
+        return Err(Failure::new(Kind::Usage, "the name of a disk must not be empty"));
+    }
+    Ok(format!("/v1/vdis/{}{action}", percent_escape(name)))
+}
+
+pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()> {
+    let client = Client::new(run_dir);
+    match command {
+        VdiCommand::Create { name, size } => {
+            check_vdi_name(&name).map_err(|words| Failure::new(Kind::Usage, words))?;
+            let created: Created = client.post("/v1/vdis", &CreateRequest { name, size }).await?;
+            out.print(&created, |c| format!("created {} ({})", c.name, format_size(c.size)))
+        }
+        VdiCommand::List => {
+            let vdis: Vec<Vdi> = client.get("/v1/vdis").await?;
+            out.print(&vdis, |vdis| tables::vdi_list(vdis))
+        }
+        VdiCommand::Info { name } => {
+            let info: VdiInfo = client.get(&at(&name, "")?).await?;
+            out.print(&info, tables::vdi_info)
+        }
+        VdiCommand::Attach { name } => {
+            let attached: Attached = client.post(&at(&name, "/attach")?, &()).await?;
+            out.print(&attached, |attached| attached.socket.display().to_string())
+        }
+        VdiCommand::Detach { name, force } => {
+            let done: Done = client.post(&at(&name, "/detach")?, &DetachRequest { force }).await?;
+            out.print(&done, |done| format!("detached {}", done.name))
+        }
+        VdiCommand::Delete { name } => {
+            let done: Done = client.delete(&at(&name, "")?).await?;
+            out.print(&done, |done| format!("deleted {}", done.name))
+        }
+        VdiCommand::Resize { name, size } => {
+            let resized: Created =
+                client.post(&at(&name, "/resize")?, &ResizeRequest { size }).await?;
+            out.print(&resized, |r| format!("{} has {} now", r.name, format_size(r.size)))
+        }
+    }
+}
+
+pub async fn status(run_dir: &Path, out: Output) -> Result<()> {
+    let status: Status = Client::new(run_dir).get("/v1/status").await?;
+    out.print(&status, tables::status)
+}
+
+pub async fn cache_status(run_dir: &Path, out: Output) -> Result<()> {
+    let cache: CacheStatus = Client::new(run_dir).get("/v1/cache").await?;
+    out.print(&cache, tables::cache_status)
+}
+
+pub async fn cache_drain(vdi: Option<String>, run_dir: &Path, out: Output) -> Result<()> {
+    let client = Client::new(run_dir);
+    let request = DrainRequest { vdi };
+    let drain = client.post::<_, Drained>("/v1/cache/drain", &request);
+    let drained = if !out.json && std::io::stderr().is_terminal() {
+        tokio::select! {
+            drained = drain => drained,
+            () = show_progress(&client) => unreachable!("progress is shown for ever"),
+        }
+    } else {
+        drain.await
+    }?;
+    out.print(&drained, tables::drained)
+}
+
+/// Says each second how much is left.
+async fn show_progress(client: &Client) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let Ok(status) = client.get::<Status>("/v1/status").await else { continue };
+        let down = if status.store.reachable { "" } else { " (the store is down: waiting for it)" };
+        let left = format_size(status.cache.dirty_bytes);
+        eprintln!("draining: {left} not in the store yet{down}");
+    }
+}

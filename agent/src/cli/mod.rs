@@ -1,0 +1,297 @@
+//! The command line: its grammar, and who carries out which command.
+//!
+//! `store` commands and `cache check` work on devices directly; `agent` is the daemon; everything else asks the daemon
+//! through its control socket.
+
+mod agent_commands;
+mod output;
+mod store_commands;
+mod tables;
+
+use crate::config::{AgentArgs, DeviceArgs, RUN_DIR_DEFAULT};
+use crate::error::{EXIT_CODES, ErrorBody, Failure, Kind, Result};
+use crate::units::parse_size;
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Virtual disks for the VMs of this host: acknowledged by a local log, kept in a store on a shared device.
+#[derive(Debug, Parser)]
+#[command(name = "ballast", version, after_help = EXIT_CODES)]
+#[command(propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// Print JSON instead of tables
+    #[arg(long, global = true)]
+    json: bool,
+    /// Folder of the agent's sockets [default: /run/ballast]
+    #[arg(long, global = true, value_name = "DIR", env = "BALLAST_RUN_DIR")]
+    run_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon
+    #[command(after_help = EXIT_CODES)]
+    Agent(Box<AgentArgs>),
+    /// Format and examine a shared store, without the daemon
+    #[command(subcommand, arg_required_else_help = true)]
+    Store(StoreCommand),
+    /// Manage virtual disks
+    #[command(subcommand, arg_required_else_help = true)]
+    Vdi(VdiCommand),
+    /// Examine and drain the local cache
+    #[command(subcommand, arg_required_else_help = true)]
+    Cache(CacheCommand),
+    /// Show how the agent, its store, its cache and its disks are
+    Status,
+}
+
+/// A store's device.
+#[derive(Clone, Debug, clap::Args)]
+struct StoreArgs {
+    /// The device: file:PATH (a file or block device) or iscsi://HOST[:PORT]/IQN/LUN
+    url: String,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum StoreCommand {
+    /// Make a device a Ballast store; all that it held is lost
+    Format {
+        #[command(flatten)]
+        store: StoreArgs,
+        /// Use this much of the device; creates a file that does not exist [default: all of it]
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+        size: Option<u64>,
+        /// Unit in which hosts claim space [default: fits the size]
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+        extent_size: Option<u64>,
+        /// Even if the device holds a store or other data
+        #[arg(long)]
+        force: bool,
+    },
+    /// Show what a store is and how full
+    Info {
+        #[command(flatten)]
+        store: StoreArgs,
+    },
+    /// Verify every structure and checksum; changes nothing
+    Check {
+        #[command(flatten)]
+        store: StoreArgs,
+        /// Read and verify the data blocks too, not only the structures
+        #[arg(long)]
+        data: bool,
+    },
+    /// Write the committed image of a disk to a sparse file
+    Export {
+        #[command(flatten)]
+        store: StoreArgs,
+        /// The disk: name or UUID
+        vdi: String,
+        /// The file to write; must not exist
+        outfile: PathBuf,
+        /// Overwrite OUTFILE if it exists
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum VdiCommand {
+    /// Create a disk: empty, thin
+    Create {
+        /// Its name: unique in the store
+        name: String,
+        /// What the guest sees: 4GiB, 512MiB, 1T or plain bytes
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+        size: u64,
+    },
+    /// List the store's disks
+    List,
+    /// Show one disk
+    Info {
+        /// The disk: name or UUID
+        name: String,
+    },
+    /// Serve a disk on this host; prints its vhost-user socket
+    Attach {
+        /// The disk: name or UUID
+        name: String,
+    },
+    /// Stop serving a disk: drains its log to the store, then releases it
+    Detach {
+        /// The disk: name or UUID
+        name: String,
+        /// Even while a virtual machine is connected to it
+        #[arg(long)]
+        force: bool,
+    },
+    /// Delete a disk that is not attached
+    Delete {
+        /// The disk: name or UUID
+        name: String,
+    },
+    /// Grow a disk
+    Resize {
+        /// The disk: name or UUID
+        name: String,
+        /// What the guest shall see
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+        size: u64,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum CacheCommand {
+    /// Show the ring's fill
+    Status,
+    /// Return when all that was acknowledged before is committed to the store
+    Drain {
+        /// One disk, by name or UUID [default: all that are attached]
+        vdi: Option<String>,
+    },
+    /// Verify a cache offline, without changing it
+    Check {
+        /// Its file or device [default: what the last agent in --run-dir used]
+        paths: Vec<PathBuf>,
+    },
+}
+
+/// Runs the command of this process's arguments.
+#[must_use]
+pub fn run() -> ExitCode {
+    let wants_json = std::env::args_os().skip(1).any(|argument| argument == "--json");
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse_usage(&error, wants_json),
+    };
+    let json = cli.json;
+    match execute(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            report(&failure, json);
+            failure.exit_code()
+        }
+    }
+}
+
+/// Help and version are no errors; everything else is a usage error, as JSON where that was asked for.
+fn refuse_usage(error: &clap::Error, json: bool) -> ExitCode {
+    if !error.use_stderr() || !json {
+        let _ = error.print();
+        return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Kind::Usage.exit_code()));
+    }
+    let text = error.to_string();
+    let first = text.lines().next().unwrap_or_default();
+    let failure = Failure::new(Kind::Usage, first.strip_prefix("error: ").unwrap_or(first));
+    report(&failure, json);
+    failure.exit_code()
+}
+
+fn report(failure: &Failure, json: bool) {
+    if failure.message.is_empty() {
+        return; // A check has printed its findings already.
+    }
+    if json {
+        let body = ErrorBody { error: failure.clone() };
+        eprintln!("{}", serde_json::to_string(&body).unwrap_or_default());
+    } else {
+        eprintln!("ballast: {failure}");
+    }
+}
+
+fn execute(cli: Cli) -> Result<()> {
+    let run_dir = || cli.run_dir.clone().unwrap_or_else(|| RUN_DIR_DEFAULT.into());
+    let out = output::Output { json: cli.json };
+    match cli.command {
+        Command::Agent(args) => {
+            let config = crate::config::AgentConfig::load(*args, cli.run_dir)?;
+            crate::daemon::run(config)
+        }
+        Command::Store(command) => block_on(store_commands::run(command, out)),
+        Command::Cache(CacheCommand::Check { paths }) => {
+            block_on(store_commands::cache_check(paths, &run_dir(), out))
+        }
+        Command::Vdi(command) => block_on(agent_commands::vdi(command, &run_dir(), out)),
+        Command::Cache(CacheCommand::Status) => {
+            block_on(agent_commands::cache_status(&run_dir(), out))
+        }
+        Command::Cache(CacheCommand::Drain { vdi }) => {
+            block_on(agent_commands::cache_drain(vdi, &run_dir(), out))
+        }
+        Command::Status => block_on(agent_commands::status(&run_dir(), out)),
+    }
+}
+
+fn block_on(task: impl Future<Output = Result<()>>) -> Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(|error| {
+        Failure::new(Kind::Failed, format!("cannot start the program's threads: {error}"))
+    })?;
+    let result = runtime.block_on(Box::pin(task));
+    // A device that hangs must not keep a finished command from ending.
+    runtime.shutdown_background();
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_fixed_forms_parse() {
+        for line in [
+            "store format file:/x --size 8GiB --extent-size 2GiB",
+            "store info file:/x",
+            "store check file:/x --json",
+            "store export file:/x disk /tmp/out",
+            "agent --store file:/x --cache /c --cache /d --cache-size 2GiB --run-dir /r",
+            "agent --config /f",
+            "--run-dir /r vdi create db --size 4GiB",
+            "--run-dir /r vdi attach db --json",
+            "--json --run-dir /r vdi list",
+            "vdi info db",
+            "vdi detach db --force",
+            "vdi resize db --size 1T",
+            "vdi delete db",
+            "cache status",
+            "cache drain",
+            "cache drain db",
+            "cache check /c",
+            "status",
+        ] {
+            let words = std::iter::once("ballast").chain(line.split(' '));
+            assert!(Cli::try_parse_from(words).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
+    fn wrong_forms_are_refused() {
+        for line in [
+            "vdi create db",
+            "vdi create db --size 0",
+            "vdi create db --size lots",
+            "vdi attach",
+            "store",
+            "store format",
+            "agent --queues 0",
+            "agent --queue-size 100",
+            "status --frob",
+            "outage",
+        ] {
+            let words = std::iter::once("ballast").chain(line.split(' '));
+            assert!(Cli::try_parse_from(words).is_err(), "{line}");
+        }
+    }
+}

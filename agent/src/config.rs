@@ -1,0 +1,332 @@
+//! What the daemon was told: flags, a TOML file, or both. Flags win over the file, the file over the defaults.
+//!
+//! A key that is not known is refused with its name, its place and the file's: a misspelt durability or security setting
+//! must not pass silently.
+
+use crate::error::{Failure, Kind, Result};
+use crate::units::{parse_duration, parse_size};
+use serde::{Deserialize, Deserializer};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where sockets go if nothing else was said.
+pub const RUN_DIR_DEFAULT: &str = "/run/ballast";
+
+/// Largest number of queues of one disk.
+pub const QUEUES_MAX: u16 = 16;
+
+/// How to reach the store's device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
+pub struct DeviceArgs {
+    /// iSCSI: a file with USER:SECRET in its first line, for CHAP [default: the variable BALLAST_CHAP, if set]
+    #[arg(long, value_name = "FILE")]
+    pub chap_file: Option<PathBuf>,
+    /// iSCSI: the initiator's name [default: derived from this host's name]
+    #[arg(long, value_name = "IQN")]
+    pub initiator_name: Option<String>,
+}
+
+/// Settings of the daemon as given by flags.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct AgentArgs {
+    /// Read settings from this TOML file; flags win over it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The shared store: file:PATH (a file or block device) or iscsi://HOST[:PORT]/IQN/LUN
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// The local cache: a file, partition or md array
+    #[arg(long, value_name = "PATH")]
+    pub cache: Vec<PathBuf>,
+    /// Create the cache with this size if it does not exist yet
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub cache_size: Option<u64>,
+    /// What to log: error, warn, info, debug, trace, or a filter like info,cache=debug
+    #[arg(long, value_name = "FILTER", env = "BALLAST_LOG")]
+    pub log: Option<String>,
+    /// At the start, wait this long for a store that cannot be reached [default: 30s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub store_wait: Option<Duration>,
+    /// At the stop, spend this long on draining the log to the store [default: 10s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub shutdown_timeout: Option<Duration>,
+    /// Mode of the disks' sockets, octal [default: 0600]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    pub socket_mode: Option<u32>,
+    /// Owner of the disks' sockets: USER, USER:GROUP or :GROUP, names or numbers
+    #[arg(long, value_name = "USER:GROUP")]
+    pub socket_owner: Option<String>,
+    /// Queues offered per disk [default: 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=QUEUES_MAX as i64))]
+    pub queues: Option<u16>,
+    /// Longest queue that is accepted [default: 1024]
+    #[arg(long, value_name = "N", value_parser = parse_queue_size)]
+    pub queue_size: Option<u16>,
+    /// Poll this many microseconds for new requests before sleeping [default: 0]
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub poll_us: Option<u32>,
+    /// Commit a write to the store at the latest this long after it was acknowledged
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub flush_max_age: Option<Duration>,
+}
+
+/// The TOML file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileConfig {
+    store: Option<String>,
+    run_dir: Option<PathBuf>,
+    log: Option<String>,
+    chap_file: Option<PathBuf>,
+    initiator_name: Option<String>,
+    #[serde(default, deserialize_with = "duration")]
+    store_wait: Option<Duration>,
+    #[serde(default, deserialize_with = "duration")]
+    shutdown_timeout: Option<Duration>,
+    #[serde(default)]
+    cache: CacheSection,
+    #[serde(default)]
+    sockets: SocketSection,
+    #[serde(default)]
+    disks: DiskSection,
+    #[serde(default)]
+    flush: FlushSection,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CacheSection {
+    #[serde(default)]
+    paths: Vec<PathBuf>,
+    #[serde(default, deserialize_with = "size")]
+    size: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SocketSection {
+    #[serde(default, deserialize_with = "mode")]
+    mode: Option<u32>,
+    owner: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DiskSection {
+    queues: Option<u16>,
+    queue_size: Option<u16>,
+    poll_us: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FlushSection {
+    #[serde(default, deserialize_with = "duration")]
+    max_age: Option<Duration>,
+}
+
+/// Settings of the daemon, complete and checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentConfig {
+    /// URL of the shared store.
+    pub store: String,
+    /// How to reach it.
+    pub device: DeviceArgs,
+    /// The cache's one leg. (A second leg is refused below; its place is here.)
+    pub cache: PathBuf,
+    /// Bytes of a cache that does not exist yet.
+    pub cache_size: Option<u64>,
+    /// Folder of all sockets.
+    pub run_dir: PathBuf,
+    /// Log filter.
+    pub log: String,
+    /// Patience with an unreachable store at the start.
+    pub store_wait: Duration,
+    /// Time for draining at the stop.
+    pub shutdown_timeout: Duration,
+    /// Of the disks' sockets.
+    pub socket_mode: u32,
+    /// Of the disks' sockets: user id and group id; `None` leaves them as created.
+    pub socket_owner: (Option<u32>, Option<u32>),
+    /// Queues per disk.
+    pub queues: u16,
+    /// Longest queue.
+    pub queue_size: u16,
+    /// Adaptive polling, microseconds.
+    pub poll_us: u32,
+    /// Longest age of an uncommitted write while the store answers; `None` leaves it to the flusher.
+    pub flush_max_age: Option<Duration>,
+}
+
+impl AgentConfig {
+    /// Puts flags, file and defaults together. `run_dir` is the global flag (or its environment variable).
+    ///
+    /// # Errors
+    /// [`Kind::Usage`]: the file cannot be read or makes no sense; a setting is missing or not possible.
+    pub fn load(args: AgentArgs, run_dir: Option<PathBuf>) -> Result<Self> {
+        let file = match &args.config {
+            Some(path) => read_file(path)?,
+            None => FileConfig::default(),
+        };
+        merge(args, file, run_dir)
+    }
+}
+
+fn usage(message: impl Into<String>) -> Failure {
+    Failure::new(Kind::Usage, message)
+}
+
+fn read_file(path: &Path) -> Result<FileConfig> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        usage(format!("cannot read the configuration file {}: {error}", path.display()))
+    })?;
+    parse_file(&text)
+        .map_err(|failure| failure.within(format_args!("configuration file {}", path.display())))
+}
+
+fn parse_file(text: &str) -> Result<FileConfig> {
+    toml::from_str(text).map_err(|error| {
+        let line =
+            error.span().map(|span| text[..span.start.min(text.len())].lines().count().max(1));
+        let place = line.map(|line| format!("line {line}: ")).unwrap_or_default();
+        let message = error.message().replace("unknown field", "unknown key").replace('\n', " ");
+        usage(format!("{place}{message}"))
+    })
+}
+
+fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<AgentConfig> {
+    let store = args.store.or(file.store).ok_or_else(|| {
+        usage("no store was named: give --store URL, or 'store = \"…\"' in the configuration file")
+    })?;
+    let caches = if args.cache.is_empty() { file.cache.paths } else { args.cache };
+    let owner = args.socket_owner.or(file.sockets.owner);
+    let queues = args.queues.or(file.disks.queues).unwrap_or(4);
+    if !(1..=QUEUES_MAX).contains(&queues) {
+        return Err(usage(format!(
+            "disks.queues is {queues}: give a number from 1 to {QUEUES_MAX}"
+        )));
+    }
+    let queue_size = args.queue_size.or(file.disks.queue_size).unwrap_or(1024);
+    check_queue_size(queue_size).map_err(|words| usage(format!("disks.queue_size: {words}")))?;
+    Ok(AgentConfig {
+        store,
+        device: DeviceArgs {
+            chap_file: args.device.chap_file.or(file.chap_file),
+            initiator_name: args.device.initiator_name.or(file.initiator_name),
+        },
+        cache: one_cache(caches)?,
+        cache_size: args.cache_size.or(file.cache.size),
+        run_dir: run_dir.or(file.run_dir).unwrap_or_else(|| RUN_DIR_DEFAULT.into()),
+        log: args.log.or(file.log).unwrap_or_else(|| "info".into()),
+        store_wait: args.store_wait.or(file.store_wait).unwrap_or(Duration::from_secs(30)),
+        shutdown_timeout: args
+            .shutdown_timeout
+            .or(file.shutdown_timeout)
+            .unwrap_or(Duration::from_secs(10)),
+        socket_mode: args.socket_mode.or(file.sockets.mode).unwrap_or(0o600),
+        socket_owner: owner.map_or(Ok((None, None)), |owner| resolve_owner(&owner))?,
+        queues,
+        queue_size,
+        poll_us: args.poll_us.or(file.disks.poll_us).unwrap_or(0),
+        flush_max_age: args.flush_max_age.or(file.flush.max_age),
+    })
+}
+
+fn one_cache(mut caches: Vec<PathBuf>) -> Result<PathBuf> {
+    match caches.len() {
+        0 => Err(usage(
+            "no cache was named: give --cache PATH, or 'paths = [\"…\"]' in section [cache] of the configuration file",
+        )),
+        1 => Ok(caches.remove(0)),
+        _ => Err(usage(format!(
+            "{} caches were named ({} and {}): a cache mirrored on two devices comes with a later version; \
+             give one, which may be an md RAID1 array",
+            caches.len(),
+            caches[0].display(),
+            caches[1].display()
+        ))),
+    }
+}
+
+fn check_queue_size(size: u16) -> Result<u16, String> {
+    if size.is_power_of_two() && (2..=4096).contains(&size) {
+        Ok(size)
+    } else {
+        Err(format!("{size} is not possible: give a power of two from 2 to 4096"))
+    }
+}
+
+fn parse_queue_size(text: &str) -> Result<u16, String> {
+    check_queue_size(text.parse().map_err(|_| format!("'{text}' is not a number up to 4096"))?)
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text.strip_prefix("0o").unwrap_or(text), 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err(format!("'{text}' is not a file mode: write it in octal, like 0660")),
+    }
+}
+
+/// Resolves `USER`, `USER:GROUP` or `:GROUP` to ids.
+fn resolve_owner(owner: &str) -> Result<(Option<u32>, Option<u32>)> {
+    let (user, group) = owner.split_once(':').unwrap_or((owner, ""));
+    let unknown = |what: &str, name: &str| {
+        usage(format!("socket owner '{owner}': there is no {what} '{name}' on this host"))
+    };
+    let uid = match (user, user.parse()) {
+        ("", _) => None,
+        (_, Ok(uid)) => Some(uid),
+        (name, Err(_)) => {
+            let found = nix::unistd::User::from_name(name).ok().flatten();
+            Some(found.ok_or_else(|| unknown("user", name))?.uid.as_raw())
+        }
+    };
+    let gid = match (group, group.parse()) {
+        ("", _) => None,
+        (_, Ok(gid)) => Some(gid),
+        (name, Err(_)) => {
+            let found = nix::unistd::Group::from_name(name).ok().flatten();
+            Some(found.ok_or_else(|| unknown("group", name))?.gid.as_raw())
+        }
+    };
+    Ok((uid, gid))
+}
+
+/// A size in TOML: text with a unit, or plain bytes.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum TextOrNumber {
+    Text(String),
+    Number(u64),
+}
+
+impl TextOrNumber {
+    fn into_text(self) -> String {
+        match self {
+            Self::Text(text) => text,
+            Self::Number(number) => number.to_string(),
+        }
+    }
+}
+
+fn size<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    let text = TextOrNumber::deserialize(from)?.into_text();
+    parse_size(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+    let text = TextOrNumber::deserialize(from)?.into_text();
+    parse_duration(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+/// A mode must be text: a bare 0660 is no TOML, and a bare 660 would be decimal.
+fn mode<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+    let text = String::deserialize(from)?;
+    parse_mode(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

@@ -1,0 +1,128 @@
+//! Flags over file over defaults; whatever is wrong is named.
+
+use super::*;
+
+fn load(args: AgentArgs, text: &str) -> Result<AgentConfig> {
+    merge(args, parse_file(text)?, None)
+}
+
+fn minimal() -> AgentArgs {
+    AgentArgs {
+        store: Some("file:/store".into()),
+        cache: vec!["/cache".into()],
+        ..AgentArgs::default()
+    }
+}
+
+const FULL: &str = r#"
+    store = "file:/from-file"
+    run_dir = "/run/from-file"
+    log = "debug"
+    chap_file = "/chap"
+    store_wait = "1m"
+    shutdown_timeout = 3
+    [cache]
+    paths = ["/cache-from-file"]
+    size = "2GiB"
+    [sockets]
+    mode = "0660"
+    owner = "0:0"
+    [disks]
+    queues = 2
+    queue_size = 256
+    poll_us = 50
+    [flush]
+    max_age = "500ms"
+"#;
+
+#[test]
+fn a_file_alone_is_enough() {
+    let config = load(AgentArgs::default(), FULL).unwrap();
+    let expected = AgentConfig {
+        store: "file:/from-file".into(),
+        device: DeviceArgs { chap_file: Some("/chap".into()), initiator_name: None },
+        cache: "/cache-from-file".into(),
+        cache_size: Some(2 << 30),
+        run_dir: "/run/from-file".into(),
+        log: "debug".into(),
+        store_wait: Duration::from_secs(60),
+        shutdown_timeout: Duration::from_secs(3),
+        socket_mode: 0o660,
+        socket_owner: (Some(0), Some(0)),
+        queues: 2,
+        queue_size: 256,
+        poll_us: 50,
+        flush_max_age: Some(Duration::from_millis(500)),
+    };
+    assert_eq!(config, expected);
+}
+
+#[test]
+fn flags_win() {
+    let args = AgentArgs { cache_size: Some(1 << 20), queues: Some(8), ..minimal() };
+    let file = parse_file(FULL).unwrap();
+    let config = merge(args, file, Some("/run/flag".into())).unwrap();
+    assert_eq!((config.store.as_str(), config.cache.to_str()), ("file:/store", Some("/cache")));
+    assert_eq!((config.cache_size, config.queues), (Some(1 << 20), 8));
+    assert_eq!(config.run_dir, Path::new("/run/flag"));
+}
+
+#[test]
+fn flags_alone_are_enough_and_defaults_are_safe() {
+    let config = load(minimal(), "").unwrap();
+    assert_eq!((config.run_dir.as_path(), config.socket_mode), (Path::new(RUN_DIR_DEFAULT), 0o600));
+    assert_eq!((config.socket_owner, config.poll_us), ((None, None), 0));
+}
+
+#[track_caller]
+fn refused(args: AgentArgs, text: &str, words: &[&str]) {
+    let failure = load(args, text).unwrap_err();
+    assert_eq!(failure.kind, Kind::Usage);
+    for word in words {
+        assert!(failure.message.contains(word), "'{word}' is not in: {failure}");
+    }
+    assert!(!failure.message.contains('\n'), "one line: {failure}");
+}
+
+#[test]
+fn what_is_wrong_in_a_file_is_named_with_its_line() {
+    refused(minimal(), "store = \"file:/x\"\nstroe = 1\n", &["line 2", "unknown key `stroe`"]);
+    refused(minimal(), "[cache]\nsiez = 1\n", &["line 2", "unknown key `siez`", "size"]);
+    refused(minimal(), "[cache]\nsize = \"0\"\n", &["line 2", "size of 0"]);
+    refused(minimal(), "[sockets]\nmode = \"0999\"\n", &["line 2", "0999", "octal"]);
+    refused(minimal(), "[sockets]\nmode = 660\n", &["line 2"]);
+    refused(minimal(), "store_wait = \"soon\"\n", &["line 1", "'soon'", "duration"]);
+    refused(minimal(), "store = \n", &["line 1"]);
+    refused(minimal(), "[disks]\nqueues = 0\n", &["disks.queues", "0"]);
+    refused(minimal(), "[disks]\nqueue_size = 100\n", &["disks.queue_size", "100", "power of two"]);
+}
+
+#[test]
+fn what_is_missing_or_not_possible_is_named() {
+    refused(AgentArgs { store: None, ..minimal() }, "", &["--store"]);
+    refused(AgentArgs { cache: vec![], ..minimal() }, "", &["--cache", "[cache]"]);
+    let two = AgentArgs { cache: vec!["/a".into(), "/b".into()], ..minimal() };
+    refused(two, "", &["/a", "/b", "later version"]);
+    let owner = AgentArgs { socket_owner: Some("no-such-user:0".into()), ..minimal() };
+    refused(owner, "", &["no-such-user", "socket owner"]);
+}
+
+#[test]
+fn owners_by_name_and_number() {
+    assert_eq!(resolve_owner("root:root").unwrap(), (Some(0), Some(0)));
+    assert_eq!(resolve_owner("12").unwrap(), (Some(12), None));
+    assert_eq!(resolve_owner(":7").unwrap(), (None, Some(7)));
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let args = AgentArgs { config: Some("/no/such/file".into()), ..minimal() };
+    assert!(AgentConfig::load(args, None).unwrap_err().message.contains("/no/such/file"));
+}
+
+proptest::proptest! {
+    #[test]
+    fn garbage_never_panics(text in ".{0,200}") {
+        let _ = load(minimal(), &text);
+    }
+}

@@ -1,0 +1,23 @@
+//! The control API: HTTP with JSON bodies over a UNIX socket of mode 0600.
+//!
+//! ```text
+//! GET    /v1/status                 Status
+//! GET    /v1/cache                  CacheStatus
+//! POST   /v1/cache/drain            DrainRequest   → Drained
+//! GET    /v1/vdis                   [Vdi]
+//! POST   /v1/vdis                   CreateRequest  → Created
+//! GET    /v1/vdis/NAME              VdiInfo
+//! DELETE /v1/vdis/NAME              Done
+//! POST   /v1/vdis/NAME/attach       Attached
+//! POST   /v1/vdis/NAME/detach       DetachRequest  → Done
+//! POST   /v1/vdis/NAME/resize       ResizeRequest  → Created
+//! ```
+//!
+//! NAME is a percent-escaped name or UUID. A failure has a status of 400 and above and the body
+//! `{"error": {"kind": …, "message": …}}`.
+
+pub mod client;
+pub mod server;
+
+/// Longest request body.
+pub const REQUEST_BYTES_MAX: usize = 64 << 10;

@@ -1,0 +1,274 @@
+//! The daemon's side of the control socket.
+//!
+//! A request that changes something runs as a task of its own: a caller that goes away does not cancel it half-way.
+//! At most [`REQUESTS_MAX`] requests are under way; more are turned away at once. Nothing that comes in over the socket
+//! can end the daemon: what cannot be understood is answered with words.
+
+use super::REQUEST_BYTES_MAX;
+use crate::api::{CreateRequest, DetachRequest, DrainRequest, ResizeRequest};
+use crate::error::{ErrorBody, Failure, Kind, Result};
+use crate::host::Host;
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, PathRejection};
+use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use parking_lot::RwLock;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::sync::Arc;
+use tokio::net::UnixListener;
+use tokio::sync::Semaphore;
+
+/// Requests under way at one time.
+pub const REQUESTS_MAX: usize = 64;
+
+/// What the daemon is doing, as far as requests are concerned.
+#[derive(Clone, Debug)]
+pub enum Phase {
+    /// Not ready yet, with what it is doing.
+    Starting(String),
+    /// Ready.
+    Running(Arc<Host>),
+    /// Stopping: nothing is accepted any more.
+    Stopping,
+}
+
+/// The phase, shared between the daemon and its control socket.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    phase: Arc<RwLock<Phase>>,
+    permits: Arc<Semaphore>,
+}
+
+impl Gate {
+    /// A daemon that is starting.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            phase: Arc::new(RwLock::new(Phase::Starting("starting".into()))),
+            permits: Arc::new(Semaphore::new(REQUESTS_MAX)),
+        }
+    }
+
+    /// Enters a phase.
+    pub fn set(&self, phase: Phase) {
+        *self.phase.write() = phase;
+    }
+
+    fn host(&self) -> Result<Arc<Host>> {
+        match &*self.phase.read() {
+            Phase::Running(host) => Ok(Arc::clone(host)),
+            Phase::Starting(doing) => Err(Failure::new(
+                Kind::Unavailable,
+                format!("the agent is not ready yet ({doing}): try again"),
+            )),
+            Phase::Stopping => Err(Failure::new(
+                Kind::Unavailable,
+                "the agent is stopping: try again when it was started again",
+            )),
+        }
+    }
+}
+
+/// Serves the control socket until `stop` resolves and the requests under way are answered.
+pub async fn serve(
+    listener: UnixListener,
+    gate: Gate,
+    stop: impl Future<Output = ()> + Send + 'static,
+) {
+    let server = axum::serve(listener, router(gate)).with_graceful_shutdown(stop);
+    if let Err(error) = server.await {
+        tracing::error!(
+            "the control socket failed: {error}; restart the agent to control it again"
+        );
+    }
+}
+
+fn router(gate: Gate) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/cache", get(cache_status))
+        .route("/v1/cache/drain", post(drain))
+        .route("/v1/vdis", get(list).post(create))
+        .route("/v1/vdis/{name}", get(info).delete(delete))
+        .route("/v1/vdis/{name}/attach", post(attach))
+        .route("/v1/vdis/{name}/detach", post(detach))
+        .route("/v1/vdis/{name}/resize", post(resize))
+        .fallback(unknown)
+        .method_not_allowed_fallback(unknown)
+        .layer(middleware::from_fn_with_state(gate.clone(), limit))
+        .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
+        .with_state(gate)
+}
+
+async fn limit(State(gate): State<Gate>, request: Request, next: Next) -> Response {
+    let Ok(_permit) = gate.permits.try_acquire() else {
+        let words = format!("{REQUESTS_MAX} requests are under way already: try again later");
+        return Failure::new(Kind::Unavailable, words).into_response();
+    };
+    next.run(request).await
+}
+
+type Gated = State<Gate>;
+type Name = Result<Path<String>, PathRejection>;
+type Body = Result<Bytes, BytesRejection>;
+
+async fn unknown(method: Method, uri: Uri) -> Response {
+    let words = format!(
+        "the agent (version {}) knows no request '{method} {}': use the command of the same version",
+        env!("CARGO_PKG_VERSION"),
+        uri.path().escape_debug()
+    );
+    Failure::new(Kind::Usage, words).into_response()
+}
+
+async fn status(State(gate): Gated) -> Response {
+    answer(async { Ok(gate.host()?.status().await) }.await)
+}
+
+async fn cache_status(State(gate): Gated) -> Response {
+    answer(gate.host().map(|host| host.cache_status()))
+}
+
+async fn list(State(gate): Gated) -> Response {
+    answer(async { gate.host()?.list().await }.await)
+}
+
+async fn info(State(gate): Gated, name: Name) -> Response {
+    answer(async { gate.host()?.info(&name_of(name)?).await }.await)
+}
+
+async fn create(State(gate): Gated, body: Body) -> Response {
+    answer(
+        async {
+            let CreateRequest { name, size } = parse(body)?;
+            let host = gate.host()?;
+            to_the_end(async move { host.create(&name, size).await }).await
+        }
+        .await,
+    )
+}
+
+async fn delete(State(gate): Gated, name: Name) -> Response {
+    answer(
+        async {
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.delete(&name).await }).await
+        }
+        .await,
+    )
+}
+
+async fn attach(State(gate): Gated, name: Name) -> Response {
+    answer(
+        async {
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.attach(&name).await }).await
+        }
+        .await,
+    )
+}
+
+async fn detach(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let DetachRequest { force } = parse_or_default(body)?;
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.detach(&name, force).await }).await
+        }
+        .await,
+    )
+}
+
+async fn resize(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let ResizeRequest { size } = parse(body)?;
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.resize(&name, size).await }).await
+        }
+        .await,
+    )
+}
+
+/// Changes nothing that would have to be carried to its end: a caller that goes away ends the wait.
+async fn drain(State(gate): Gated, body: Body) -> Response {
+    answer(
+        async {
+            let DrainRequest { vdi } = parse_or_default(body)?;
+            gate.host()?.drain(vdi.as_deref()).await
+        }
+        .await,
+    )
+}
+
+/// Runs a change as a task of its own, so that it ends in a defined state even if its caller goes away. A panic in it
+/// is one failed request.
+async fn to_the_end<T: Send + 'static>(
+    change: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    tokio::spawn(change).await.unwrap_or_else(|error| {
+        tracing::error!("a control request ended badly: {error}");
+        Err(Failure::new(
+            Kind::Failed,
+            "the agent failed inside (its log has the details); 'ballast status' shows the state it left",
+        ))
+    })
+}
+
+fn name_of(name: Name) -> Result<String> {
+    match name {
+        Ok(Path(name)) => Ok(name),
+        Err(error) => Err(Failure::new(
+            Kind::Usage,
+            format!("the disk's name in the request cannot be read: {}", error.body_text()),
+        )),
+    }
+}
+
+fn read(body: Body) -> Result<Bytes> {
+    body.map_err(|error| {
+        Failure::new(
+            Kind::Usage,
+            format!("the request's body cannot be read: {}", error.body_text()),
+        )
+    })
+}
+
+fn parse<T: DeserializeOwned>(body: Body) -> Result<T> {
+    serde_json::from_slice(&read(body)?)
+        .map_err(|error| Failure::caused(Kind::Usage, "the request's body makes no sense", &error))
+}
+
+fn parse_or_default<T: DeserializeOwned + Default>(body: Body) -> Result<T> {
+    match body {
+        Ok(bytes) if bytes.is_empty() => Ok(T::default()),
+        body => parse(body),
+    }
+}
+
+fn answer<T: Serialize>(result: Result<T>) -> Response {
+    let value = match result {
+        Ok(value) => value,
+        Err(failure) => return failure.into_response(),
+    };
+    match serde_json::to_vec(&value) {
+        Ok(body) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
+        Err(error) => {
+            Failure::caused(Kind::Failed, "cannot write the answer", &error).into_response()
+        }
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.kind.http_status());
+        let body = serde_json::to_vec(&ErrorBody { error: self }).unwrap_or_default();
+        let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
+    }
+}

@@ -1,0 +1,161 @@
+//! The daemon's life: claim, start, serve, stop.
+//!
+//! Order of the start: run directory's lock, control socket, cache, store, disks. Whatever fails before the disks ends the
+//! daemon with words and leaves nothing behind but the locks' files; a disk that does not come back is shown as failed
+//! and the others go on. Order of the stop: no more requests, disk servers (requests under way finish),
+//! open segments sealed, drain within the configured time, cache, store. What is not drained is safe in the log and
+//! carried on by the next start. A kill at any point is as good as a crash: the log covers it.
+
+use crate::config::AgentConfig;
+use crate::control::server::{Gate, Phase, serve};
+use crate::error::{Failure, Kind, Result};
+use crate::host::Host;
+use crate::notify;
+use crate::run_dir::{Remembered, RunDir};
+use std::io::IsTerminal;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
+
+/// How long the stop may take beyond the configured time for draining before the daemon ends regardless.
+const STOP_GRACE: Duration = Duration::from_secs(15);
+
+/// Runs the daemon until it is told to stop.
+///
+/// # Errors
+/// Why it could not start.
+pub fn run(config: AgentConfig) -> Result<()> {
+    start_logging(&config.log)?;
+    log_panics();
+    let run_dir = RunDir::claim(&config.run_dir)?;
+    // Still one thread: the socket's mode is set through the umask.
+    let control = run_dir.listen_control()?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| {
+            Failure::new(Kind::Failed, format!("cannot start the agent's threads: {error}"))
+        })?;
+    let result = runtime.block_on(Box::pin(live(config, &run_dir, control)));
+    run_dir.remove_control();
+    // A store that hangs must not keep the agent from ending.
+    runtime.shutdown_background();
+    result
+}
+
+fn start_logging(filter: &str) -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).map_err(|error| {
+        Failure::caused(Kind::Usage, format_args!("'{filter}' is not a log filter"), &error)
+    })?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    Ok(())
+}
+
+/// A panic is a bug, costs the task it happened in, and is in the log with its place.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        let what = panic.payload_as_str().unwrap_or("no message");
+        let name = thread.name().unwrap_or("?");
+        tracing::error!("bug: thread '{name}' panicked at {place}: {what}");
+    }));
+}
+
+async fn live(config: AgentConfig, run_dir: &RunDir, control: UnixListener) -> Result<()> {
+    let mut signals = Signals::new()?;
+    let gate = Gate::new();
+    let (stop_serving, stopped) = oneshot::channel::<()>();
+    let control = adopt(control)?;
+    let server = tokio::spawn(serve(control, gate.clone(), async {
+        let _ = stopped.await;
+    }));
+
+    let progress = |doing: &str| {
+        tracing::info!("{doing}");
+        notify::status(doing);
+        gate.set(Phase::Starting(doing.to_owned()));
+    };
+    let timeout = config.shutdown_timeout;
+    let remembered = Remembered { store: config.store.clone(), caches: vec![config.cache.clone()] };
+    let started = tokio::select! {
+        started = Host::start(config, run_dir.path(), &progress) => Some(started),
+        () = signals.stop() => None,
+    };
+    let host = match started {
+        Some(started) => started?,
+        None => {
+            tracing::info!("told to stop while starting");
+            return Ok(());
+        }
+    };
+    run_dir.remember(&remembered);
+    gate.set(Phase::Running(Arc::clone(&host)));
+    notify::ready("serving");
+    tracing::info!("ready; control socket in {}", run_dir.path().display());
+
+    signals.stop().await;
+    tracing::info!(
+        "stopping: draining for at most {} s; a second signal ends it at once",
+        timeout.as_secs()
+    );
+    notify::stopping();
+    gate.set(Phase::Stopping);
+    let _ = stop_serving.send(());
+    tokio::select! {
+        ended = tokio::time::timeout(timeout + STOP_GRACE, host.stop(timeout)) => {
+            match ended {
+                Ok(()) => tracing::info!("stopped"),
+                Err(_) => tracing::warn!("the stop took too long: ending now; the log has what is not in the store"),
+            }
+        }
+        () = signals.stop() => {
+            tracing::warn!("second signal: ending now; the log has what is not in the store");
+        }
+    }
+    server.abort();
+    Ok(())
+}
+
+fn adopt(control: UnixListener) -> Result<tokio::net::UnixListener> {
+    control
+        .set_nonblocking(true)
+        .and_then(|()| tokio::net::UnixListener::from_std(control))
+        .map_err(|error| {
+            Failure::new(Kind::Failed, format!("cannot listen on the control socket: {error}"))
+        })
+}
+
+/// The signals that the daemon listens to. SIGHUP is taken and ignored, so that a closing terminal does not end it.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    _hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        let take = |kind| {
+            signal(kind).map_err(|error| {
+                Failure::new(Kind::Failed, format!("cannot listen to signals: {error}"))
+            })
+        };
+        Ok(Self {
+            terminate: take(SignalKind::terminate())?,
+            interrupt: take(SignalKind::interrupt())?,
+            _hangup: take(SignalKind::hangup())?,
+        })
+    }
+
+    /// Resolves at the next SIGTERM or SIGINT.
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

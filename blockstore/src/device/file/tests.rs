@@ -315,3 +315,63 @@ async fn count(device: &Device) {
         }
     }
 }
+
+#[test]
+fn failures_that_leave_writes_in_doubt_raise_the_epoch() {
+    let shared = |is_block_device| Shared {
+        file: tempfile::tempfile().unwrap(),
+        epoch: AtomicU64::new(0),
+        is_block_device,
+    };
+    let rises = |shared: &Shared, errno, is_flush| {
+        let before = shared.epoch.load(Ordering::SeqCst);
+        shared.note_failure(&io::Error::from_raw_os_error(errno), is_flush);
+        shared.epoch.load(Ordering::SeqCst) > before
+    };
+    for device in [shared(false), shared(true)] {
+        assert!(rises(&device, libc::EIO, true), "a flush failed");
+        assert!(rises(&device, libc::ENODEV, false), "the disk was away");
+        assert!(!rises(&device, libc::ENOSPC, false), "a write found no room");
+        assert_eq!(rises(&device, libc::EIO, false), device.is_block_device);
+    }
+}
+
+/// A loop device over a file, if this machine and user can have one; detached on drop.
+struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    fn attach(file: &Path, sector: u32) -> Option<Self> {
+        let output = Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", &sector.to_string()])
+            .arg(file)
+            .output()
+            .ok()?;
+        let path = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        (output.status.success() && !path.is_empty()).then(|| Self(PathBuf::from(path)))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here, and the kernel says why in its log.
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[tokio::test]
+async fn a_block_device_keeps_the_contract_for_a_single_host() {
+    for sector in [512, 4096] {
+        let (_folder, path) = scratch();
+        File::create(&path).unwrap().set_len(16 << 20).unwrap();
+        let Some(disk) = LoopDevice::attach(&path, sector) else {
+            eprintln!("skipped: no loop device can be attached here");
+            return;
+        };
+        let device = FileDevice::open(&disk.0, &exclusive()).unwrap();
+        let info = device.info();
+        assert_eq!((info.capacity, info.logical_block), (16 << 20, sector));
+        assert!(!info.compare_and_write, "a lock on a device node reaches no other host");
+        assert_eq!(refused(&disk.0, &exclusive()).kind, DeviceErrorKind::Reserved);
+        conformance::run(device).await;
+    }
+}

@@ -1,3 +1,4 @@
 //! Rigs for whole-system tests.
+pub mod client;
 pub mod demo;
 pub mod guest;

@@ -1,0 +1,358 @@
+//! Allocator: gives out blocks from the extents that this host owns.
+//!
+//! Every block of an own extent is in one of these states:
+//!
+//! ```text
+//! free in the BMap ──claim (page written, flushed)──► in the pool ──allocate──► in use
+//!        ▲                                              │  ▲                       │
+//!        └────────────release (page written)────────────┘  └─────────free──────────┘
+//! ```
+//! Invariants:
+//! * INV-ALLOC-1: a block is given out only after its BMap bit is durably set.
+//! * INV-ALLOC-2: a block is in at most one place: clear in the BMap, in the pool, or in use.
+//! * INV-ALLOC-3: data and metadata blocks come from different extents.
+//! * INV-ALLOC-4: normal allocations leave a reserve of metadata blocks to those that free space.
+//!
+//! A crash leaks at most what was in the pool or in use by an uncommitted commit; GC gets it back.
+//! So does an operation that is cut off while its device writes have an unknown outcome.
+
+pub mod runs;
+
+mod pages;
+#[cfg(test)]
+mod tests;
+
+use crate::alloc::pages::Pages;
+use crate::alloc::runs::{FreeRuns, Run, merge};
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::format::extent::{ExtentRecord, ExtentType};
+use crate::format::geometry::Geometry;
+use crate::io::{Io, Patience};
+use crate::slot::{Records, View};
+use crate::types::{Gba, Generation};
+use hashbrown::HashMap;
+use parking_lot::{Mutex, RwLock};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+/// How often an allocation that waits for space looks again without being woken.
+const SPACE_POLL: Duration = Duration::from_secs(1);
+/// Most blocks claimed ahead of need at once (thesis, section 3.4.3).
+const CLAIM_MAX: u64 = 10_000;
+
+/// What an allocation is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Anything.
+    Normal,
+    /// Work that gives space back (discards, deletes): may use the reserve (rule C6).
+    GivesBack,
+}
+
+/// Where the allocator works.
+#[derive(Clone, Debug)]
+pub(crate) struct Territory {
+    pub geometry: Geometry,
+    pub records: Records,
+    pub host: Uuid,
+    pub generation: Generation,
+}
+
+/// Gives out and takes back blocks.
+#[derive(Debug)]
+pub struct Allocator {
+    pub(crate) territory: Territory,
+    pools: Mutex<Pools>,
+    /// Extents of this host, by number.
+    owned: RwLock<HashMap<u32, ExtentType>>,
+    pages: tokio::sync::Mutex<Pages>,
+    freed: Notify,
+    /// Rung when the pool is low or overfull.
+    housekeeping: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Pools {
+    data: FreeRuns,
+    metadata: FreeRuns,
+}
+
+impl Pools {
+    fn of(&mut self, kind: ExtentType) -> &mut FreeRuns {
+        match kind {
+            ExtentType::Metadata => &mut self.metadata,
+            _ => &mut self.data,
+        }
+    }
+}
+
+impl Allocator {
+    /// An allocator over the extents that the catalogue gives to this host.
+    ///
+    /// # Errors
+    /// The device's; an own extent that was claimed but not set up is set up first.
+    pub(crate) async fn open(
+        io: &Io,
+        territory: Territory,
+        catalogue: Vec<View<ExtentRecord>>,
+    ) -> Result<Self> {
+        let mut pages = Pages::new(&territory, &catalogue);
+        pages.finish_claims(io, &territory).await?;
+        let owned = pages.owned_extents().collect();
+        let allocator = Self {
+            territory,
+            pools: Mutex::default(),
+            owned: RwLock::new(owned),
+            pages: tokio::sync::Mutex::new(pages),
+            freed: Notify::new(),
+            housekeeping: Notify::new(),
+        };
+        allocator.ensure_metadata(io).await?;
+        Ok(allocator)
+    }
+
+    /// Blocks claimed at once.
+    #[must_use]
+    pub fn claim_blocks(&self) -> u64 {
+        (self.territory.geometry.extent_blocks / 16).min(CLAIM_MAX)
+    }
+
+    /// Metadata blocks kept for work that gives space back.
+    fn reserve(&self, kind: ExtentType, purpose: Purpose) -> u64 {
+        if kind == ExtentType::Metadata && purpose == Purpose::Normal {
+            (self.territory.geometry.extent_blocks / 32).clamp(4, 512)
+        } else {
+            0
+        }
+    }
+
+    /// True if the block lies in an extent of this host.
+    #[must_use]
+    pub fn owns(&self, gba: Gba) -> bool {
+        self.owned.read().contains_key(&self.territory.geometry.extent_of(gba))
+    }
+
+    /// Allocates `blocks` blocks, contiguous where possible, sorted by address. Waits for space as long
+    /// as `io` is patient.
+    ///
+    /// # Errors
+    /// `NoSpace` when patience ends, `Closing`, the device's.
+    pub async fn allocate(
+        self: &Arc<Self>,
+        io: &Io,
+        kind: ExtentType,
+        blocks: u64,
+        purpose: Purpose,
+    ) -> Result<Vec<Run>> {
+        let started = tokio::time::Instant::now();
+        let mut waiting = None;
+        loop {
+            let freed = self.freed.notified();
+            if let Some(runs) = self.try_take(kind, blocks, purpose) {
+                return Ok(runs);
+            }
+            if self.refill(io, kind, blocks, purpose).await? {
+                continue;
+            }
+            if let Patience::Limited(limit) = io.patience()
+                && started.elapsed() >= limit.min(SPACE_POLL)
+            {
+                return Err(self.full(io, kind, blocks));
+            }
+            waiting.get_or_insert_with(|| {
+                tracing::warn!(store = io.url(), ?kind, blocks, "no space left in the store");
+                io.waiting_for_space()
+            });
+            tokio::select! {
+                () = io.closed() => return Err(io.closing_error()),
+                () = freed => {}
+                () = tokio::time::sleep(SPACE_POLL) => {}
+            }
+        }
+    }
+
+    fn full(&self, io: &Io, kind: ExtentType, blocks: u64) -> StoreError {
+        let what = if kind == ExtentType::Metadata { "metadata" } else { "data" };
+        StoreError::new(
+            StoreErrorKind::NoSpace,
+            io.url(),
+            format!(
+                "the store has no {blocks} free {what} blocks left; delete virtual disks, discard \
+                 unused data in the guests, or run 'ballast gc run'"
+            ),
+        )
+    }
+
+    /// Takes from the pool; `None` if it holds too little.
+    fn try_take(&self, kind: ExtentType, blocks: u64, purpose: Purpose) -> Option<Vec<Run>> {
+        let mut pools = self.pools.lock();
+        let pool = pools.of(kind);
+        if pool.total() < blocks + self.reserve(kind, purpose) {
+            return None;
+        }
+        let runs = pool.take(blocks);
+        if pool.total() < self.claim_blocks() / 2 {
+            self.housekeeping.notify_one();
+        }
+        runs
+    }
+
+    /// Claims what an allocation lacks; true if the pool then holds enough, false if there is none.
+    ///
+    /// In a task of its own: BMap pages are written in place, so a write that a caller stopped waiting
+    /// for must end before the next one of the same page starts, or it might land after it.
+    async fn refill(
+        self: &Arc<Self>,
+        io: &Io,
+        kind: ExtentType,
+        blocks: u64,
+        purpose: Purpose,
+    ) -> Result<bool> {
+        let (this, patient) = (Arc::clone(self), io.with_patience(Patience::Forever));
+        let task =
+            tokio::spawn(async move { this.refill_now(&patient, kind, blocks, purpose).await });
+        io.await_task(task).await
+    }
+
+    async fn refill_now(
+        &self,
+        io: &Io,
+        kind: ExtentType,
+        blocks: u64,
+        purpose: Purpose,
+    ) -> Result<bool> {
+        let mut pages = tokio::select! {
+            () = io.closed() => return Err(io.closing_error()),
+            pages = self.pages.lock() => pages,
+        };
+        let wanted = blocks + self.reserve(kind, purpose);
+        let missing = wanted.saturating_sub(self.pools.lock().of(kind).total());
+        if missing == 0 {
+            return Ok(true);
+        }
+        let ahead = missing.max(self.claim_blocks());
+        let claimed = pages.claim(io, &self.territory, kind, ahead).await?;
+        self.refresh_owned(&pages);
+        let mut pools = self.pools.lock();
+        let pool = pools.of(kind);
+        for run in claimed {
+            add(pool, run);
+        }
+        Ok(pool.total() >= wanted)
+    }
+
+    /// Takes back blocks that nothing can reach any more. Blocks of extents that are not this host's
+    /// are left to GC.
+    pub fn free(&self, blocks: Vec<Gba>) {
+        let owned = self.owned.read();
+        let mut pools = self.pools.lock();
+        for run in merge(blocks) {
+            if !self.territory.geometry.is_allocatable(run.start) {
+                tracing::error!(block = %run.start, "a block that is no tree block was to be freed");
+                continue;
+            }
+            // A run never spans extents: each starts with a header.
+            match owned.get(&self.territory.geometry.extent_of(run.start)) {
+                Some(&kind) => add(pools.of(kind), run),
+                None => continue,
+            }
+        }
+        let high = self.high_water();
+        if pools.data.total() > high || pools.metadata.total() > high {
+            self.housekeeping.notify_one();
+        }
+        drop(pools);
+        self.freed.notify_waiters();
+    }
+
+    /// Gives back blocks that were allocated but never used.
+    pub fn put_back(&self, runs: &[Run]) {
+        self.free(runs.iter().flat_map(|run| run.iter()).collect());
+    }
+
+    fn high_water(&self) -> u64 {
+        self.claim_blocks() * 8
+    }
+
+    /// True if the pool holds more than it should.
+    #[must_use]
+    pub fn is_overfull(&self) -> bool {
+        let pools = self.pools.lock();
+        pools.data.total().max(pools.metadata.total()) > self.high_water()
+    }
+
+    /// Resolves when [`housekeep`](Self::housekeep) has something to do.
+    pub async fn wants_housekeeping(&self) {
+        self.housekeeping.notified().await;
+    }
+
+    /// Claims ahead of need when the pool is low; releases fragments when it is overfull.
+    ///
+    /// # Errors
+    /// The device's, `Closing`.
+    pub async fn housekeep(self: &Arc<Self>, io: &Io) -> Result<()> {
+        for kind in [ExtentType::Data, ExtentType::Metadata] {
+            let total = self.pools.lock().of(kind).total();
+            if total > self.high_water() {
+                self.release(io, kind, self.claim_blocks() * 4).await?;
+            } else if total < self.claim_blocks() / 2 && self.owns_any(kind) {
+                self.refill(io, kind, self.claim_blocks(), Purpose::GivesBack).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn owns_any(&self, kind: ExtentType) -> bool {
+        self.owned.read().values().any(|&k| k == kind)
+    }
+
+    /// Releases everything in the pool: the last act of an orderly close.
+    ///
+    /// # Errors
+    /// The device's, `Closing`.
+    pub async fn release_all(&self, io: &Io) -> Result<()> {
+        self.release(io, ExtentType::Data, 0).await?;
+        self.release(io, ExtentType::Metadata, 0).await
+    }
+
+    async fn release(&self, io: &Io, kind: ExtentType, keep: u64) -> Result<()> {
+        let mut pages = self.pages.lock().await;
+        let shed = self.pools.lock().of(kind).shed(keep);
+        let result = pages.release(io, &self.territory, kind, shed).await;
+        self.refresh_owned(&pages);
+        self.freed.notify_waiters();
+        result
+    }
+
+    fn refresh_owned(&self, pages: &Pages) {
+        let mut owned = self.owned.write();
+        if owned.len() != pages.owned_count() {
+            *owned = pages.owned_extents().collect();
+        }
+    }
+
+    /// Makes sure that data cannot take the last extent: this host always has one for metadata.
+    async fn ensure_metadata(&self, io: &Io) -> Result<()> {
+        if !self.owns_any(ExtentType::Metadata) {
+            self.refill_now(io, ExtentType::Metadata, 1, Purpose::GivesBack).await?;
+        }
+        Ok(())
+    }
+
+    /// Blocks in the pool: (data, metadata).
+    #[must_use]
+    pub fn pooled(&self) -> (u64, u64) {
+        let pools = self.pools.lock();
+        (pools.data.total(), pools.metadata.total())
+    }
+}
+
+/// A block that is freed twice means that two pointers name it: it must not be given out, so it
+/// leaks, loudly.
+fn add(pool: &mut FreeRuns, run: Run) {
+    if !pool.add(run) {
+        tracing::error!(start = %run.start, blocks = run.blocks, "blocks were freed twice; leaked");
+    }
+}

@@ -1,0 +1,253 @@
+//! The commit protocol's I/O: see the parent module for the order of writes.
+
+use crate::alloc::runs::Run;
+use crate::alloc::{Allocator, Purpose};
+use crate::commit::decide::{Decision, decide};
+use crate::commit::plan::{NewTree, TreePlan, check_changes};
+use crate::commit::{Batch, Change, Committed};
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::format::extent::ExtentType;
+use crate::format::pointer::Pointer;
+use crate::format::vdi::VdiHead;
+use crate::io::Write;
+use crate::root::{Garbage, Root};
+use crate::slot::{Content, Swap, View};
+use crate::tree::RUN_BLOCKS_MAX;
+use crate::types::{Birth, Gba};
+use crate::vdi::{Control, VdiInner};
+use bytes::Bytes;
+use std::sync::Arc;
+
+/// A batch whose data is on the device, but not reachable yet. Dropped unpublished, it gives its
+/// blocks back.
+#[derive(Debug)]
+pub struct Prepared {
+    batch: Batch,
+    /// Address and checksum per change; unused for zeros.
+    written: Vec<(Gba, u32)>,
+    writes: Vec<Write>,
+    /// The device's epoch before the first write.
+    epoch: u64,
+    runs: Vec<Run>,
+    allocator: Arc<Allocator>,
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        self.allocator.put_back(&self.runs);
+    }
+}
+
+impl Prepared {
+    /// From here on the blocks may become reachable, or be under a write of unknown outcome.
+    fn disarm(&mut self) {
+        self.runs.clear();
+    }
+
+    fn pointers(&self, birth: Birth) -> Vec<Pointer> {
+        let pairs = self.batch.changes.iter().zip(&self.written);
+        let writes = pairs.filter(|(change, _)| matches!(change, Change::Write { .. }));
+        let pointer = |&(gba, crc): &(Gba, u32)| Pointer { gba, read_only: false, birth, crc };
+        writes.map(|(_, place)| pointer(place)).collect()
+    }
+}
+
+impl VdiInner {
+    /// Step 1: writes the batch's data to fresh blocks, in virtual order.
+    pub(crate) async fn prepare(&self, batch: Batch) -> Result<Prepared> {
+        let size = self.root.load().head.blocks();
+        check_changes(&batch.changes, size).map_err(|problem| self.invalid(problem))?;
+        let data = batch.changes.iter().filter_map(|change| match change {
+            Change::Write { data, crc, .. } => Some((data.clone(), *crc)),
+            Change::Zero { .. } => None,
+        });
+        let data: Vec<(Bytes, u32)> = data.collect();
+        let allocator = Arc::clone(self.core.allocator()?);
+        let io = &self.core.io;
+        let blocks = data.len() as u64;
+        let runs = if blocks == 0 {
+            Vec::new()
+        } else {
+            allocator.allocate(io, ExtentType::Data, blocks, Purpose::Normal).await?
+        };
+        let addresses: Vec<Gba> = runs.iter().flat_map(|run| run.iter()).collect();
+        let writes = gather(addresses.iter().copied().zip(data.iter().map(|(d, _)| d.clone())));
+        let mut places = addresses.into_iter().zip(data.into_iter().map(|(_, crc)| crc));
+        let written = batch.changes.iter().map(|change| match change {
+            Change::Write { .. } => places.next().unwrap_or_default(),
+            Change::Zero { .. } => (Gba(0), 0),
+        });
+        let written = written.collect();
+        let epoch = io.device().epoch();
+        // Cut off or failed here, the writes' outcome is unknown: their blocks leak until GC.
+        io.write_all(&writes).await?;
+        Ok(Prepared { batch, written, writes, epoch, runs, allocator })
+    }
+
+    /// Steps 2 to 5.
+    pub(crate) async fn publish(&self, mut prepared: Prepared) -> Result<Committed> {
+        let mut control = self.control.lock().await;
+        control.check(self)?;
+        let lsn = prepared.batch.lsn;
+        let committed = self.root.load().head.committed;
+        if lsn < committed {
+            let problem = format!("the batch ends at LSN {lsn}, before the committed {committed}");
+            return Err(self.invalid(problem));
+        }
+        loop {
+            let base = self.root.load_full();
+            let head = &base.head;
+            if lsn <= head.committed {
+                // Committed before: by a call whose caller stopped waiting, or by an adopted head.
+                return Ok(Committed { lsn: head.committed, pointers: Vec::new() });
+            }
+            let birth = head.birth.plus(1);
+            let tree = self.build_tree(head, &prepared, birth).await?;
+            prepared.disarm();
+            self.barrier(&prepared, &tree).await?;
+            let next = VdiHead { root: tree.root, committed: lsn, birth, ..head.clone() };
+            if self.swap_head(&mut control, next).await? {
+                let next = Root::new(self.head_of(&control)?, Arc::clone(&self.sink));
+                for (pointer, node) in &tree.nodes {
+                    self.core.reader.nodes.insert(*pointer, Arc::clone(node));
+                }
+                self.root.store(Arc::clone(&next));
+                base.retire(next, tree.garbage);
+                return Ok(Committed { lsn, pointers: prepared.pointers(birth) });
+            }
+            // The nodes were written, but no head will ever name them: its compare can't succeed now.
+            self.core.allocator()?.free(tree.nodes.iter().map(|(p, _)| p.gba).collect());
+        }
+    }
+
+    /// Step 2, without the writes.
+    async fn build_tree(
+        &self,
+        head: &VdiHead,
+        prepared: &Prepared,
+        birth: Birth,
+    ) -> Result<NewTree> {
+        let changes = &prepared.batch.changes;
+        check_changes(changes, head.blocks()).map_err(|problem| self.invalid(problem))?;
+        let mut plan = TreePlan::new(changes, head);
+        while let Some((_, wanted)) = plan.wanted() {
+            let nodes = self.core.reader.nodes(&wanted).await.map_err(|e| self.named(e))?;
+            plan.descend(nodes, &prepared.written, birth);
+        }
+        let purpose = if prepared.writes.is_empty() { Purpose::GivesBack } else { Purpose::Normal };
+        let allocator = self.core.allocator()?;
+        let blocks = plan.nodes_max();
+        let runs = match blocks {
+            0 => Vec::new(),
+            _ => allocator.allocate(&self.core.io, ExtentType::Metadata, blocks, purpose).await?,
+        };
+        let mut tree = plan.build(runs.iter().flat_map(|run| run.iter()).collect(), birth)?;
+        allocator.free(std::mem::take(&mut tree.spare));
+        Ok(tree)
+    }
+
+    /// Steps 2 and 3: nodes, and a flush that is known to cover every write since the first.
+    async fn barrier(&self, prepared: &Prepared, tree: &NewTree) -> Result<()> {
+        let io = &self.core.io;
+        let blocks = tree.nodes.iter().map(|(p, n)| (p.gba, Bytes::copy_from_slice(n.bytes())));
+        let nodes = gather(blocks);
+        if nodes.is_empty() && prepared.writes.is_empty() {
+            return Ok(());
+        }
+        let mut attempts = io.attempts();
+        let mut epoch = prepared.epoch;
+        loop {
+            io.write_all(&nodes).await?;
+            if io.flush_since(epoch, &mut attempts).await? {
+                return Ok(());
+            }
+            epoch = io.device().epoch();
+            io.write_all(&prepared.writes).await?;
+        }
+    }
+
+    /// Step 4. True: the head is durable. False: a later head of our own was adopted as the base.
+    pub(crate) async fn swap_head(&self, control: &mut Control, next: VdiHead) -> Result<bool> {
+        let core = &self.core;
+        let before = control.view.clone();
+        match core.records.swap(&core.io, &before, next.clone()).await? {
+            Swap::Done(view) => {
+                control.view = view;
+                Ok(true)
+            }
+            Swap::Lost(found) => {
+                self.judge(control, &before, &next, found)?;
+                Ok(false)
+            }
+        }
+    }
+
+    /// Rule C2.
+    fn judge(
+        &self,
+        control: &mut Control,
+        before: &View<VdiHead>,
+        next: &VdiHead,
+        found: View<VdiHead>,
+    ) -> Result<()> {
+        let (Some(expected), Content::Valid(head)) = (before.record(), &found.content) else {
+            return Err(StoreError::new(
+                StoreErrorKind::Damaged,
+                self.object(),
+                "its head in the store is damaged; run 'ballast store check'",
+            ));
+        };
+        let new = (before.sequence() + 1, next);
+        match decide((head.sequence, &head.record), (before.sequence(), expected), new) {
+            Decision::Landed | Decision::Reissue | Decision::Adopt => {
+                tracing::warn!(vdi = %self.uuid, sequence = head.sequence, "adopted a later head");
+                let adopted = Root::new(head.record.clone(), Arc::clone(&self.sink));
+                let old = self.root.swap(Arc::clone(&adopted));
+                // What that step replaced is not known here: left to GC.
+                old.retire(adopted, Garbage::default());
+                control.view = found;
+                Ok(())
+            }
+            Decision::RolledBack => {
+                let message = format!(
+                    "the store shows sequence {} after it had confirmed {}: it was restored from an \
+                     older copy; nothing more is written to this disk",
+                    head.sequence,
+                    before.sequence()
+                );
+                Err(control.lose(self, StoreErrorKind::RolledBack, message))
+            }
+            Decision::NotOwner => {
+                let owner = head.record.owner.map_or("nobody".to_owned(), |o| o.host.to_string());
+                let message = format!(
+                    "the disk was taken away from this host; it belongs to {owner} now (attachment \
+                     {}); writes that were not committed stay in the local log",
+                    head.record.attachment
+                );
+                Err(control.lose(self, StoreErrorKind::NotOwner, message))
+            }
+        }
+    }
+
+    fn head_of(&self, control: &Control) -> Result<VdiHead> {
+        let head = control.view.record().cloned();
+        head.ok_or_else(|| self.invalid("its head is not known".to_owned()))
+    }
+}
+
+/// Joins blocks that lie one after the other into writes of at most 1 MiB.
+fn gather(blocks: impl Iterator<Item = (Gba, Bytes)>) -> Vec<Write> {
+    let mut writes: Vec<Write> = Vec::new();
+    for (gba, block) in blocks {
+        match writes.last_mut() {
+            Some((start, pieces))
+                if start.0 + pieces.len() as u64 == gba.0
+                    && (pieces.len() as u64) < RUN_BLOCKS_MAX =>
+            {
+                pieces.push(block);
+            }
+            _ => writes.push((gba, vec![block])),
+        }
+    }
+    writes
+}

@@ -1,0 +1,400 @@
+//! Patient device I/O: retries what an outage breaks, and tells how things stand.
+//!
+//! Invariants:
+//! * A write that failed is issued again with the same bytes to the same blocks, never elsewhere.
+//! * After a failed flush, or when the device's epoch rose, everything that the flush was to cover is
+//!   written again before the next one: a flush that succeeds later proves nothing about writes that
+//!   a target's restart dropped (rule C1).
+//! * The outcome of a compare-and-write that failed is unknown: it is resolved by reading, in `slot`.
+
+use crate::buf::AlignedBuf;
+use crate::device::{BlockDevice, Device, DeviceError, DeviceErrorKind};
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::types::{BLOCK_SIZE, Gba};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use serde::Serialize;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::Instant;
+
+const BACKOFF_MIN: Duration = Duration::from_millis(20);
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// How often a read is tried again after the device reported a lasting error.
+const READ_ATTEMPTS: u32 = 3;
+/// Requests that one operation keeps under way at once.
+const IN_FLIGHT_MAX: usize = 8;
+
+/// Milliseconds since 1970.
+#[must_use]
+pub fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+/// How the store's device does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Health {
+    /// The last operation was answered.
+    pub reachable: bool,
+    /// Since when `reachable` has had its value, milliseconds since 1970.
+    pub since_ms: u64,
+    /// The error that is being retried, or the last one that was.
+    pub last_error: Option<String>,
+    /// When that was, milliseconds since 1970.
+    pub last_error_ms: Option<u64>,
+    /// Operations that wait for free space in the store now.
+    pub waiting_for_space: u32,
+    /// Times that a commit was written again because the device may have lost it.
+    pub rewrites: u64,
+}
+
+/// How long an operation keeps trying.
+#[derive(Clone, Copy, Debug)]
+pub enum Patience {
+    /// Until the store closes.
+    Forever,
+    /// This long. Only for reads: a write of which the caller stopped waiting may land at any later
+    /// time, so writes in place are issued by tasks that nobody stops.
+    Limited(Duration),
+}
+
+/// The device, its health, and a caller's patience. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Io {
+    device: Device,
+    shared: Arc<Shared>,
+    patience: Patience,
+}
+
+#[derive(Debug)]
+struct Shared {
+    health: Mutex<Health>,
+    closing: watch::Sender<bool>,
+}
+
+/// What to write where: pieces go one after the other from the address on.
+pub type Write = (Gba, Vec<Bytes>);
+
+impl Io {
+    /// Wraps a device.
+    #[must_use]
+    pub fn new(device: Device, patience: Patience) -> Self {
+        let health = Health { reachable: true, since_ms: now_ms(), ..Health::default() };
+        let shared = Shared { health: Mutex::new(health), closing: watch::channel(false).0 };
+        Self { device, shared: Arc::new(shared), patience }
+    }
+
+    /// The same device with another patience.
+    #[must_use]
+    pub fn with_patience(&self, patience: Patience) -> Self {
+        Self { patience, ..self.clone() }
+    }
+
+    /// How long operations keep trying.
+    #[must_use]
+    pub fn patience(&self) -> Patience {
+        self.patience
+    }
+
+    /// The device underneath.
+    #[must_use]
+    pub fn device(&self) -> &dyn BlockDevice {
+        self.device.as_ref()
+    }
+
+    /// Names the device in messages.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.device.info().url
+    }
+
+    /// How the device does.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.shared.health.lock().clone()
+    }
+
+    /// Makes every operation, waiting or new, fail with `Closing`.
+    pub fn close(&self) {
+        self.shared.closing.send_replace(true);
+    }
+
+    /// True after [`close`](Self::close).
+    #[must_use]
+    pub fn is_closing(&self) -> bool {
+        *self.shared.closing.borrow()
+    }
+
+    /// Resolves when the store closes.
+    pub async fn closed(&self) {
+        let mut receiver = self.shared.closing.subscribe();
+        // An error means that the sender is gone, which it is not while `self` lives.
+        let _ = receiver.wait_for(|closing| *closing).await;
+    }
+
+    /// Starts a series of attempts.
+    #[must_use]
+    pub fn attempts(&self) -> Attempts<'_> {
+        Attempts { io: self, started: Instant::now(), backoff: BACKOFF_MIN, lasting: 0 }
+    }
+
+    /// Reads `blocks` blocks.
+    ///
+    /// # Errors
+    /// `Closing`, `Unreachable` when patience ends, `Device` for lasting errors.
+    pub async fn read(&self, gba: Gba, blocks: u64) -> Result<AlignedBuf> {
+        let len = blocks as usize * BLOCK_SIZE;
+        let mut attempts = self.attempts();
+        loop {
+            let operation = self.device.read(gba.byte_offset(), len);
+            if let Some(buf) = attempts.once(operation, Errors::LastingAreFinal).await? {
+                return Ok(buf);
+            }
+        }
+    }
+
+    /// Writes, without making it durable.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read); lasting errors of the device are retried like an outage.
+    pub async fn write(&self, gba: Gba, data: Vec<Bytes>) -> Result<()> {
+        let mut attempts = self.attempts();
+        loop {
+            let operation = self.device.write(gba.byte_offset(), data.clone());
+            if attempts.once(operation, Errors::AllAreRetried).await?.is_some() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Performs writes, several at once.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write). Some of the writes may have been performed.
+    pub async fn write_all(&self, writes: &[Write]) -> Result<()> {
+        if let [(gba, data)] = writes {
+            return self.write(*gba, data.clone()).await;
+        }
+        let mut running: JoinSet<Result<()>> = JoinSet::new();
+        for (gba, data) in writes {
+            if running.len() >= IN_FLIGHT_MAX {
+                join_one(&mut running).await?;
+            }
+            let (io, gba, data) = (self.clone(), *gba, data.clone());
+            running.spawn(async move { io.write(gba, data).await });
+        }
+        while !running.is_empty() {
+            join_one(&mut running).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads many runs of blocks, several at once; results in the order asked for.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub async fn read_all(&self, runs: &[(Gba, u64)]) -> Result<Vec<Bytes>> {
+        if let [(gba, blocks)] = runs {
+            return Ok(vec![self.read(*gba, *blocks).await?.freeze()]);
+        }
+        let mut results = vec![Bytes::new(); runs.len()];
+        let mut running: JoinSet<Result<(usize, AlignedBuf)>> = JoinSet::new();
+        let mut next = 0;
+        while next < runs.len() || !running.is_empty() {
+            while next < runs.len() && running.len() < IN_FLIGHT_MAX {
+                let (io, index, (gba, blocks)) = (self.clone(), next, runs[next]);
+                running.spawn(async move { Ok((index, io.read(gba, blocks).await?)) });
+                next += 1;
+            }
+            let (index, buf) = join_one(&mut running).await?;
+            results[index] = buf.freeze();
+        }
+        Ok(results)
+    }
+
+    /// Writes and flushes, again from the start whenever the device may have lost something.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub async fn write_durable(&self, writes: &[Write]) -> Result<()> {
+        let mut attempts = self.attempts();
+        loop {
+            let epoch = self.device.epoch();
+            self.write_all(writes).await?;
+            if self.flush_since(epoch, &mut attempts).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Flushes; false if what was written since `epoch` was taken may be lost and must be written
+    /// again.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub async fn flush_since(&self, epoch: u64, attempts: &mut Attempts<'_>) -> Result<bool> {
+        let flushed = attempts.once(self.device.flush(), Errors::AllAreRetried).await?.is_some();
+        let kept = flushed && self.device.epoch() == epoch;
+        if !kept {
+            self.shared.health.lock().rewrites += 1;
+        }
+        Ok(kept)
+    }
+
+    /// Notes that an operation waits for free space, until the guard is dropped.
+    pub(crate) fn waiting_for_space(&self) -> SpaceWaiter {
+        self.shared.health.lock().waiting_for_space += 1;
+        SpaceWaiter { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Waits, as long as this patience lasts, for a task that goes on by itself.
+    ///
+    /// # Errors
+    /// The task's own, `Unreachable` when patience ends, `Closing`.
+    pub(crate) async fn await_task<T>(&self, task: JoinHandle<Result<T>>) -> Result<T> {
+        let ended = match self.patience {
+            Patience::Forever => task.await,
+            Patience::Limited(limit) => {
+                tokio::time::timeout(limit, task).await.map_err(|_| self.no_answer(limit))?
+            }
+        };
+        ended.unwrap_or_else(|_| Err(self.closing_error()))
+    }
+
+    fn no_answer(&self, limit: Duration) -> StoreError {
+        StoreError::new(
+            StoreErrorKind::Unreachable,
+            self.url(),
+            format!(
+                "the device did not answer within {} s; check the path to it, then see whether the \
+                 operation has taken effect",
+                limit.as_secs_f32()
+            ),
+        )
+    }
+
+    fn note_success(&self) {
+        let mut health = self.shared.health.lock();
+        if !health.reachable {
+            health.reachable = true;
+            health.since_ms = now_ms();
+            tracing::info!(device = self.url(), "the store's device answers again");
+        }
+    }
+
+    fn note_failure(&self, error: &DeviceError) {
+        let mut health = self.shared.health.lock();
+        health.last_error = Some(error.to_string());
+        health.last_error_ms = Some(now_ms());
+        if health.reachable && error.kind != DeviceErrorKind::NoSpace {
+            health.reachable = false;
+            health.since_ms = now_ms();
+            tracing::warn!(%error, "the store's device does not answer; retrying");
+        }
+    }
+
+    pub(crate) fn closing_error(&self) -> StoreError {
+        StoreError::new(StoreErrorKind::Closing, self.url(), "the store is closing")
+    }
+}
+
+/// Lives while an operation waits for free space.
+#[derive(Debug)]
+pub(crate) struct SpaceWaiter {
+    shared: Arc<Shared>,
+}
+
+impl Drop for SpaceWaiter {
+    fn drop(&mut self) {
+        self.shared.health.lock().waiting_for_space -= 1;
+    }
+}
+
+/// Which errors end a series of attempts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Errors {
+    /// Lasting I/O errors do, after a few tries: another copy of the block may exist elsewhere.
+    LastingAreFinal,
+    /// Only those that no repetition can cure do: what was acknowledged must get through.
+    AllAreRetried,
+}
+
+/// A series of attempts at one thing, with growing pauses.
+#[derive(Debug)]
+pub struct Attempts<'a> {
+    io: &'a Io,
+    started: Instant,
+    backoff: Duration,
+    lasting: u32,
+}
+
+impl Attempts<'_> {
+    /// Runs an operation once. `None`: it failed, a pause was made, try again. Its effect is unknown.
+    ///
+    /// # Errors
+    /// `Closing`, `Unreachable` when patience ended, or the device's error if it is final.
+    pub async fn once<T>(
+        &mut self,
+        operation: impl Future<Output = Result<T, DeviceError>>,
+        errors: Errors,
+    ) -> Result<Option<T>> {
+        let outcome = tokio::select! {
+            biased;
+            () = self.io.closed() => return Err(self.io.closing_error()),
+            outcome = self.within_patience(operation) => outcome?,
+        };
+        let error = match outcome {
+            Ok(value) => {
+                self.io.note_success();
+                return Ok(Some(value));
+            }
+            Err(error) => error,
+        };
+        let retry = error.is_transient()
+            || (error.kind == DeviceErrorKind::Io
+                && (errors == Errors::AllAreRetried || self.lasting + 1 < READ_ATTEMPTS));
+        if !retry {
+            return Err(error.into());
+        }
+        if error.kind == DeviceErrorKind::Io {
+            self.lasting += 1;
+        }
+        self.io.note_failure(&error);
+        self.pause(error).await?;
+        Ok(None)
+    }
+
+    /// Waits before the next attempt.
+    async fn pause(&mut self, error: DeviceError) -> Result<()> {
+        if let Patience::Limited(limit) = self.io.patience
+            && self.started.elapsed() + self.backoff > limit
+        {
+            return Err(error.into());
+        }
+        tokio::select! {
+            () = self.io.closed() => return Err(self.io.closing_error()),
+            () = tokio::time::sleep(self.backoff) => {}
+        }
+        self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
+        Ok(())
+    }
+
+    async fn within_patience<T>(&self, operation: impl Future<Output = T>) -> Result<T> {
+        let Patience::Limited(limit) = self.io.patience else { return Ok(operation.await) };
+        let bounded = tokio::time::timeout_at(self.started + limit, operation);
+        bounded.await.map_err(|_| self.io.no_answer(limit))
+    }
+}
+
+async fn join_one<T: 'static>(running: &mut JoinSet<Result<T>>) -> Result<T> {
+    match running.join_next().await {
+        Some(Ok(result)) => result,
+        Some(Err(error)) => {
+            Err(StoreError::new(StoreErrorKind::Closing, "device I/O", error.to_string()))
+        }
+        None => Err(StoreError::new(StoreErrorKind::Closing, "device I/O", "nothing under way")),
+    }
+}

@@ -1,0 +1,292 @@
+//! Reading and changing lockable records.
+//!
+//! With compare-and-write a record has one place and changes by one atomic command. In single-host
+//! mode (rule C5) it has two, written in turn, and the newest valid one counts: a crash during a
+//! write leaves the other.
+//!
+//! A change whose outcome is unknown is resolved by reading the record: it holds the new bytes
+//! (landed), the old ones (issue the identical change again), or something else (lost to another
+//! writer; the caller judges what that means).
+
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::format::head::{Damage, HEAD_SIZE, Head, Record, is_unused};
+use crate::io::{Errors, Io};
+use crate::types::{BLOCK_SIZE, Gba};
+use bytes::Bytes;
+use uuid::Uuid;
+
+/// How often a device may say "miscompare" about bytes that a read shows to be as expected.
+const CONTRADICTIONS_MAX: u32 = 5;
+
+/// Where a record lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Its block, or the first of its pair.
+    pub first: Gba,
+    /// Two blocks are reserved for it. (An extent's record has one.)
+    pub paired: bool,
+}
+
+/// What a record's place holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content<T> {
+    /// Never used.
+    Unused,
+    /// A record.
+    Valid(Head<T>),
+    /// Something that fails the checks.
+    Damaged(Damage),
+}
+
+/// A record as it was read, with the bytes that a compare-and-write must find.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View<T> {
+    /// Where it lies.
+    pub slot: Slot,
+    /// What is there.
+    pub content: Content<T>,
+    /// One logical block, compared by the device. In single-host mode the newest copy's block.
+    raw: Bytes,
+}
+
+impl<T: Record> View<T> {
+    /// The record, if there is one.
+    #[must_use]
+    pub fn record(&self) -> Option<&T> {
+        match &self.content {
+            Content::Valid(head) => Some(&head.record),
+            _ => None,
+        }
+    }
+
+    /// Sequence number; 0 for a place that was never used.
+    #[must_use]
+    pub fn sequence(&self) -> u64 {
+        match &self.content {
+            Content::Valid(head) => head.sequence,
+            _ => 0,
+        }
+    }
+}
+
+/// What became of a change.
+#[derive(Clone, Debug)]
+pub enum Swap<T> {
+    /// The change is durable.
+    Done(View<T>),
+    /// Someone else changed the record; this is what it holds now.
+    Lost(View<T>),
+}
+
+impl<T: Record> Swap<T> {
+    /// The record after a change that nobody else can have competed with.
+    ///
+    /// # Errors
+    /// `InUse` if somebody did.
+    pub fn done(self, what: impl FnOnce() -> String) -> Result<View<T>> {
+        match self {
+            Self::Done(view) => Ok(view),
+            Self::Lost(_) => Err(StoreError::new(
+                StoreErrorKind::InUse,
+                what(),
+                "another host changed it at the same moment; look again, then retry",
+            )),
+        }
+    }
+}
+
+/// Access to the records of one store.
+#[derive(Clone, Debug)]
+pub struct Records {
+    /// The store they belong to.
+    pub store: Uuid,
+    /// Alternating slots instead of compare-and-write.
+    pub single_host: bool,
+    /// Bytes that compare-and-write covers.
+    pub logical_block: usize,
+}
+
+impl Records {
+    /// Reads a record.
+    ///
+    /// # Errors
+    /// Only the device's; damage is content.
+    pub async fn read<T: Record>(&self, io: &Io, slot: Slot) -> Result<View<T>> {
+        let blocks = if self.uses_pair(slot) { 2 } else { 1 };
+        let buf = io.read(slot.first, blocks).await?;
+        Ok(self.view(slot, &buf))
+    }
+
+    /// Reads a run of equal slots that lie one after the other, `first` being the first of them.
+    ///
+    /// # Errors
+    /// Only the device's.
+    pub async fn read_run<T: Record>(
+        &self,
+        io: &Io,
+        first: Slot,
+        count: u64,
+    ) -> Result<Vec<View<T>>> {
+        let stride = if first.paired { 2 } else { 1 };
+        let buf = io.read(first.first, count * stride).await?;
+        let bytes = stride as usize * BLOCK_SIZE;
+        let views = buf.chunks_exact(bytes).zip(0..).map(|(chunk, index)| {
+            let slot = Slot { first: first.first.plus(index * stride), ..first };
+            self.view(slot, chunk)
+        });
+        Ok(views.collect())
+    }
+
+    /// Judges the bytes of a slot: one block, or two if it is paired.
+    fn view<T: Record>(&self, slot: Slot, bytes: &[u8]) -> View<T> {
+        let copy = |index: usize| {
+            let block = &bytes[index * BLOCK_SIZE..(index + 1) * BLOCK_SIZE];
+            let raw = Bytes::copy_from_slice(&block[..self.logical_block]);
+            let content = self.judge(block, slot.first.plus(index as u64));
+            View { slot, content, raw }
+        };
+        if !self.uses_pair(slot) {
+            return copy(0);
+        }
+        newest(copy(0), copy(1))
+    }
+
+    fn judge<T: Record>(&self, block: &[u8], address: Gba) -> Content<T> {
+        if is_unused(block) {
+            return Content::Unused;
+        }
+        match Head::decode(block, address).and_then(|head: Head<T>| head.of_store(self.store)) {
+            Ok(head) => Content::Valid(head),
+            Err(damage) => Content::Damaged(damage),
+        }
+    }
+
+    fn uses_pair(&self, slot: Slot) -> bool {
+        self.single_host && slot.paired
+    }
+
+    /// Changes a record durably, if it still is what `current` shows.
+    ///
+    /// # Errors
+    /// The device's final errors, `Closing`, and `Damaged` for a record that fails its checks. The
+    /// outcome is then unknown.
+    pub async fn swap<T: Record>(&self, io: &Io, current: &View<T>, record: T) -> Result<Swap<T>> {
+        if let Content::Damaged(damage) = &current.content {
+            return Err(damaged(io, current.slot, damage));
+        }
+        let next = Head { store: self.store, sequence: current.sequence() + 1, record };
+        if self.uses_pair(current.slot) {
+            self.write_turn(io, current, next).await
+        } else if self.single_host {
+            self.write_in_place(io, current, next).await
+        } else {
+            self.compare_and_write(io, current, next).await
+        }
+    }
+
+    /// Single-host mode: the slot of the pair that is not the newest.
+    async fn write_turn<T: Record>(
+        &self,
+        io: &Io,
+        current: &View<T>,
+        next: Head<T>,
+    ) -> Result<Swap<T>> {
+        let address = current.slot.first.plus(next.sequence % 2);
+        self.write_block(io, current.slot, address, next).await
+    }
+
+    /// Single-host mode, records without a pair: the head is one sector, which devices write whole.
+    async fn write_in_place<T: Record>(
+        &self,
+        io: &Io,
+        current: &View<T>,
+        next: Head<T>,
+    ) -> Result<Swap<T>> {
+        self.write_block(io, current.slot, current.slot.first, next).await
+    }
+
+    async fn write_block<T: Record>(
+        &self,
+        io: &Io,
+        slot: Slot,
+        address: Gba,
+        next: Head<T>,
+    ) -> Result<Swap<T>> {
+        let block = Bytes::copy_from_slice(&next.encode_block(address));
+        io.write_durable(&[(address, vec![block.clone()])]).await?;
+        let raw = block.slice(..self.logical_block);
+        Ok(Swap::Done(View { slot, content: Content::Valid(next), raw }))
+    }
+
+    async fn compare_and_write<T: Record>(
+        &self,
+        io: &Io,
+        current: &View<T>,
+        next: Head<T>,
+    ) -> Result<Swap<T>> {
+        let offset = current.slot.first.byte_offset();
+        let mut block = vec![0; self.logical_block];
+        block[..HEAD_SIZE].copy_from_slice(&next.encode(current.slot.first));
+        let new = Bytes::from(block);
+        let mut expected = current.raw.clone();
+        let mut contradictions = 0;
+        let mut attempts = io.attempts();
+        loop {
+            let epoch = io.device().epoch();
+            let operation = io.device().compare_and_write(offset, expected.clone(), new.clone());
+            let outcome = attempts.once(operation, Errors::AllAreRetried).await?;
+            let written = outcome == Some(crate::device::CawOutcome::Written);
+            if written && io.flush_since(epoch, &mut attempts).await? {
+                let content = Content::Valid(next);
+                return Ok(Swap::Done(View { slot: current.slot, content, raw: new }));
+            }
+            // Refused, unknown, or perhaps lost again with the device's cache: look.
+            let found: View<T> = self.read(io, current.slot).await?;
+            if found.raw == new {
+                // Landed, but maybe only in a volatile cache: write the same bytes over themselves.
+                expected = new.clone();
+            } else if found.raw == current.raw {
+                expected = current.raw.clone();
+                contradictions += u32::from(outcome.is_some() && !written);
+            } else {
+                return Ok(Swap::Lost(found));
+            }
+            if contradictions > CONTRADICTIONS_MAX {
+                return Err(StoreError::new(
+                    StoreErrorKind::Device,
+                    format!("{}, block {}", io.url(), current.slot.first),
+                    "the device refuses a compare-and-write whose expected bytes it holds; its \
+                     compare-and-write does not work",
+                ));
+            }
+        }
+    }
+}
+
+/// Of two alternating copies the one that counts.
+fn newest<T: Record>(a: View<T>, b: View<T>) -> View<T> {
+    match (&a.content, &b.content) {
+        (Content::Valid(x), Content::Valid(y)) => {
+            if x.sequence > y.sequence {
+                a
+            } else {
+                b
+            }
+        }
+        (Content::Valid(_), _) => a,
+        (_, Content::Valid(_)) => b,
+        (Content::Damaged(_), _) => a,
+        (_, Content::Damaged(_)) => b,
+        (Content::Unused, Content::Unused) => a,
+    }
+}
+
+/// The error for a record that fails its checks.
+#[must_use]
+pub fn damaged(io: &Io, slot: Slot, damage: &Damage) -> StoreError {
+    StoreError::new(
+        StoreErrorKind::Damaged,
+        format!("{}, record at block {}", io.url(), slot.first),
+        format!("{damage}; run 'ballast store check' on it"),
+    )
+}

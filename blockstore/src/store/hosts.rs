@@ -1,0 +1,101 @@
+//! The host table: who uses the store. One agent per store for now.
+
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::format::geometry::Geometry;
+use crate::format::host::{HostRecord, HostState};
+use crate::io::{Io, now_ms};
+use crate::slot::{Content, Records, Slot, View};
+use crate::store::OpenOptions;
+use crate::types::Generation;
+
+/// Every used slot of the host table.
+pub(super) async fn scan(
+    io: &Io,
+    records: &Records,
+    g: &Geometry,
+) -> Result<Vec<View<HostRecord>>> {
+    Ok(read_table(io, records, g)
+        .await?
+        .into_iter()
+        .filter(|v| v.content != Content::Unused)
+        .collect())
+}
+
+async fn read_table(io: &Io, records: &Records, g: &Geometry) -> Result<Vec<View<HostRecord>>> {
+    let first = Slot { first: g.host_slot(0), paired: true };
+    records.read_run(io, first, u64::from(g.host_slots)).await
+}
+
+/// Enters this host in the table, one generation on, and returns that generation.
+pub(super) async fn register(
+    io: &Io,
+    records: &Records,
+    g: &Geometry,
+    options: &OpenOptions,
+) -> Result<Generation> {
+    let mut table = read_table(io, records, g).await?;
+    for view in &mut table {
+        let Some(other) = view.record().filter(|r| r.uuid != options.host_uuid) else { continue };
+        if other.state != HostState::Up {
+            continue;
+        }
+        if options.take_over_host != Some(other.uuid) {
+            return Err(in_use(io, other));
+        }
+        tracing::warn!(host = %other.uuid, name = other.name, "taken over on the operator's order");
+        let down = HostRecord { state: HostState::Down, ..other.clone() };
+        let swap = records.swap(io, view, down).await?;
+        *view = swap.done(|| format!("{}, host record", io.url()))?;
+    }
+    let own = table.iter().find(|v| v.record().is_some_and(|r| r.uuid == options.host_uuid));
+    let place = own.or_else(|| table.iter().find(|v| v.content == Content::Unused));
+    let Some(place) = place else {
+        return Err(StoreError::new(
+            StoreErrorKind::NoSpace,
+            io.url(),
+            format!("the host table's {} places are all taken", g.host_slots),
+        ));
+    };
+    let before = place.record();
+    if before.is_some_and(|r| r.state == HostState::Evicted) {
+        return Err(StoreError::new(
+            StoreErrorKind::NotOwner,
+            io.url(),
+            format!(
+                "host {} ({}) was evicted from the store; give the host a new identity to use it again",
+                options.host_name, options.host_uuid
+            ),
+        ));
+    }
+    let generation = before.map_or(Generation(0), |r| r.generation).plus(1);
+    let now = now_ms();
+    let record = HostRecord {
+        uuid: options.host_uuid,
+        state: HostState::Up,
+        generation,
+        up_since_ms: now,
+        heartbeat_ms: now,
+        gc_epoch_acknowledged: before.map_or(0, |r| r.gc_epoch_acknowledged),
+        name: options.host_name.clone(),
+        address: options.host_address.clone(),
+    };
+    records.swap(io, place, record).await?.done(|| format!("{}, host record", io.url()))?;
+    Ok(generation)
+}
+
+fn in_use(io: &Io, other: &HostRecord) -> StoreError {
+    let age = |ms: u64| now_ms().saturating_sub(ms) / 1000;
+    StoreError::new(
+        StoreErrorKind::InUse,
+        io.url(),
+        format!(
+            "the store is in use by host '{}' ({}), up for {} s, last heartbeat {} s ago by its clock; \
+             stop the agent there, or, if that host is dead for certain, give --take-over-host {}",
+            other.name,
+            other.uuid,
+            age(other.up_since_ms),
+            age(other.heartbeat_ms),
+            other.uuid
+        ),
+    )
+}

@@ -1,0 +1,299 @@
+//! The store: open, close, and what concerns all of it.
+
+mod format;
+mod hosts;
+mod info;
+mod open;
+mod registry;
+
+pub use format::{FormatOptions, check_size, foreign_signature};
+pub use info::{ExportReport, HostInfo, OwnerInfo, StoreInfo, VdiInfo};
+pub use open::OpenOptions;
+pub use registry::AttachOptions;
+
+use crate::alloc::Allocator;
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::format::extent::ExtentRecord;
+use crate::format::geometry::Geometry;
+use crate::format::host::{HostRecord, HostState};
+use crate::format::superblock::Superblock;
+use crate::format::vdi::VdiHead;
+use crate::io::{Health, Io, Patience, now_ms};
+use crate::slot::{Content, Records, Slot, View};
+use crate::tree::Reader;
+use crate::tree::reclaim::Reclaimer;
+use crate::types::Generation;
+use crate::vdi::VdiInner;
+use hashbrown::HashMap;
+use parking_lot::Mutex;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use uuid::Uuid;
+
+/// VDI slots read at once.
+const SCAN_SLOTS: u32 = 64;
+
+/// What disks and the store share.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub io: Io,
+    pub superblock: Superblock,
+    pub records: Records,
+    pub reader: Reader,
+    pub writer: Option<Writer>,
+}
+
+/// Present when the store is open for writing.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    pub host: Uuid,
+    pub generation: Generation,
+    pub reclaimer: Arc<Reclaimer>,
+}
+
+impl Core {
+    pub(crate) fn writer(&self) -> Result<&Writer> {
+        self.writer.as_ref().ok_or_else(|| {
+            StoreError::new(StoreErrorKind::ReadOnly, self.io.url(), "the store is open read-only")
+        })
+    }
+
+    pub(crate) fn allocator(&self) -> Result<&Arc<Allocator>> {
+        Ok(self.writer()?.reclaimer.allocator())
+    }
+
+    fn geometry(&self) -> &Geometry {
+        &self.superblock.geometry
+    }
+}
+
+/// An open store.
+#[derive(Debug)]
+pub struct Store {
+    pub(crate) core: Arc<Core>,
+    /// Reads for control operations: they fail when the device does not answer in time.
+    control_io: Io,
+    /// One change of the registry at a time.
+    registry: tokio::sync::Mutex<()>,
+    attached: Mutex<HashMap<Uuid, Weak<VdiInner>>>,
+    background: Mutex<Option<Background>>,
+}
+
+#[derive(Debug)]
+struct Background {
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Store {
+    /// The store's identity.
+    #[must_use]
+    pub fn uuid(&self) -> Uuid {
+        self.core.records.store
+    }
+
+    /// The device's URL.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        self.core.io.url()
+    }
+
+    /// What the superblock says.
+    #[must_use]
+    pub fn superblock(&self) -> &Superblock {
+        &self.core.superblock
+    }
+
+    /// How the device does, and whether operations wait for space.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.core.io.health()
+    }
+
+    /// Reads checked blocks and nodes, for tools.
+    #[must_use]
+    pub fn reader(&self) -> &Reader {
+        &self.core.reader
+    }
+
+    /// Resolves when everything that was cut off so far has been freed.
+    pub async fn reclaimed(&self) {
+        if let Some(writer) = &self.core.writer {
+            writer.reclaimer.idle().await;
+        }
+    }
+
+    /// Blocks that this host has claimed but not used: (data, metadata).
+    #[must_use]
+    pub fn pooled(&self) -> (u64, u64) {
+        self.core.allocator().map_or((0, 0), |allocator| allocator.pooled())
+    }
+
+    /// Every slot of the VDI registry that was ever used, by slot number.
+    ///
+    /// # Errors
+    /// The device's; damaged records are content.
+    pub async fn scan_vdis(&self) -> Result<Vec<(u32, View<VdiHead>)>> {
+        scan_vdis(&self.core, &self.control_io).await
+    }
+
+    /// Reads one slot of the VDI registry.
+    ///
+    /// # Errors
+    /// The device's.
+    pub async fn read_vdi_slot(&self, slot: u32) -> Result<View<VdiHead>> {
+        self.core.records.read(&self.control_io, vdi_slot(self.core.geometry(), slot)).await
+    }
+
+    /// The extent catalogue, by extent number.
+    ///
+    /// # Errors
+    /// The device's; damaged records are content.
+    pub async fn scan_extents(&self) -> Result<Vec<View<ExtentRecord>>> {
+        open::scan_extents(&self.control_io, &self.core.records, self.core.geometry()).await
+    }
+
+    /// The host table's used slots.
+    ///
+    /// # Errors
+    /// The device's; damaged records are content.
+    pub async fn scan_hosts(&self) -> Result<Vec<View<HostRecord>>> {
+        hosts::scan(&self.control_io, &self.core.records, self.core.geometry()).await
+    }
+
+    /// Notes in the host record that this host is alive. For people only: no decision rests on it.
+    ///
+    /// # Errors
+    /// The device's; `InUse` if the record was changed by another host.
+    pub async fn heartbeat(self: &Arc<Self>) -> Result<()> {
+        self.update_host(|record| record.heartbeat_ms = now_ms()).await
+    }
+
+    async fn update_host(
+        self: &Arc<Self>,
+        change: impl FnOnce(&mut HostRecord) + Send + 'static,
+    ) -> Result<()> {
+        self.change(|store| async move { store.update_host_now(change).await }).await
+    }
+
+    /// Runs a change of the registry or the host table as a task that nobody stops: a write in place
+    /// that was given up half way might land after a later one. The caller waits only so long.
+    async fn change<T, F, R>(self: &Arc<Self>, operation: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(Arc<Self>) -> R + Send + 'static,
+        R: Future<Output = Result<T>> + Send,
+    {
+        let store = Arc::clone(self);
+        let task = tokio::spawn(async move {
+            let _guard = store.lock_registry().await?;
+            operation(Arc::clone(&store)).await
+        });
+        self.control_io.await_task(task).await
+    }
+
+    async fn update_host_now(&self, change: impl FnOnce(&mut HostRecord)) -> Result<()> {
+        let core = &self.core;
+        let writer = core.writer()?;
+        let hosts = self.scan_hosts().await?;
+        let own = hosts.iter().find(|v| v.record().is_some_and(|r| r.uuid == writer.host));
+        let Some((view, mut record)) = own.and_then(|v| Some((v, v.record()?.clone()))) else {
+            return Err(self.lost_host("its record is gone"));
+        };
+        if record.generation != writer.generation || record.state != HostState::Up {
+            return Err(self.lost_host("its record was taken over or marked down"));
+        }
+        change(&mut record);
+        let swap = core.records.swap(&core.io, view, record).await?;
+        swap.done(|| format!("{}, own host record", core.io.url()))?;
+        Ok(())
+    }
+
+    fn lost_host(&self, what: &str) -> StoreError {
+        StoreError::new(
+            StoreErrorKind::NotOwner,
+            self.url(),
+            format!("this host no longer uses the store: {what}; restart the agent"),
+        )
+    }
+
+    /// Waits for the registry as long as a control operation may take.
+    async fn lock_registry(&self) -> Result<tokio::sync::MutexGuard<'_, ()>> {
+        let limit = match self.control_io.patience() {
+            Patience::Limited(limit) => limit,
+            Patience::Forever => Duration::MAX,
+        };
+        tokio::time::timeout(limit, self.registry.lock()).await.map_err(|_| {
+            StoreError::new(
+                StoreErrorKind::Unreachable,
+                self.url(),
+                "another control operation still waits for the device; try again later",
+            )
+        })
+    }
+
+    /// Closes in an orderly way: releases unused claims and marks this host down. Attached disks stay
+    /// attached to this host. Operations still under way fail with `Closing`.
+    ///
+    /// # Errors
+    /// The device's; the store is closed all the same, and what could not be written leaks until the
+    /// garbage collector's next cycle.
+    pub async fn close(self: &Arc<Self>) -> Result<()> {
+        let Some(background) = self.background.lock().take() else {
+            self.core.io.close();
+            return Ok(());
+        };
+        background.stop.send_replace(true);
+        let store = Arc::clone(self);
+        let goodbye = tokio::spawn(async move {
+            // An error means that the task was stopped with its runtime.
+            let _ = background.task.await;
+            store.say_goodbye().await
+        });
+        let outcome = self.control_io.await_task(goodbye).await;
+        self.core.io.close();
+        outcome
+    }
+
+    async fn say_goodbye(self: &Arc<Self>) -> Result<()> {
+        self.core.writer()?.reclaimer.release_claims(&self.core.io).await?;
+        self.update_host(|record| {
+            record.state = HostState::Down;
+            record.heartbeat_ms = now_ms();
+        })
+        .await
+    }
+}
+
+impl Drop for Store {
+    /// Without [`close`](Store::close) this is like a crash: the next opening finds the host up.
+    fn drop(&mut self) {
+        self.core.io.close();
+    }
+}
+
+fn vdi_slot(geometry: &Geometry, slot: u32) -> Slot {
+    Slot { first: geometry.vdi_slot(slot), paired: true }
+}
+
+/// Slots are used lowest first and never become unused again, so the first unused one ends the scan.
+async fn scan_vdis(core: &Core, io: &Io) -> Result<Vec<(u32, View<VdiHead>)>> {
+    let slots = core.geometry().vdi_slots;
+    let mut found = Vec::new();
+    let mut next = 0;
+    while next < slots {
+        let count = SCAN_SLOTS.min(slots - next);
+        let first = vdi_slot(core.geometry(), next);
+        let views = core.records.read_run(io, first, u64::from(count)).await?;
+        for (number, view) in (next..).zip(views) {
+            if view.content == Content::Unused {
+                return Ok(found);
+            }
+            found.push((number, view));
+        }
+        next += count;
+    }
+    Ok(found)
+}

@@ -1,0 +1,251 @@
+//! Opening a store.
+//!
+//! Order for a writer (rule C2): read the superblock; register in the host table with the next
+//! generation; raise every own VDI head by one compare-and-write, which makes any late command of an
+//! earlier incarnation fail; only then allocate.
+
+use crate::alloc::{Allocator, Territory};
+use crate::device::Device;
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::format::extent::ExtentRecord;
+use crate::format::geometry::{EXTENT_SIZE_MAX, EXTENT_SIZE_MIN, Geometry};
+use crate::format::head::{Damage, Head, MAGIC};
+use crate::format::superblock::Superblock;
+use crate::format::vdi::{Owner, VdiHead, VdiState};
+use crate::io::{Io, Patience};
+use crate::node_cache::NodeCache;
+use crate::slot::{Records, Slot, View};
+use crate::store::{Background, Core, Store, Writer, hosts, scan_vdis};
+use crate::tree::Reader;
+use crate::tree::reclaim::Reclaimer;
+use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, Gba};
+use hashbrown::HashMap;
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+/// Catalogue blocks read at once.
+const CATALOGUE_BLOCKS: u64 = 256;
+
+/// How to open a store.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// This host's identity, kept in its state directory. Not used when read-only.
+    pub host_uuid: Uuid,
+    /// For people.
+    pub host_name: String,
+    /// For people.
+    pub host_address: String,
+    /// Change nothing: no registration, no attaching.
+    pub read_only: bool,
+    /// The operator's word that this other host, which its record says is up, is dead.
+    pub take_over_host: Option<Uuid>,
+    /// Bytes of memory for tree nodes.
+    pub node_cache_bytes: usize,
+    /// How long opening and control operations wait for a device that does not answer.
+    pub control_timeout: Duration,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            host_uuid: Uuid::nil(),
+            host_name: String::new(),
+            host_address: String::new(),
+            read_only: false,
+            take_over_host: None,
+            node_cache_bytes: 32 << 20,
+            control_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+impl OpenOptions {
+    /// For tools that change nothing.
+    #[must_use]
+    pub fn read_only() -> Self {
+        Self { read_only: true, ..Self::default() }
+    }
+}
+
+impl Store {
+    /// Opens the store on a device.
+    ///
+    /// # Errors
+    /// `NotAStore`, `NewerVersion`, `Damaged`; `InUse` naming the host that uses it; `Invalid` if the
+    /// device is smaller than the store or lacks what it needs; `Unreachable` and the device's.
+    pub async fn open(device: Device, options: OpenOptions) -> Result<Arc<Self>> {
+        let io = Io::new(device, Patience::Forever);
+        let control_io = io.with_patience(Patience::Limited(options.control_timeout));
+        let head = read_superblock(&control_io).await?;
+        let superblock = head.record;
+        check_device(&io, &superblock, options.read_only)?;
+        let logical_block = if superblock.single_host {
+            BLOCK_SIZE
+        } else {
+            (io.device().info().logical_block as usize).clamp(512, BLOCK_SIZE)
+        };
+        let records =
+            Records { store: head.store, single_host: superblock.single_host, logical_block };
+        let reader = Reader {
+            io: io.clone(),
+            geometry: superblock.geometry.clone(),
+            nodes: NodeCache::new(options.node_cache_bytes),
+        };
+        let mut core = Core { io, superblock, records, reader, writer: None };
+        let mut background = None;
+        if !options.read_only {
+            // From here on patiently: writes in place must not be given up half way.
+            let writer = join(&core, &core.io, &options).await?;
+            let (stop, stopped) = watch::channel(false);
+            let work = Arc::clone(&writer.reclaimer).run(core.reader.clone(), stopped);
+            background = Some(Background { stop, task: tokio::spawn(work) });
+            core.writer = Some(writer);
+        }
+        Ok(Arc::new(Self {
+            core: Arc::new(core),
+            control_io,
+            registry: tokio::sync::Mutex::default(),
+            attached: Mutex::new(HashMap::new()),
+            background: Mutex::new(background),
+        }))
+    }
+}
+
+/// Enters the store as a host.
+async fn join(core: &Core, io: &Io, options: &OpenOptions) -> Result<Writer> {
+    if options.host_uuid.is_nil() {
+        return Err(StoreError::new(
+            StoreErrorKind::Invalid,
+            core.io.url(),
+            "a host needs an identity to open the store for writing",
+        ));
+    }
+    let geometry = &core.superblock.geometry;
+    let generation = hosts::register(io, &core.records, geometry, options).await?;
+    let owner = Owner { host: options.host_uuid, generation };
+    take_up_vdis(core, io, owner).await?;
+    let territory = Territory {
+        geometry: geometry.clone(),
+        records: core.records.clone(),
+        host: options.host_uuid,
+        generation,
+    };
+    let catalogue = scan_extents(io, &core.records, geometry).await?;
+    let allocator = Arc::new(Allocator::open(io, territory, catalogue).await?);
+    Ok(Writer { host: options.host_uuid, generation, reclaimer: Reclaimer::new(allocator) })
+}
+
+/// Raises the heads of this host's disks, and ends what an earlier incarnation left half done.
+async fn take_up_vdis(core: &Core, io: &Io, owner: Owner) -> Result<()> {
+    for (slot, view) in scan_vdis(core, io).await? {
+        let Some(head) = view.record().filter(|h| h.owner.is_some_and(|o| o.host == owner.host))
+        else {
+            continue;
+        };
+        let next = match head.state {
+            VdiState::Active => VdiHead { owner: Some(owner), ..head.clone() },
+            // Never shown to anyone; what it held leaks until GC.
+            VdiState::Creating | VdiState::Deleting => head.clone().buried(),
+            VdiState::Tombstone => continue,
+        };
+        let swap = core.records.swap(io, &view, next).await?;
+        swap.done(|| format!("{}, VDI slot {slot}", core.io.url()))?;
+    }
+    Ok(())
+}
+
+pub(super) async fn scan_extents(
+    io: &Io,
+    records: &Records,
+    g: &Geometry,
+) -> Result<Vec<View<ExtentRecord>>> {
+    let count = u64::from(g.extent_count);
+    let mut views = Vec::with_capacity(count as usize);
+    while (views.len() as u64) < count {
+        let next = views.len() as u64;
+        let first = Slot { first: Gba(g.extent_start + next), paired: false };
+        let blocks = CATALOGUE_BLOCKS.min(count - next);
+        views.extend(records.read_run(io, first, blocks).await?);
+    }
+    Ok(views)
+}
+
+/// Reads the superblock, or its copy if the first is damaged.
+async fn read_superblock(io: &Io) -> Result<Head<Superblock>> {
+    let block = io.read(Gba(0), 1).await?;
+    let damage = match Head::<Superblock>::decode(&block, Gba(0)) {
+        Ok(head) => return Ok(head),
+        Err(Damage::Newer(version)) => return Err(newer(io, version)),
+        Err(damage) => damage,
+    };
+    if let Some(copy) = find_copy(io).await? {
+        tracing::warn!(
+            store = io.url(), %damage,
+            "the first superblock is damaged; using its copy at the end of the first extent"
+        );
+        return Ok(copy);
+    }
+    if block.starts_with(&MAGIC) {
+        return Err(StoreError::new(
+            StoreErrorKind::Damaged,
+            io.url(),
+            format!("both superblocks are damaged ({damage})"),
+        ));
+    }
+    let what = super::foreign_signature(&block)
+        .map_or(String::new(), |what| format!(" It seems to hold {what}."));
+    Err(StoreError::new(
+        StoreErrorKind::NotAStore,
+        io.url(),
+        format!("the device holds no Ballast store.{what} Make one with 'ballast store format'"),
+    ))
+}
+
+/// The copy lies at the end of extent 0, whose size is one of a few powers of two.
+async fn find_copy(io: &Io) -> Result<Option<Head<Superblock>>> {
+    let mut extent = EXTENT_SIZE_MIN;
+    while extent <= EXTENT_SIZE_MAX && extent <= io.device().info().capacity {
+        let address = Gba((extent >> BLOCK_SHIFT) - 1);
+        let block = io.read(address, 1).await?;
+        match Head::<Superblock>::decode(&block, address) {
+            Ok(head) if head.record.geometry.superblocks()[1] == address => return Ok(Some(head)),
+            Err(Damage::Newer(version)) => return Err(newer(io, version)),
+            _ => extent *= 2,
+        }
+    }
+    Ok(None)
+}
+
+fn newer(io: &Io, version: u16) -> StoreError {
+    StoreError::new(
+        StoreErrorKind::NewerVersion,
+        io.url(),
+        format!(
+            "the store has format version {version} or uses features that this program does not know; \
+             install the version of Ballast that formatted or upgraded it"
+        ),
+    )
+}
+
+fn check_device(io: &Io, superblock: &Superblock, read_only: bool) -> Result<()> {
+    let info = io.device().info();
+    let invalid = |problem| Err(StoreError::new(StoreErrorKind::Invalid, io.url(), problem));
+    if info.capacity < superblock.device_size {
+        return invalid(format!(
+            "the device has {} bytes, but the store was formatted with {}; it was cut short or this is \
+             another device",
+            info.capacity, superblock.device_size
+        ));
+    }
+    if !superblock.single_host && !info.compare_and_write && !read_only {
+        return invalid(
+            "the store needs compare-and-write, which this path to the device does not offer; use \
+             another path, or format for a single host"
+                .to_owned(),
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,407 @@
+//! The VDI registry: creating, finding, deleting, attaching and resizing virtual disks.
+
+use crate::alloc::Purpose;
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::format::extent::ExtentType;
+use crate::format::meta::VdiMeta;
+use crate::format::node::height_for;
+use crate::format::pointer::Pointer;
+use crate::format::vdi::{Owner, VdiHead, VdiState};
+use crate::io::now_ms;
+use crate::name::check_name;
+use crate::root::{Garbage, GarbageSink, Root, Subtree};
+use crate::slot::{Content, Swap, View};
+use crate::store::{Store, VdiInfo, check_size, vdi_slot};
+use crate::types::{BLOCK_SIZE, Birth, Generation, Lsn};
+use crate::vdi::{Control, Vdi, VdiInner, grow};
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// How often creating looks for another slot when other hosts take them.
+const CREATE_ATTEMPTS: u32 = 8;
+
+/// How to attach.
+#[derive(Clone, Debug)]
+pub struct AttachOptions {
+    /// Identity of the local log whose records will extend the image.
+    pub log_id: Uuid,
+}
+
+impl VdiHead {
+    /// What is left of a deleted disk: it holds nothing.
+    pub(crate) fn buried(self) -> Self {
+        Self {
+            state: VdiState::Tombstone,
+            owner: None,
+            log_id: None,
+            root: Pointer::SPARSE,
+            snapshot_log: Pointer::SPARSE,
+            meta: Pointer::SPARSE,
+            ..self
+        }
+    }
+}
+
+/// A disk as found in the registry.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub view: View<VdiHead>,
+    pub head: VdiHead,
+    pub name: String,
+}
+
+impl Store {
+    /// Creates an empty disk.
+    ///
+    /// # Errors
+    /// `Invalid` name or size, `AlreadyExists`, `NoSpace`, the device's.
+    pub async fn create_vdi(self: &Arc<Self>, name: &str, size_bytes: u64) -> Result<VdiInfo> {
+        check_name(name)?;
+        check_size(&format!("VDI '{name}'"), size_bytes)?;
+        let name = name.to_owned();
+        self.change(move |store| async move { store.create_now(&name, size_bytes).await }).await
+    }
+
+    async fn create_now(&self, name: &str, size_bytes: u64) -> Result<VdiInfo> {
+        let object = format!("VDI '{name}'");
+        let writer = self.core.writer()?;
+        self.refuse_taken_name(name, None).await?;
+        let now = now_ms();
+        let uuid = Uuid::new_v4();
+        let meta = VdiMeta { uuid, name: name.to_owned(), policy: 0, created_ms: now };
+        let meta = self.write_meta(&meta).await?;
+        let head = VdiHead {
+            uuid,
+            state: VdiState::Creating,
+            owner: Some(Owner { host: writer.host, generation: writer.generation }),
+            attachment: Generation(0),
+            attached_ms: 0,
+            root: Pointer::SPARSE,
+            height: height_for(size_bytes / BLOCK_SIZE as u64),
+            size_bytes,
+            committed: Lsn(0),
+            log_id: None,
+            birth: Birth(0),
+            last_snapshot_birth: Birth(0),
+            snapshot_log: Pointer::SPARSE,
+            meta,
+            created_ms: now,
+        };
+        let view = match self.take_slot(head.clone()).await {
+            Ok(view) => view,
+            Err(error) => {
+                if error.kind == StoreErrorKind::NoSpace {
+                    self.core.allocator()?.free(vec![meta.gba]);
+                }
+                return Err(error.about(object));
+            }
+        };
+        // Two hosts may have taken the same name at the same moment: both see the other here.
+        let io = &self.core.io;
+        if let Err(error) = self.refuse_taken_name(name, Some(uuid)).await {
+            self.core.records.swap(io, &view, head.buried()).await?;
+            return Err(error);
+        }
+        let active = VdiHead { state: VdiState::Active, owner: None, ..head };
+        let swap = self.core.records.swap(io, &view, active).await?;
+        let view = swap.done(|| object.clone())?;
+        let head = view.record().cloned().ok_or_else(|| gone(&object))?;
+        self.describe(&Found { view, head, name: name.to_owned() }, &[]).await
+    }
+
+    async fn write_meta(&self, meta: &VdiMeta) -> Result<Pointer> {
+        let io = &self.core.io;
+        let allocator = self.core.allocator()?;
+        // With the patience of a control operation: a full store is an error here.
+        let runs =
+            allocator.allocate(&self.control_io, ExtentType::Metadata, 1, Purpose::Normal).await?;
+        let block = Bytes::from(meta.encode());
+        let crc = crate::crc::crc32c(&block);
+        let pointer = Pointer { gba: runs[0].start, read_only: false, birth: Birth(0), crc };
+        io.write_durable(&[(pointer.gba, vec![block])]).await?;
+        Ok(pointer)
+    }
+
+    /// Claims the lowest free slot.
+    async fn take_slot(&self, head: VdiHead) -> Result<View<VdiHead>> {
+        let (core, io) = (&self.core, &self.core.io);
+        for _ in 0..CREATE_ATTEMPTS {
+            let used = self.scan_vdis().await?;
+            let buried = used.iter().find(|(_, view)| {
+                view.record().is_some_and(|head| head.state == VdiState::Tombstone)
+            });
+            let view = match buried {
+                Some((_, view)) => view.clone(),
+                None => {
+                    let next = used.len() as u32;
+                    if next >= core.superblock.geometry.vdi_slots {
+                        return Err(StoreError::new(
+                            StoreErrorKind::NoSpace,
+                            self.url(),
+                            format!("the registry's {next} places are all taken"),
+                        ));
+                    }
+                    let slot = vdi_slot(&core.superblock.geometry, next);
+                    core.records.read(io, slot).await?
+                }
+            };
+            if let Swap::Done(view) = core.records.swap(io, &view, head.clone()).await? {
+                return Ok(view);
+            }
+        }
+        Err(StoreError::new(
+            StoreErrorKind::InUse,
+            self.url(),
+            "other hosts keep taking the free places of the registry; try again",
+        ))
+    }
+
+    async fn refuse_taken_name(&self, name: &str, own: Option<Uuid>) -> Result<()> {
+        for found in self.all_vdis().await? {
+            if found.name == name && Some(found.head.uuid) != own {
+                return Err(StoreError::new(
+                    StoreErrorKind::AlreadyExists,
+                    format!("VDI '{name}'"),
+                    format!("the name is taken by VDI {}; choose another", found.head.uuid),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Every disk of the registry, with its name. Damaged records are skipped, with a warning.
+    pub(super) async fn all_vdis(&self) -> Result<Vec<Found>> {
+        let mut all = Vec::new();
+        for (slot, view) in self.scan_vdis().await? {
+            let head = match &view.content {
+                Content::Valid(head) => head.record.clone(),
+                Content::Unused => continue,
+                Content::Damaged(damage) => {
+                    tracing::error!(slot, %damage, "damaged VDI record");
+                    continue;
+                }
+            };
+            if head.state == VdiState::Tombstone {
+                continue;
+            }
+            let name = self.read_name(&head).await?;
+            all.push(Found { view, head, name });
+        }
+        Ok(all)
+    }
+
+    /// A disk's name; a damaged one is replaced by the UUID, so that the disk can still be handled.
+    async fn read_name(&self, head: &VdiHead) -> Result<String> {
+        let fallback = || format!("unnamed-{}", head.uuid);
+        if head.meta.is_sparse() {
+            return Ok(fallback());
+        }
+        match self.control_reader().read_blocks(&[head.meta]).await {
+            Ok(blocks) => match VdiMeta::decode(&blocks[0]) {
+                Ok(meta) if meta.uuid == head.uuid => return Ok(meta.name),
+                Ok(_) => tracing::error!(vdi = %head.uuid, "its name block is another disk's"),
+                Err(damage) => tracing::error!(vdi = %head.uuid, %damage, "damaged name block"),
+            },
+            Err(error) if error.kind == StoreErrorKind::Corrupt => {
+                tracing::error!(vdi = %head.uuid, %error, "damaged name block");
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(fallback())
+    }
+
+    /// Finds a disk by name or UUID.
+    pub(super) async fn find_vdi(&self, name_or_uuid: &str) -> Result<Found> {
+        let uuid = Uuid::try_parse(name_or_uuid).ok();
+        let mut all = self.all_vdis().await?;
+        all.retain(|found| found.head.state == VdiState::Active);
+        let by_name = all.iter().position(|found| found.name == name_or_uuid);
+        let by_uuid = || all.iter().position(|found| Some(found.head.uuid) == uuid);
+        match by_name.or_else(by_uuid) {
+            Some(index) => Ok(all.swap_remove(index)),
+            None => Err(StoreError::new(
+                StoreErrorKind::NotFound,
+                format!("VDI '{name_or_uuid}'"),
+                format!("{} has no such disk; 'ballast vdi list' shows those it has", self.url()),
+            )),
+        }
+    }
+
+    /// All disks.
+    ///
+    /// # Errors
+    /// The device's.
+    pub async fn list_vdis(&self) -> Result<Vec<VdiInfo>> {
+        let hosts = self.scan_hosts().await?;
+        let mut list = Vec::new();
+        for found in self.all_vdis().await? {
+            list.push(self.describe(&found, &hosts).await?);
+        }
+        Ok(list)
+    }
+
+    /// One disk, by name or UUID.
+    ///
+    /// # Errors
+    /// `NotFound`, the device's.
+    pub async fn lookup_vdi(&self, name_or_uuid: &str) -> Result<VdiInfo> {
+        let found = self.find_vdi(name_or_uuid).await?;
+        self.describe(&found, &self.scan_hosts().await?).await
+    }
+
+    /// Deletes a disk, by name or UUID. It is gone when this returns; its blocks are freed in the
+    /// background.
+    ///
+    /// # Errors
+    /// `NotFound`; `InUse` saying by whom and since when it is attached; the device's.
+    pub async fn delete_vdi(self: &Arc<Self>, name_or_uuid: &str) -> Result<()> {
+        let name = name_or_uuid.to_owned();
+        self.change(|store| async move { store.delete_now(&name).await }).await
+    }
+
+    async fn delete_now(&self, name_or_uuid: &str) -> Result<()> {
+        let core = &self.core;
+        let reclaimer = Arc::clone(&core.writer()?.reclaimer);
+        let found = self.find_vdi(name_or_uuid).await?;
+        self.refuse_attached(&found, "delete").await?;
+        let head = &found.head;
+        let swap = core.records.swap(&core.io, &found.view, head.clone().buried()).await?;
+        swap.done(|| found.object())?;
+        let last_snapshot = head.last_snapshot_birth;
+        let mut garbage = Garbage::default();
+        if head.root.is_exclusive(last_snapshot) {
+            let (pointer, level) = (head.root, head.height);
+            garbage.subtrees.push(Subtree { pointer, level, last_snapshot });
+        }
+        if !head.meta.is_sparse() {
+            garbage.blocks.push(head.meta.gba);
+        }
+        reclaimer.discard(garbage);
+        Ok(())
+    }
+
+    async fn refuse_attached(&self, found: &Found, verb: &str) -> Result<()> {
+        if found.head.owner.is_none() {
+            return Ok(());
+        }
+        Err(StoreError::new(
+            StoreErrorKind::InUse,
+            found.object(),
+            format!(
+                "it is attached {}; detach it there, then {verb} it",
+                self.describe_owner(&found.head).await?
+            ),
+        ))
+    }
+
+    /// Attaches a disk to this host, or resumes this host's attachment with the same log.
+    ///
+    /// # Errors
+    /// `NotFound`; `InUse` if another host or another log has it; `Damaged`; the device's.
+    pub async fn attach(self: &Arc<Self>, uuid: Uuid, options: AttachOptions) -> Result<Arc<Vdi>> {
+        self.change(move |store| async move { store.attach_now(uuid, &options).await }).await
+    }
+
+    async fn attach_now(&self, uuid: Uuid, options: &AttachOptions) -> Result<Arc<Vdi>> {
+        let core = &self.core;
+        let writer = core.writer()?;
+        if options.log_id.is_nil() {
+            let problem = "a log needs an identity";
+            return Err(StoreError::new(StoreErrorKind::Invalid, format!("VDI {uuid}"), problem));
+        }
+        let found = self.find_vdi(&uuid.to_string()).await?;
+        self.check_attachable(&found, writer.host, options).await?;
+        let head = &found.head;
+        let next = VdiHead {
+            owner: Some(Owner { host: writer.host, generation: writer.generation }),
+            attachment: head.attachment.plus(1),
+            attached_ms: if head.owner.is_some() { head.attached_ms } else { now_ms() },
+            log_id: Some(options.log_id),
+            ..head.clone()
+        };
+        let swap = core.records.swap(&core.io, &found.view, next.clone()).await?;
+        let view = swap.done(|| found.object())?;
+        let sink: Arc<dyn GarbageSink> = Arc::clone(&writer.reclaimer) as _;
+        let inner = Arc::new(VdiInner {
+            core: Arc::clone(core),
+            uuid,
+            name: found.name,
+            root: ArcSwap::new(Root::new(next, Arc::clone(&sink))),
+            sink,
+            control: tokio::sync::Mutex::new(Control::new(view)),
+        });
+        self.attached.lock().insert(uuid, Arc::downgrade(&inner));
+        Ok(Arc::new(Vdi { inner }))
+    }
+
+    async fn check_attachable(
+        &self,
+        found: &Found,
+        host: Uuid,
+        options: &AttachOptions,
+    ) -> Result<()> {
+        let head = &found.head;
+        let in_use =
+            |message: String| Err(StoreError::new(StoreErrorKind::InUse, found.object(), message));
+        if head.owner.is_some_and(|owner| owner.host != host) {
+            let owner = self.describe_owner(head).await?;
+            return in_use(format!("it is attached {owner}; detach it there first"));
+        }
+        if head.owner.is_some() && self.attached_here(head.uuid).is_some() {
+            return in_use("it is attached to this host already".to_owned());
+        }
+        match head.log_id {
+            Some(log_id) if log_id != options.log_id => in_use(format!(
+                "its writes are in log {log_id}, but this host's cache has log {}; start the agent with \
+                 the cache that holds the former, or give its writes up with 'ballast vdi rollback \
+                 --accept-loss'",
+                options.log_id
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// The handle of a disk that is attached through this store object.
+    pub(super) fn attached_here(&self, uuid: Uuid) -> Option<Arc<VdiInner>> {
+        let mut attached = self.attached.lock();
+        attached.retain(|_, weak| weak.strong_count() > 0);
+        attached.get(&uuid).and_then(std::sync::Weak::upgrade)
+    }
+
+    /// Grows a disk, attached to this host or to none.
+    ///
+    /// # Errors
+    /// `NotFound`, `Invalid` for a smaller size, `InUse` if another host has it, the device's.
+    pub async fn resize_vdi(self: &Arc<Self>, name_or_uuid: &str, size_bytes: u64) -> Result<()> {
+        let name = name_or_uuid.to_owned();
+        self.change(move |store| async move { store.resize_now(&name, size_bytes).await }).await
+    }
+
+    async fn resize_now(&self, name_or_uuid: &str, size_bytes: u64) -> Result<()> {
+        let core = &self.core;
+        core.writer()?;
+        let found = self.find_vdi(name_or_uuid).await?;
+        if let Some(inner) = self.attached_here(found.head.uuid)
+            && found.head.owner.is_some()
+        {
+            return Vdi { inner }.resize(size_bytes).await;
+        }
+        self.refuse_attached(&found, "resize").await?;
+        let next = grow(core, &found.object(), &found.head, size_bytes).await?;
+        let swap = core.records.swap(&core.io, &found.view, next).await?;
+        swap.done(|| found.object())?;
+        Ok(())
+    }
+}
+
+impl Found {
+    pub(super) fn object(&self) -> String {
+        format!("VDI '{}' ({})", self.name, self.head.uuid)
+    }
+}
+
+fn gone(object: &str) -> StoreError {
+    StoreError::new(StoreErrorKind::Damaged, object, "its record vanished")
+}

@@ -1,0 +1,123 @@
+//! Helpers of this crate's tests: a store on a simulated device, and a model of a disk.
+
+use crate::commit::{Batch, Change};
+use crate::crc::crc32c;
+use crate::device::sim::{SimDevice, SimOptions};
+use crate::types::{BLOCK_SIZE, Lba, Lsn};
+use crate::{AttachOptions, FormatOptions, OpenOptions, Store, Vdi};
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use uuid::Uuid;
+
+pub const HOST: Uuid = Uuid::from_u128(0xa11ce);
+pub const LOG: Uuid = Uuid::from_u128(0x109);
+pub const MIB: u64 = 1 << 20;
+
+pub fn sim(capacity: u64, seed: u64) -> SimDevice {
+    SimDevice::new(capacity, seed)
+}
+
+pub fn sim_without_caw(capacity: u64, seed: u64) -> SimDevice {
+    let options = SimOptions { compare_and_write: false, ..SimOptions::new(capacity, seed) };
+    SimDevice::with_options(options)
+}
+
+pub fn host(uuid: Uuid) -> OpenOptions {
+    OpenOptions {
+        host_uuid: uuid,
+        host_name: format!("host-{:x}", uuid.as_u128()),
+        ..Default::default()
+    }
+}
+
+pub async fn format(sim: &SimDevice) {
+    Store::format(sim.device(), FormatOptions::default()).await.expect("format");
+}
+
+pub async fn open(sim: &SimDevice) -> Arc<Store> {
+    Store::open(sim.device(), host(HOST)).await.expect("open")
+}
+
+pub async fn attach(store: &Arc<Store>, name: &str) -> Arc<Vdi> {
+    let info = store.lookup_vdi(name).await.expect("lookup");
+    store.attach(info.uuid, AttachOptions { log_id: LOG }).await.expect("attach")
+}
+
+/// A fresh store with one attached disk "d".
+pub async fn store_with_disk(sim: &SimDevice, size: u64) -> (Arc<Store>, Arc<Vdi>) {
+    format(sim).await;
+    let store = open(sim).await;
+    store.create_vdi("d", size).await.expect("create");
+    let vdi = attach(&store, "d").await;
+    (store, vdi)
+}
+
+/// A block that says which block and which version it is.
+pub fn stamp(lba: u64, version: u64) -> Bytes {
+    let mut block = vec![0u8; BLOCK_SIZE];
+    for (index, word) in block.chunks_exact_mut(8).enumerate() {
+        let value = if index % 2 == 0 { lba } else { version };
+        word.copy_from_slice(&(value ^ (index as u64) << 40).to_le_bytes());
+    }
+    Bytes::from(block)
+}
+
+pub fn write(lba: u64, version: u64) -> Change {
+    let data = stamp(lba, version);
+    Change::Write { lba: Lba(lba), crc: crc32c(&data), data }
+}
+
+pub fn zero(lba: u64, blocks: u64) -> Change {
+    Change::Zero { lba: Lba(lba), blocks }
+}
+
+pub fn batch(lsn: u64, changes: Vec<Change>) -> Batch {
+    Batch { lsn: Lsn(lsn), changes }
+}
+
+/// What a disk should hold: version by block.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Model(pub BTreeMap<u64, u64>);
+
+impl Model {
+    pub fn apply(&mut self, changes: &[Change], version: u64) {
+        for change in changes {
+            match change {
+                Change::Write { lba, .. } => {
+                    self.0.insert(lba.0, version);
+                }
+                Change::Zero { .. } => {
+                    let (first, end) = (change.first(), change.end());
+                    self.0.retain(|lba, _| !(first..end).contains(lba));
+                }
+            }
+        }
+    }
+
+    /// Compares with an image read by `export_vdi`.
+    pub async fn check(&self, store: &Store, name: &str) {
+        let mut found = BTreeMap::new();
+        store
+            .export_vdi(name, &mut |offset, block| {
+                let lba = offset / BLOCK_SIZE as u64;
+                let version =
+                    u64::from_le_bytes(block[8..16].try_into().expect("8 bytes")) ^ 1 << 40;
+                assert_eq!(block, &stamp(lba, version)[..], "block {lba} holds garbage");
+                found.insert(lba, version);
+                Ok(())
+            })
+            .await
+            .expect("export");
+        assert_eq!(found, self.0);
+    }
+
+    /// Compares blocks read through the attached disk.
+    pub async fn check_read(&self, vdi: &Vdi, lba: u64, blocks: u32) {
+        let read = vdi.read(Lba(lba), blocks).await.expect("read");
+        for (lba, block) in (lba..).zip(read) {
+            let expected = self.0.get(&lba).map(|version| stamp(lba, *version));
+            assert_eq!(block, expected, "block {lba}");
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Tests of the store as a whole, on the simulated device.
+
+mod basics;

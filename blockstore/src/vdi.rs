@@ -1,0 +1,306 @@
+//! An attached virtual disk: reads of its committed image, and commits.
+//!
+//! One task commits at a time; readers never wait for it. Each reader works on the root that was
+//! current when it started, and the blocks of that root are not used again while it reads.
+
+use crate::alloc::Allocator;
+use crate::commit::publish::Prepared;
+use crate::commit::{Batch, Committed};
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::format::extent::ExtentType;
+use crate::format::node::{Node, height_for};
+use crate::format::pointer::Pointer;
+use crate::format::vdi::VdiHead;
+use crate::root::{Garbage, GarbageSink, Root};
+use crate::slot::View;
+use crate::store::Core;
+use crate::types::{Birth, Generation, Lba, Lsn};
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use serde::Serialize;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// What the store holds of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CommittedState {
+    /// The image is the disk as of this point of the guest's write order.
+    pub lsn: Lsn,
+    /// Root of its tree; identifies the image.
+    pub root: Pointer,
+    /// Levels of the tree.
+    pub height: u8,
+    /// Bytes.
+    pub size_bytes: u64,
+    /// The commit counter.
+    pub birth: Birth,
+    /// The attachment that commits.
+    pub attachment: Generation,
+    /// The log that extends this image.
+    pub log_id: Option<Uuid>,
+}
+
+/// An attached virtual disk.
+#[derive(Debug)]
+pub struct Vdi {
+    pub(crate) inner: Arc<VdiInner>,
+}
+
+#[derive(Debug)]
+pub(crate) struct VdiInner {
+    pub core: Arc<Core>,
+    pub uuid: Uuid,
+    pub name: String,
+    pub root: ArcSwap<Root>,
+    pub sink: Arc<dyn GarbageSink>,
+    pub control: tokio::sync::Mutex<Control>,
+}
+
+/// What only the one committer touches.
+#[derive(Debug)]
+pub(crate) struct Control {
+    /// The head as this attachment last wrote or read it.
+    pub view: View<VdiHead>,
+    /// Why nothing may be committed any more.
+    lost: Option<(StoreErrorKind, String)>,
+}
+
+impl Control {
+    pub(crate) fn new(view: View<VdiHead>) -> Self {
+        Self { view, lost: None }
+    }
+
+    pub(crate) fn check(&self, vdi: &VdiInner) -> Result<()> {
+        match &self.lost {
+            None => Ok(()),
+            Some((kind, message)) => Err(StoreError::new(*kind, vdi.object(), message.clone())),
+        }
+    }
+
+    /// Ends this attachment's commits for good.
+    pub(crate) fn lose(
+        &mut self,
+        vdi: &VdiInner,
+        kind: StoreErrorKind,
+        message: String,
+    ) -> StoreError {
+        tracing::error!(vdi = %vdi.uuid, "{message}");
+        self.lost = Some((kind, message.clone()));
+        StoreError::new(kind, vdi.object(), message)
+    }
+}
+
+impl VdiInner {
+    pub(crate) fn object(&self) -> String {
+        format!("VDI '{}' ({})", self.name, self.uuid)
+    }
+
+    pub(crate) fn invalid(&self, problem: String) -> StoreError {
+        StoreError::new(StoreErrorKind::Invalid, self.object(), problem)
+    }
+
+    pub(crate) fn named(&self, error: StoreError) -> StoreError {
+        let object = format!("{} in {}", self.object(), error.object);
+        error.about(object)
+    }
+}
+
+impl Vdi {
+    /// Identity.
+    #[must_use]
+    pub fn uuid(&self) -> Uuid {
+        self.inner.uuid
+    }
+
+    /// Name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// What is committed now.
+    #[must_use]
+    pub fn committed(&self) -> CommittedState {
+        let root = self.inner.root.load();
+        let head = &root.head;
+        CommittedState {
+            lsn: head.committed,
+            root: head.root,
+            height: head.height,
+            size_bytes: head.size_bytes,
+            birth: head.birth,
+            attachment: head.attachment,
+            log_id: head.log_id,
+        }
+    }
+
+    /// Reads blocks of the committed image, at most [`READ_BLOCKS_MAX`](crate::tree::READ_BLOCKS_MAX)
+    /// at once; `None` is a hole, which reads as zeros. Every block was checked against its pointer's
+    /// checksum. Waits while the store is unreachable.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Invalid`, `Closing`, or a lasting error of the device.
+    pub async fn read(&self, lba: Lba, blocks: u32) -> Result<Vec<Option<Bytes>>> {
+        let inner = &self.inner;
+        // Held until the data is here: no block of this version is used again before.
+        let root = inner.root.load_full();
+        let reader = &inner.core.reader;
+        let named = |error| inner.named(error);
+        let pointers = reader.resolve(&root.head, lba, blocks).await.map_err(named)?;
+        let stored: Vec<Pointer> = pointers.iter().copied().filter(|p| !p.is_sparse()).collect();
+        let mut data = reader.read_blocks(&stored).await.map_err(named)?.into_iter();
+        let block = |p: &Pointer| if p.is_sparse() { None } else { data.next() };
+        Ok(pointers.iter().map(block).collect())
+    }
+
+    /// Where blocks of the committed image lie, sparse for holes.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub async fn resolve(&self, lba: Lba, blocks: u32) -> Result<Vec<Pointer>> {
+        let root = self.inner.root.load_full();
+        let resolved = self.inner.core.reader.resolve(&root.head, lba, blocks).await;
+        resolved.map_err(|error| self.inner.named(error))
+    }
+
+    /// Makes the image exactly that of `batch.lsn`, atomically and durably; until then the earlier
+    /// one stays in force. Outages and a full store are waited out. Goes on in the background if the
+    /// caller stops waiting.
+    ///
+    /// # Errors
+    /// `NotOwner` and `RolledBack` are final for this attachment; `Invalid` for a malformed batch;
+    /// `Closing`; `Corrupt` if a node of the present tree is damaged.
+    pub async fn commit(&self, batch: Batch) -> Result<Committed> {
+        let prepared = self.prepare(batch).await?;
+        self.publish(prepared).await
+    }
+
+    /// First half of [`commit`](Self::commit): writes the data, visible to nobody. May run while an
+    /// earlier batch is being published.
+    ///
+    /// # Errors
+    /// As [`commit`](Self::commit).
+    pub async fn prepare(&self, batch: Batch) -> Result<Prepared> {
+        self.inner.prepare(batch).await
+    }
+
+    /// Second half of [`commit`](Self::commit). Call it in the order of the batches.
+    ///
+    /// # Errors
+    /// As [`commit`](Self::commit).
+    pub async fn publish(&self, prepared: Prepared) -> Result<Committed> {
+        self.unstoppable(|inner| async move { inner.publish(prepared).await }).await
+    }
+
+    /// Grows the disk. Waits while the store is unreachable.
+    ///
+    /// # Errors
+    /// `Invalid` if it would shrink, and those of [`commit`](Self::commit).
+    pub async fn resize(&self, size_bytes: u64) -> Result<()> {
+        self.unstoppable(move |inner| async move { inner.resize(size_bytes).await }).await
+    }
+
+    /// Gives the disk up: afterwards any host may attach it. `drained_to` is the last LSN of the
+    /// caller's log, as proof that nothing is left in it. Waits while the store is unreachable.
+    ///
+    /// # Errors
+    /// `InUse` if the log reaches further than the image, and those of [`commit`](Self::commit).
+    pub async fn detach(&self, drained_to: Lsn) -> Result<()> {
+        self.unstoppable(move |inner| async move { inner.detach(drained_to).await }).await
+    }
+
+    /// Runs an operation as a task that goes on when its caller stops waiting: a head's write that
+    /// was given up half way might land after a later one.
+    async fn unstoppable<T, F, R>(&self, operation: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(Arc<VdiInner>) -> R,
+        R: Future<Output = Result<T>> + Send + 'static,
+    {
+        let task = tokio::spawn(operation(Arc::clone(&self.inner)));
+        self.inner.core.io.await_task(task).await
+    }
+}
+
+impl VdiInner {
+    async fn resize(&self, size_bytes: u64) -> Result<()> {
+        let mut control = self.control.lock().await;
+        control.check(self)?;
+        loop {
+            let base = self.root.load_full();
+            let next = grow(&self.core, &self.object(), &base.head, size_bytes).await?;
+            if self.swap_head(&mut control, next.clone()).await? {
+                let next = Root::new(next, Arc::clone(&self.sink));
+                self.root.store(Arc::clone(&next));
+                base.retire(next, Garbage::default());
+                return Ok(());
+            }
+        }
+    }
+
+    async fn detach(&self, drained_to: Lsn) -> Result<()> {
+        let mut control = self.control.lock().await;
+        control.check(self)?;
+        loop {
+            let base = self.root.load_full();
+            if base.head.committed < drained_to {
+                return Err(StoreError::new(
+                    StoreErrorKind::InUse,
+                    self.object(),
+                    format!(
+                        "its log reaches LSN {drained_to}, the store's image only {}; drain it first \
+                         ('ballast cache drain')",
+                        base.head.committed
+                    ),
+                ));
+            }
+            let next = VdiHead { owner: None, log_id: None, attached_ms: 0, ..base.head.clone() };
+            if self.swap_head(&mut control, next).await? {
+                let message = "the disk was detached".to_owned();
+                control.lost = Some((StoreErrorKind::NotOwner, message));
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// The head of a grown disk; writes the nodes that a taller tree needs.
+pub(crate) async fn grow(
+    core: &Core,
+    object: &str,
+    head: &VdiHead,
+    size_bytes: u64,
+) -> Result<VdiHead> {
+    crate::store::check_size(object, size_bytes)?;
+    if size_bytes < head.size_bytes {
+        return Err(StoreError::new(
+            StoreErrorKind::Invalid,
+            object,
+            format!(
+                "it has {} bytes; shrinking to {size_bytes} is not supported, since growing it again \
+                 would show old data",
+                head.size_bytes
+            ),
+        ));
+    }
+    let height = height_for(size_bytes.div_ceil(crate::types::BLOCK_SIZE as u64));
+    let levels = height.saturating_sub(head.height);
+    let birth = head.birth.plus(1);
+    let mut next = VdiHead { size_bytes, height: height.max(head.height), birth, ..head.clone() };
+    if levels == 0 || head.root.is_sparse() {
+        return Ok(next);
+    }
+    let allocator: &Arc<Allocator> = core.allocator()?;
+    let purpose = crate::alloc::Purpose::Normal;
+    let runs =
+        allocator.allocate(&core.io, ExtentType::Metadata, u64::from(levels), purpose).await?;
+    let mut writes = Vec::new();
+    for gba in runs.iter().flat_map(|run| run.iter()) {
+        let mut node = Node::empty();
+        node.set(0, next.root);
+        next.root = Pointer { gba, read_only: false, birth, crc: node.crc() };
+        writes.push((gba, vec![Bytes::copy_from_slice(node.bytes())]));
+    }
+    core.io.write_durable(&writes).await?;
+    Ok(next)
+}

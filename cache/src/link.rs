@@ -38,7 +38,7 @@ pub enum ToDisk {
 pub struct FetchError(pub String);
 
 /// A free segment handed to a disk.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grant {
     /// Which one.
     pub id: SegmentId,
@@ -46,8 +46,8 @@ pub struct Grant {
     pub seq: u64,
     /// Keys the headers' checksums, so that nothing left in the segment or written by a guest passes for a record.
     pub nonce: u64,
-    /// Memory to compose it in.
-    pub image: Arc<SegmentImage>,
+    /// Segments are plentiful: the disk may keep fetched blocks in this one too.
+    pub roomy: bool,
 }
 
 /// From the worker to the asynchronous side.
@@ -63,6 +63,8 @@ pub enum FromDisk {
     Sealed(SealedSegment),
     /// Everything staged before the request is sealed; `lsn` is the last of it.
     Rolled { id: u64, lsn: Lsn },
+    /// The segment was granted and never used; the disk gives it back.
+    Unused { segment: SegmentId },
     /// No index entry and no read refers to the segment any more.
     Evicted { segment: SegmentId },
     /// The log can no longer be written; the disk refuses writes.

@@ -35,6 +35,7 @@ pub struct Local {
     pub path: PathBuf,
     /// Division of the device.
     pub geometry: Geometry,
+    cache: Uuid,
     device: Device,
     superblock: tokio::sync::Mutex<Superblock>,
 }
@@ -67,17 +68,7 @@ impl Local {
             ..OpenOptions::default()
         };
         let device = FileDevice::open(path, &options)?;
-        let superblock = read_superblock(&device, path).await?;
-        let (expected, found) = (superblock.geometry.size, device.info().capacity);
-        if found < expected {
-            return Err(CacheError::Truncated { path: path.into(), expected, found });
-        }
-        Ok(Self {
-            path: path.into(),
-            geometry: superblock.geometry,
-            device,
-            superblock: tokio::sync::Mutex::new(superblock),
-        })
+        Self::on_device(path, device).await
     }
 
     /// Writes every byte of a new cache once, so that later writes change no file system metadata, superblock last: a
@@ -94,7 +85,6 @@ impl Local {
         }
         let device = FileDevice::open(path, &options)?;
         let size = device.info().capacity;
-        let geometry = Geometry::for_size(size).ok_or_else(too_small)?;
         tracing::info!(path = %path.display(), bytes = size, "creating the cache: writing it once from end to end");
         let mut mark = AlignedBuf::zeroed(BLOCK_SIZE);
         mark[..UNMADE.len()].copy_from_slice(UNMADE);
@@ -119,6 +109,13 @@ impl Local {
             return Err(error.into());
         }
         device.flush().await?;
+        Self::make_on(path, device).await
+    }
+
+    /// Makes a cache of the whole of `device`, which is blank but for the mark of an unfinished creation.
+    pub async fn make_on(path: &Path, device: Device) -> Result<Self, CacheError> {
+        let size = device.info().capacity;
+        let too_small = || CacheError::TooSmall { path: path.into(), size, least: CACHE_SIZE_MIN };
         let superblock = Superblock {
             sequence: 0,
             cache: Uuid::new_v4(),
@@ -126,13 +123,39 @@ impl Local {
             store: None,
             leg: Uuid::new_v4(),
             legs: 1,
-            geometry,
+            geometry: Geometry::for_size(size).ok_or_else(too_small)?,
         };
-        let local = Self { path: path.into(), geometry, device, superblock: superblock.into() };
+        let local = Self::with(path, device, superblock);
         for _ in 0..2 {
             local.rewrite_superblock(|_| ()).await?;
         }
         Ok(local)
+    }
+
+    /// The cache on `device`.
+    pub async fn on_device(path: &Path, device: Device) -> Result<Self, CacheError> {
+        let superblock = read_superblock(&device, path).await?;
+        let (expected, found) = (superblock.geometry.size, device.info().capacity);
+        if found < expected {
+            return Err(CacheError::Truncated { path: path.into(), expected, found });
+        }
+        Ok(Self::with(path, device, superblock))
+    }
+
+    fn with(path: &Path, device: Device, superblock: Superblock) -> Self {
+        Self {
+            path: path.into(),
+            geometry: superblock.geometry,
+            cache: superblock.cache,
+            device,
+            superblock: tokio::sync::Mutex::new(superblock),
+        }
+    }
+
+    /// The cache's identity.
+    #[must_use]
+    pub fn cache_uuid(&self) -> Uuid {
+        self.cache
     }
 
     /// A copy of the superblock.
@@ -178,7 +201,7 @@ impl Local {
 
     /// The headers of all segments that have one.
     pub async fn read_headers(&self) -> Result<Vec<SegmentHeader>, CacheError> {
-        let cache = self.superblock.lock().await.cache;
+        let cache = self.cache;
         let mut found = Vec::new();
         let mut headers = futures_util::stream::iter(0..self.geometry.segments)
             .map(|id| async move {

@@ -6,11 +6,9 @@
 
 use crate::disk::plan::SegmentId;
 use crate::format::Geometry;
-use crate::image::ImagePool;
 use crate::link::Grant;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedSender;
 use uuid::Uuid;
 
@@ -27,7 +25,6 @@ pub enum PoolMessage {
 #[derive(Debug)]
 pub struct Pool {
     geometry: Geometry,
-    images: Arc<ImagePool>,
     inner: Mutex<Inner>,
 }
 
@@ -50,12 +47,29 @@ pub struct PoolCounts {
     pub free: u32,
     /// Committed; read cache until evicted.
     pub clean: u32,
+    /// Disks that hold segments.
+    pub disks: u32,
+}
+
+impl PoolCounts {
+    /// Segments that are neither free nor clean.
+    #[must_use]
+    pub fn used(&self) -> u32 {
+        self.segments.saturating_sub(self.free).saturating_sub(self.clean)
+    }
+
+    /// Share of the segments that hold uncommitted records, 0 to 1; the two that each disk has at hand do not count.
+    #[must_use]
+    pub fn fill(&self) -> f64 {
+        let dirty = self.used().saturating_sub(2 * self.disks);
+        f64::from(dirty) / f64::from(self.segments.max(1))
+    }
 }
 
 impl Pool {
     /// A pool in which `free` can be handed out, with sequence numbers from `next_seq` on.
     #[must_use]
-    pub fn new(geometry: Geometry, images: Arc<ImagePool>, free: Vec<SegmentId>, next_seq: u64) -> Self {
+    pub fn new(geometry: Geometry, free: Vec<SegmentId>, next_seq: u64) -> Self {
         let inner = Inner {
             free: free.into(),
             next_seq,
@@ -64,7 +78,7 @@ impl Pool {
             waiting: VecDeque::new(),
             tasks: BTreeMap::new(),
         };
-        Self { geometry, images, inner: Mutex::new(inner) }
+        Self { geometry, inner: Mutex::new(inner) }
     }
 
     /// Makes a disk's task known.
@@ -103,13 +117,9 @@ impl Pool {
         }
     }
 
-    /// Hands out two segments for a disk that is being attached, or says how many are free.
-    pub fn grant_two(&self) -> Result<Vec<Grant>, u32> {
+    /// Hands out up to two segments for a disk that is being attached.
+    pub fn grant_two(&self) -> Vec<Grant> {
         let mut inner = self.inner.lock();
-        if inner.free.len() < 2 {
-            self.relieve(&mut inner);
-            return Err(inner.free.len() as u32);
-        }
         let mut grants = Vec::new();
         for _ in 0..2 {
             if let Some(id) = inner.free.pop_front() {
@@ -117,7 +127,7 @@ impl Pool {
             }
         }
         self.relieve(&mut inner);
-        Ok(grants)
+        grants
     }
 
     /// A segment is free again: nothing on the device or in memory refers to it, and the local checkpoint that says so
@@ -130,6 +140,12 @@ impl Pool {
         }
         inner.free.push_back(id);
         Self::next_turn(&inner);
+    }
+
+    /// A segment that was to be evicted cannot be, for now.
+    pub fn eviction_failed(&self) {
+        let mut inner = self.inner.lock();
+        inner.evicting = inner.evicting.saturating_sub(1);
     }
 
     /// A segment is clean: it may be evicted when space is short.
@@ -152,6 +168,7 @@ impl Pool {
             segments: self.geometry.segments,
             free: inner.free.len() as u32,
             clean: inner.clean.len() as u32 + inner.evicting,
+            disks: inner.tasks.len() as u32,
         }
     }
 
@@ -163,7 +180,8 @@ impl Pool {
     fn make_grant(&self, inner: &mut Inner, id: SegmentId) -> Grant {
         let seq = inner.next_seq;
         inner.next_seq += 1;
-        Grant { id, seq, nonce: random_u64(), image: self.images.take() }
+        let roomy = inner.free.len() as u32 >= self.low_water() / 2;
+        Grant { id, seq, nonce: random_u64(), roomy }
     }
 
     /// Asks for the oldest clean segments until enough are free or on their way.

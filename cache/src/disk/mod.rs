@@ -26,7 +26,7 @@ mod tests;
 mod write;
 
 use crate::format::Geometry;
-use crate::image::SegmentImage;
+use crate::image::{ImagePool, SegmentImage};
 use crate::index::Index;
 use crate::link::{FromDisk, Grant, Link, ToDisk};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
@@ -34,7 +34,11 @@ use hashbrown::HashMap;
 use log::Log;
 use plan::SegmentId;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use uuid::Uuid;
+
+/// Counting the index's memory walks its regions: not at every poll.
+const POLLS_PER_MEMORY_COUNT: u32 = 4096;
 
 /// The driver's name for a guest request; returned with its completion.
 pub type Tag = u64;
@@ -108,6 +112,21 @@ pub struct Start {
     pub sealed: Vec<(SegmentId, Lsn)>,
     /// Segments to append to.
     pub grants: Vec<Grant>,
+    /// Memory for segments.
+    pub images: Arc<ImagePool>,
+    /// Where the disk says how far it is.
+    pub progress: Arc<Progress>,
+}
+
+/// How far a disk is, for others to read; brought up to date by every [`Disk::poll`].
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Last LSN given out.
+    pub staged: AtomicU64,
+    /// Everything up to this LSN is durable in the log.
+    pub flushed: AtomicU64,
+    /// Bytes that the index takes.
+    pub index_bytes: AtomicU64,
 }
 
 /// What the index refers to on the device: a sealed segment.
@@ -130,6 +149,8 @@ pub struct Disk {
     /// Counts removals from the index, see [`Disk::fill_ticket`].
     removals: u64,
     outbox: Vec<FromDisk>,
+    progress: Arc<Progress>,
+    polls: u32,
 }
 
 impl Disk {
@@ -142,7 +163,13 @@ impl Disk {
             .map(|(id, last_lsn)| (id, Sealed { last_lsn, pins: 0, evicting: false }))
             .collect();
         Self {
-            log: Log::new(start.identity, start.geometry, start.last_lsn, start.grants),
+            log: Log::new(
+                start.identity,
+                start.geometry,
+                start.images,
+                start.last_lsn,
+                start.grants,
+            ),
             geometry: start.geometry,
             size_bytes: start.size_bytes,
             index: start.index,
@@ -150,6 +177,8 @@ impl Disk {
             sealed,
             removals: 0,
             outbox: Vec::new(),
+            progress: start.progress,
+            polls: 0,
         }
     }
 
@@ -235,6 +264,12 @@ impl Disk {
             self.sealed.insert(id, Sealed { last_lsn, pins: 0, evicting: false });
         }
         actions.extend(self.outbox.drain(..).map(Action::Send));
+        self.progress.staged.store(self.log.staged_lsn().0, Ordering::Relaxed);
+        self.progress.flushed.store(self.log.flushed_lsn().0, Ordering::Relaxed);
+        if self.polls.is_multiple_of(POLLS_PER_MEMORY_COUNT) {
+            self.progress.index_bytes.store(self.index.memory() as u64, Ordering::Relaxed);
+        }
+        self.polls = self.polls.wrapping_add(1);
     }
 
     /// Finished requests, in the order to publish them; `false` means I/O error.

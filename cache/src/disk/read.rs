@@ -77,11 +77,11 @@ impl Disk {
     /// A block of a segment that is not sealed yet may still be on its way to the device: it is read from memory.
     fn source(&self, slot: Slot, crc: u32) -> BlockSource {
         let blocks = self.geometry.segment_blocks();
-        for grant in self.log.live_images() {
-            let first = self.geometry.first_block(grant.id);
+        for (id, image) in self.log.live_images() {
+            let first = self.geometry.first_block(id);
             if slot >= first && slot - first < blocks {
                 let start = (slot - first) as usize * BLOCK_SIZE;
-                return BlockSource::Memory { image: std::sync::Arc::clone(&grant.image), start };
+                return BlockSource::Memory { image: std::sync::Arc::clone(image), start };
             }
         }
         BlockSource::Local { offset: self.geometry.block_offset(slot), crc }

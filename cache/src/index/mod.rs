@@ -229,3 +229,40 @@ pub fn apply_zero(index: &mut Index, lba: Lba, blocks: u64, masks: (u8, u8), lsn
         index.zero(Lba(first), end - first, lsn);
     }
 }
+
+/// What a block or a run of blocks holds, see [`Index::contents`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content<'a> {
+    /// One whole block.
+    At { slot: Slot, crc: u32 },
+    /// A base with sector patches over it.
+    Patched(&'a Patched),
+    /// Zeros.
+    Zero { blocks: u64 },
+}
+
+impl Index {
+    /// Everything in the index, disjoint, entries sorted by LBA before zero ranges sorted by LBA.
+    pub fn contents(&self) -> impl Iterator<Item = (Lba, Content<'_>)> {
+        let mut numbers: Vec<u32> = self.regions.keys().copied().collect();
+        numbers.sort_unstable();
+        let mut taken = Vec::new();
+        let mut entries = Vec::new();
+        for number in numbers {
+            let base = u64::from(number) << REGION_SHIFT;
+            self.regions[&number].for_each(|key, slot, crc| {
+                let lba = base + u64::from(key);
+                taken.push(lba);
+                entries.push((lba, slot, crc));
+            });
+        }
+        let zeros = self.zeros.without(&taken);
+        let whole = entries.into_iter().filter_map(|(lba, slot, crc)| {
+            if slot == PATCHED {
+                return self.patches.get(&lba).map(|p| (Lba(lba), Content::Patched(p)));
+            }
+            Some((Lba(lba), Content::At { slot, crc }))
+        });
+        whole.chain(zeros.into_iter().map(|(start, end)| (Lba(start), Content::Zero { blocks: end - start })))
+    }
+}

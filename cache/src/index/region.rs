@@ -147,6 +147,20 @@ impl Region {
         }
     }
 
+    /// Visits all entries in order of their keys.
+    pub fn for_each(&self, mut visit: impl FnMut(u16, u32, u32)) {
+        match &self.0 {
+            Shape::Sparse(entries) => entries.iter().for_each(|e| visit(e.key, e.slot, e.crc)),
+            Shape::Dense(dense) => {
+                for (key, (&slot, &crc)) in dense.slots.iter().zip(&dense.crcs).enumerate() {
+                    if slot != EMPTY {
+                        visit(key as u16, slot, crc);
+                    }
+                }
+            }
+        }
+    }
+
     fn make_dense(&mut self) {
         let Shape::Sparse(entries) = &self.0 else { return };
         let mut dense =

@@ -45,6 +45,22 @@ impl ZeroRanges {
         self.ranges.len() != before
     }
 
+    /// The ranges, sorted and joined where they touch, less the blocks in `taken` (sorted).
+    #[must_use]
+    pub fn without(&self, taken: &[u64]) -> Vec<(u64, u64)> {
+        let mut out: Vec<(u64, u64)> = Vec::new();
+        for (&start, &(end, _)) in &self.ranges {
+            let mut from = start;
+            let first = taken.partition_point(|&lba| lba < start);
+            for &lba in taken[first..].iter().take_while(|&&lba| lba < end) {
+                push_joined(&mut out, from, lba);
+                from = lba + 1;
+            }
+            push_joined(&mut out, from, end);
+        }
+        out
+    }
+
     /// No range at all.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -55,5 +71,15 @@ impl ZeroRanges {
     #[must_use]
     pub fn memory(&self) -> usize {
         self.ranges.len() * 48
+    }
+}
+
+fn push_joined(out: &mut Vec<(u64, u64)>, start: u64, end: u64) {
+    if start >= end {
+        return;
+    }
+    match out.last_mut() {
+        Some(last) if last.1 == start => last.1 = end,
+        _ => out.push((start, end)),
     }
 }

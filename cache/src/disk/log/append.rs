@@ -57,14 +57,14 @@ impl Log {
         }
     }
 
-    /// A whole segment is at hand beside the open one.
+    /// A whole segment is at hand beside the open one, and there are plenty more.
     pub fn has_spare(&self) -> bool {
-        !self.spare.is_empty()
+        self.spare.front().is_some_and(|grant| grant.roomy)
     }
 
     /// The image of the open segment.
     pub fn image(&self) -> Option<&Arc<SegmentImage>> {
-        self.open.as_ref().map(|open| &open.grant.image)
+        self.open.as_ref().map(|open| &open.image)
     }
 
     /// First block of the open segment on the device.
@@ -119,7 +119,7 @@ impl Log {
     pub(super) fn send_batch(&mut self) {
         let Some(open) = &mut self.open else { return };
         let Some(gathering) = open.gathering.take() else { return };
-        let image = &open.grant.image;
+        let image = &open.image;
         let header = RecordHeader {
             seq: open.grant.seq,
             first_lsn: gathering.first_lsn,
@@ -177,6 +177,7 @@ impl Log {
         let Some(open) = self.open.take() else { return };
         self.closing.push_back(Closing {
             grant: open.grant,
+            image: open.image,
             first_lsn: open.first_lsn,
             last_lsn: self.staged_lsn,
             used_blocks: open.position,
@@ -190,6 +191,7 @@ impl Log {
         let grant = self.spare.pop_front()?;
         self.open = Some(Open {
             grant,
+            image: self.images.take(),
             first_lsn: self.staged_lsn.plus(1),
             position: 1,
             entries: Vec::new(),

@@ -30,7 +30,7 @@ impl Log {
             self.written += 1;
             self.written_lsn = batch.last_lsn;
             for tag in batch.tags {
-                if self.write_through {
+                if self.write_through || !self.through_waiters.is_empty() {
                     self.through_waiters.push_back((batch.last_lsn, tag));
                 } else {
                     self.completions.push((tag, true));

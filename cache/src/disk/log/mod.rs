@@ -17,11 +17,13 @@ mod seal;
 use super::{Action, Identity, OpId, Tag};
 use crate::disk::plan::SegmentId;
 use crate::format::Geometry;
+use crate::image::{ImagePool, SegmentImage};
 use crate::link::{FromDisk, Grant};
 use blockstore::types::Lsn;
 use hashbrown::HashMap;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// Batches that may be under way at once; more requests gather in the next one meanwhile.
 const BATCHES_MAX: usize = 4;
@@ -34,6 +36,7 @@ const FLUSH_AHEAD_AFTER: u32 = 4;
 #[derive(Debug)]
 struct Open {
     grant: Grant,
+    image: Arc<SegmentImage>,
     first_lsn: Lsn,
     /// Next free block.
     position: u32,
@@ -70,6 +73,7 @@ struct Batch {
 #[derive(Debug)]
 struct Closing {
     grant: Grant,
+    image: Arc<SegmentImage>,
     first_lsn: Lsn,
     last_lsn: Lsn,
     used_blocks: u32,
@@ -122,6 +126,7 @@ pub struct Room {
 pub struct Log {
     identity: Identity,
     geometry: Geometry,
+    images: Arc<ImagePool>,
     open: Option<Open>,
     spare: VecDeque<Grant>,
     want_sent: bool,
@@ -156,10 +161,17 @@ pub struct Log {
 }
 
 impl Log {
-    pub fn new(identity: Identity, geometry: Geometry, last_lsn: Lsn, grants: Vec<Grant>) -> Self {
+    pub fn new(
+        identity: Identity,
+        geometry: Geometry,
+        images: Arc<ImagePool>,
+        last_lsn: Lsn,
+        grants: Vec<Grant>,
+    ) -> Self {
         Self {
             identity,
             geometry,
+            images,
             open: None,
             spare: grants.into(),
             want_sent: false,

@@ -1,8 +1,10 @@
 //! Sealing: the summary of a full segment, and the news of it.
 
 use super::{Closing, Log, Op, SummaryState};
+use crate::disk::plan::SegmentId;
 use crate::disk::{Action, OpId, image_offset};
 use crate::format::summary::{self, Summary};
+use crate::image::SegmentImage;
 use crate::link::{FromDisk, SealedSegment};
 use std::sync::Arc;
 
@@ -24,7 +26,7 @@ impl Log {
                 first_lsn: closing.first_lsn,
                 last_lsn: closing.last_lsn,
                 used_blocks: closing.used_blocks,
-                image: Some(closing.grant.image),
+                image: Some(closing.image),
             }));
         }
     }
@@ -43,7 +45,7 @@ impl Log {
             entries: std::mem::take(&mut closing.entries),
         };
         let (start, len) = (image_offset(first), image_offset(blocks));
-        let image = &closing.grant.image;
+        let image = &closing.image;
         // SAFETY: this log owns the segment; blocks behind its records were not handed to anyone.
         content.encode_into(unsafe { image.writable(start, len) }, closing.grant.nonce);
         closing.summary = SummaryState::UnderWay;
@@ -81,8 +83,8 @@ impl Log {
     }
 
     /// The images of segments that are not sealed yet: reads of them are served from memory.
-    pub fn live_images(&self) -> impl Iterator<Item = &crate::link::Grant> {
-        let open = self.open.as_ref().map(|open| &open.grant);
-        self.closing.iter().map(|closing| &closing.grant).chain(open)
+    pub fn live_images(&self) -> impl Iterator<Item = (SegmentId, &Arc<SegmentImage>)> {
+        let open = self.open.as_ref().map(|open| (open.grant.id, &open.image));
+        self.closing.iter().map(|closing| (closing.grant.id, &closing.image)).chain(open)
     }
 }

@@ -1,0 +1,132 @@
+//! Replays sealed segments to the store: batch (pure), pace (pure), and the reading between them.
+
+mod batch;
+mod pace;
+#[cfg(test)]
+mod tests;
+
+pub use batch::{BatchError, Draft, Source};
+pub use pace::{FlushOptions, Situation, pause_after, should_start};
+
+use crate::backing::{Backing, BackingError};
+use crate::disk::plan::SegmentId;
+use crate::error::CacheError;
+use crate::format::segment::SegmentHeader;
+use crate::format::summary::{self, Summary};
+use crate::image::SegmentImage;
+use crate::local::Local;
+use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// A sealed segment to be replayed.
+#[derive(Clone, Debug)]
+pub struct Replay {
+    /// Which one.
+    pub id: SegmentId,
+    /// Its sequence number.
+    pub seq: u64,
+    /// First LSN in it.
+    pub first_lsn: Lsn,
+    /// Last LSN in it.
+    pub last_lsn: Lsn,
+    /// Blocks in use by header and records.
+    pub used_blocks: u32,
+    /// Its bytes, if they are still in memory.
+    pub image: Option<Arc<SegmentImage>>,
+}
+
+/// Why a commit failed for good.
+#[derive(Debug, thiserror::Error)]
+pub enum FlushError {
+    /// The local device.
+    #[error(transparent)]
+    Local(#[from] CacheError),
+    /// The log's content.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// The store.
+    #[error(transparent)]
+    Backing(#[from] BackingError),
+}
+
+/// Commits everything after `committed` in `segments`, which follow each other without a gap. Returns the LSN that the
+/// store's durable image has reached.
+pub async fn commit(
+    local: &Local,
+    vdi: Uuid,
+    backing: &dyn Backing,
+    committed: Lsn,
+    segments: Vec<Replay>,
+) -> Result<Lsn, FlushError> {
+    let Some(lsn) = segments.last().map(|segment| segment.last_lsn) else { return Ok(committed) };
+    let mut sources = Vec::with_capacity(segments.len());
+    for segment in segments {
+        sources.push(read_source(local, vdi, segment).await?);
+    }
+    let geometry = local.geometry;
+    // Coalescing a large batch takes milliseconds of pure computing: not on the threads that serve everyone.
+    let draft = tokio::task::spawn_blocking(move || Draft::new(&geometry, committed, &sources))
+        .await
+        .map_err(|error| BackingError::Failed(format!("coalescing a batch: {error}")))??;
+    let mut bases = Vec::new();
+    for lba in draft.wanted() {
+        bases.extend(backing.read(lba, 1).await?);
+    }
+    backing.commit(draft.finish(lsn, &bases)).await?;
+    Ok(lsn)
+}
+
+/// The blocks that a segment's entries name, for evicting it.
+pub async fn lbas_of(local: &Local, vdi: Uuid, id: SegmentId, seq: u64) -> Result<Vec<Lba>, CacheError> {
+    let header = read_header(local, vdi, id, seq).await?;
+    let found = crate::recovery::read_segment(local, &header).await?;
+    let mut lbas = Vec::new();
+    for entry in crate::format::record::Entries::new(&found.entries, local.geometry.segment_blocks()).flatten() {
+        if entry.payload_blocks() > 0 {
+            lbas.extend((0..entry.blocks).map(|n| Lba(entry.lba.0 + u64::from(n))));
+        }
+    }
+    Ok(lbas)
+}
+
+async fn read_source(local: &Local, vdi: Uuid, segment: Replay) -> Result<Source, FlushError> {
+    let geometry = &local.geometry;
+    let used = segment.used_blocks as usize * BLOCK_SIZE;
+    if let Some(image) = &segment.image {
+        let size = geometry.segment_size as usize;
+        let header = SegmentHeader::decode(image.bytes(0, BLOCK_SIZE), local.cache_uuid(), segment.id);
+        let tail = summary::blocks_max(geometry.segment_blocks()) as usize * BLOCK_SIZE;
+        if let Ok(header) = header
+            && let Ok(summary) = Summary::decode(image.bytes(size - tail, tail), header.seq, header.nonce)
+        {
+            return Ok(Source {
+                id: segment.id,
+                first_lsn: segment.first_lsn,
+                entries: summary.entries,
+                bytes: image.slice(0, used),
+                trusted: true,
+            });
+        }
+    }
+    let header = read_header(local, vdi, segment.id, segment.seq).await?;
+    let found = crate::recovery::read_segment(local, &header).await?;
+    let bytes = local.read(geometry.segment_offset(segment.id), used).await?.freeze();
+    Ok(Source { id: segment.id, first_lsn: segment.first_lsn, entries: found.entries, bytes, trusted: false })
+}
+
+async fn read_header(
+    local: &Local,
+    vdi: Uuid,
+    id: SegmentId,
+    seq: u64,
+) -> Result<SegmentHeader, CacheError> {
+    let block = local.read(local.geometry.segment_offset(id), BLOCK_SIZE).await?;
+    SegmentHeader::decode(&block, local.cache_uuid(), id)
+        .ok()
+        .filter(|header| header.vdi == vdi && header.seq == seq)
+        .ok_or_else(|| CacheError::Flush {
+            vdi,
+            why: format!("the header of segment {} on {} is damaged", id.0, local.path.display()),
+        })
+}

@@ -1,0 +1,77 @@
+//! The task that looks after one attached disk: its segments, commits, checkpoints, evictions, drains.
+//!
+//! It owns the asynchronous side's state of the disk and is the only one that talks to the disk's worker, its slot on
+//! the cache device and the pool on its behalf. Order of things after a commit (rules L2, C3):
+//! store's head durable → slot with the committed LSN durable → worker told → segments clean → evictable.
+//! An evicted segment is free only once the slot that names it dead is durable.
+
+mod state;
+mod task;
+
+pub(crate) use state::{Segment, Segments};
+pub use state::{Phase, VdiStatus};
+pub(crate) use task::{Command, VdiTask, VdiTaskParts};
+
+use crate::disk::{AttachedDisk, Progress};
+use crate::error::CacheError;
+use blockstore::types::Lsn;
+use parking_lot::Mutex;
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
+
+/// Commands that may wait for a disk's task.
+const COMMANDS_MAX: usize = 64;
+
+/// The cache's handle on a disk's task.
+#[derive(Debug)]
+pub(crate) struct VdiHandle {
+    pub name: String,
+    pub status: Arc<Mutex<VdiStatus>>,
+    pub progress: Arc<Progress>,
+    commands: mpsc::Sender<Command>,
+    task: Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+impl VdiHandle {
+    pub fn spawn(name: String, progress: Arc<Progress>, parts: VdiTaskParts) -> Self {
+        let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
+        let status = Arc::clone(&parts.status);
+        let task = Mutex::new(Some(tokio::spawn(VdiTask::new(parts, receiver).run())));
+        Self { name, status, progress, commands, task }
+    }
+
+    pub async fn drain(&self, vdi: uuid::Uuid) -> Result<Lsn, CacheError> {
+        self.ask(vdi, Command::Drain).await?
+    }
+
+    pub async fn released(&self, vdi: uuid::Uuid, disk: AttachedDisk) -> Result<(), CacheError> {
+        self.ask(vdi, |reply| Command::Released { disk: Box::new(disk), reply }).await?
+    }
+
+    pub async fn resize(&self, vdi: uuid::Uuid, bytes: u64) -> Result<(), CacheError> {
+        self.ask(vdi, |reply| Command::Resize { bytes, reply }).await?
+    }
+
+    /// Stops the task between two steps; what is not committed stays in the log.
+    pub async fn stop(&self, vdi: uuid::Uuid, forget: bool) -> Result<(), CacheError> {
+        let result = self.ask(vdi, |reply| Command::Stop { forget, reply }).await?;
+        let task = self.task.lock().take();
+        if let Some(task) = task
+            && let Err(error) = task.await
+        {
+            tracing::error!(vdi = %self.name, %error, "the task that looks after a disk panicked");
+        }
+        result
+    }
+
+    async fn ask<T>(
+        &self,
+        vdi: uuid::Uuid,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+    ) -> Result<T, CacheError> {
+        let (reply, answer) = oneshot::channel();
+        let gone = |_| CacheError::NotAttached { vdi };
+        self.commands.send(command(reply)).await.map_err(|_| CacheError::NotAttached { vdi })?;
+        answer.await.map_err(gone)
+    }
+}

@@ -1,0 +1,201 @@
+//! A disk's segments and what they add up to. Pure.
+
+use crate::disk::plan::SegmentId;
+use crate::flusher::Replay;
+use crate::image::SegmentImage;
+use crate::link::SealedSegment;
+use blockstore::types::{BLOCK_SIZE, Lsn};
+use serde::Serialize;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+/// What a disk is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Everything in the log is committed.
+    #[default]
+    Clean,
+    /// Written data waits to be replayed.
+    Dirty,
+    /// A commit is under way.
+    Flushing,
+    /// The log or the replay failed for good; see `last_error`.
+    Failed,
+}
+
+/// Status of one attached disk.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct VdiStatus {
+    /// What it is doing.
+    pub state: Phase,
+    /// Last LSN known to be in sealed segments (the worker's own count may be ahead).
+    pub last_lsn: u64,
+    /// Everything up to here is known to be durable in the log.
+    pub flushed_lsn: u64,
+    /// The store's image is at this LSN.
+    pub committed_lsn: u64,
+    /// Bytes of log that are not committed.
+    pub dirty_bytes: u64,
+    /// Bytes of log that are committed and kept as read cache.
+    pub clean_bytes: u64,
+    /// Age of the oldest uncommitted data.
+    pub oldest_dirty_ms: Option<u64>,
+    /// Commits so far, and bytes of log in them.
+    pub commits: u64,
+    /// Bytes of log replayed so far.
+    pub replayed_bytes: u64,
+    /// Bytes of memory that the disk's index takes.
+    pub index_bytes: u64,
+    /// The last thing that went wrong.
+    pub last_error: Option<String>,
+}
+
+/// A sealed segment of the disk.
+#[derive(Debug)]
+pub struct Segment {
+    /// Which one.
+    pub id: SegmentId,
+    /// Its sequence number.
+    pub seq: u64,
+    /// First LSN in it.
+    pub first_lsn: Lsn,
+    /// Last LSN in it.
+    pub last_lsn: Lsn,
+    /// Blocks in use.
+    pub used_blocks: u32,
+    /// Its bytes, while they are kept in memory for the flusher.
+    pub image: Option<Retained>,
+    /// When it was sealed (or recovered).
+    pub since: Instant,
+    /// The pool was told that it is clean.
+    pub offered: bool,
+}
+
+/// A segment image kept for the flusher, counted against a budget that all disks share.
+#[derive(Debug)]
+pub struct Retained {
+    image: Arc<SegmentImage>,
+    held: Arc<AtomicUsize>,
+}
+
+impl Retained {
+    /// Keeps the image if that leaves `held` within `most` bytes.
+    fn new(image: Arc<SegmentImage>, held: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
+        let len = image.len();
+        let fits = |now: usize| (now + len <= most).then_some(now + len);
+        held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).ok()?;
+        Some(Self { image, held: Arc::clone(held) })
+    }
+}
+
+impl Drop for Retained {
+    fn drop(&mut self) {
+        self.held.fetch_sub(self.image.len(), Ordering::Relaxed);
+    }
+}
+
+/// The disk's sealed segments, oldest first.
+#[derive(Debug, Default)]
+pub struct Segments {
+    list: VecDeque<Segment>,
+}
+
+impl Segments {
+    /// Adds the newest.
+    pub fn push(&mut self, segment: Segment) {
+        debug_assert!(self.list.back().is_none_or(|last| last.seq < segment.seq));
+        self.list.push_back(segment);
+    }
+
+    /// Adds the newest, just sealed, keeping its image while all images kept (`held`) take at most `most` bytes.
+    pub fn push_sealed(
+        &mut self,
+        sealed: SealedSegment,
+        now: Instant,
+        held: &Arc<AtomicUsize>,
+        most: usize,
+    ) {
+        let image = sealed.image.and_then(|image| Retained::new(image, held, most));
+        self.push(Segment {
+            id: sealed.id,
+            seq: sealed.seq,
+            first_lsn: sealed.first_lsn,
+            last_lsn: sealed.last_lsn,
+            used_blocks: sealed.used_blocks,
+            image,
+            since: now,
+            offered: false,
+        });
+    }
+
+    /// Segments with something after `committed`, oldest first, up to `bytes_max` bytes of log (at least one).
+    pub fn batch(&self, committed: Lsn, bytes_max: u64) -> Vec<Replay> {
+        let mut bytes = 0;
+        let mut batch = Vec::new();
+        for segment in self.list.iter().filter(|s| s.last_lsn > committed) {
+            bytes += u64::from(segment.used_blocks) * BLOCK_SIZE as u64;
+            if bytes > bytes_max && !batch.is_empty() {
+                break;
+            }
+            batch.push(Replay {
+                id: segment.id,
+                seq: segment.seq,
+                first_lsn: segment.first_lsn,
+                last_lsn: segment.last_lsn,
+                used_blocks: segment.used_blocks,
+                image: segment.image.as_ref().map(|kept| Arc::clone(&kept.image)),
+            });
+        }
+        batch
+    }
+
+    /// Segments that are wholly committed and were not offered to the pool yet; drops their images.
+    pub fn newly_clean(&mut self, committed: Lsn) -> Vec<(SegmentId, u64)> {
+        let mut clean = Vec::new();
+        for segment in self.list.iter_mut().take_while(|s| s.last_lsn <= committed) {
+            segment.image = None;
+            if !segment.offered {
+                segment.offered = true;
+                clean.push((segment.id, segment.seq));
+            }
+        }
+        clean
+    }
+
+    /// Removes a segment; returns its sequence number.
+    pub fn remove(&mut self, id: SegmentId) -> Option<u64> {
+        let at = self.list.iter().position(|segment| segment.id == id)?;
+        self.list.remove(at).map(|segment| segment.seq)
+    }
+
+    /// The segment by its place.
+    pub fn get(&self, id: SegmentId) -> Option<&Segment> {
+        self.list.iter().find(|segment| segment.id == id)
+    }
+
+    /// Places of all.
+    pub fn ids(&self) -> impl Iterator<Item = SegmentId> {
+        self.list.iter().map(|segment| segment.id)
+    }
+
+    /// When the oldest uncommitted segment was sealed.
+    pub fn oldest_dirty(&self, committed: Lsn) -> Option<Instant> {
+        self.list.iter().find(|s| s.last_lsn > committed).map(|s| s.since)
+    }
+
+    /// Bytes of log that are dirty, and clean.
+    pub fn bytes(&self, committed: Lsn) -> (u64, u64) {
+        self.list.iter().fold((0, 0), |(dirty, clean), segment| {
+            let bytes = u64::from(segment.used_blocks) * BLOCK_SIZE as u64;
+            if segment.last_lsn > committed { (dirty + bytes, clean) } else { (dirty, clean + bytes) }
+        })
+    }
+
+    /// Last LSN in any of them.
+    pub fn last_lsn(&self) -> Option<Lsn> {
+        self.list.back().map(|segment| segment.last_lsn)
+    }
+}

@@ -1,0 +1,499 @@
+//! The loop, see the module above.
+
+use super::state::{Phase, Segments, VdiStatus};
+use crate::backing::{Backing, BackingError};
+use crate::disk::AttachedDisk;
+use crate::disk::plan::SegmentId;
+use crate::error::CacheError;
+use crate::flusher::{self, FlushError, FlushOptions, Situation};
+use crate::format::slot::{SlotVdi, VdiSlot};
+use crate::link::{DiskSender, FetchError, FromDisk, ToDisk};
+use crate::local::Local;
+use crate::pool::{Pool, PoolMessage};
+use crate::release;
+use blockstore::types::{Lba, Lsn};
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use uuid::Uuid;
+
+/// How often ages are looked at and markers written.
+const TICK: Duration = Duration::from_millis(250);
+/// Ticks between two marker requests.
+const TICKS_PER_MARKER: u32 = 4;
+/// How long a commit under way may still take when the task stops.
+const FINISH_WITHIN: Duration = Duration::from_secs(2);
+/// After a commit failed for good, how long until it is tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// What the cache asks of the task.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Commit all that was acknowledged before now.
+    Drain(oneshot::Sender<Result<Lsn, CacheError>>),
+    /// The worker is gone; here is the disk.
+    Released { disk: Box<AttachedDisk>, reply: oneshot::Sender<Result<(), CacheError>> },
+    /// The disk grew.
+    Resize { bytes: u64, reply: oneshot::Sender<Result<(), CacheError>> },
+    /// End; with `forget`, the drained disk leaves the cache.
+    Stop { forget: bool, reply: oneshot::Sender<Result<(), CacheError>> },
+}
+
+/// What a task starts with.
+#[derive(Debug)]
+pub(crate) struct VdiTaskParts {
+    pub vdi: Uuid,
+    pub local: Arc<Local>,
+    pub pool: Arc<Pool>,
+    pub backing: Arc<dyn Backing>,
+    pub options: FlushOptions,
+    /// Bytes of images kept over all disks, and how many may be.
+    pub images_held: Arc<AtomicUsize>,
+    pub images_max: usize,
+    pub slot: VdiSlot,
+    pub record: SlotVdi,
+    pub segments: Segments,
+    pub sender: DiskSender,
+    pub from_disk: mpsc::UnboundedReceiver<FromDisk>,
+    pub from_pool: mpsc::UnboundedReceiver<PoolMessage>,
+    pub status: Arc<Mutex<VdiStatus>>,
+}
+
+struct Waiter {
+    /// Known once the worker has sealed everything.
+    lsn: Option<Lsn>,
+    roll: u64,
+    reply: oneshot::Sender<Result<Lsn, CacheError>>,
+}
+
+pub(crate) struct VdiTask {
+    p: VdiTaskParts,
+    commands: mpsc::Receiver<Command>,
+    commit: Option<(JoinHandle<Result<Lsn, FlushError>>, Instant, u64)>,
+    not_before: Instant,
+    /// First record of the open segment.
+    open_since: Option<Instant>,
+    roll_under_way: Option<u64>,
+    next_roll: u64,
+    waiters: Vec<Waiter>,
+    evicting: Vec<SegmentId>,
+    evicted: Vec<(SegmentId, u64)>,
+    starving: bool,
+    /// The slot on the device does not say yet what was committed: nothing may turn clean (rule L2).
+    checkpoint_due: bool,
+    /// The worker is gone: nothing can be rolled or evicted.
+    released: bool,
+    ticks: u32,
+    failure: Option<String>,
+}
+
+impl VdiTask {
+    pub fn new(parts: VdiTaskParts, commands: mpsc::Receiver<Command>) -> Self {
+        Self {
+            p: parts,
+            commands,
+            commit: None,
+            not_before: Instant::now(),
+            open_since: None,
+            roll_under_way: None,
+            next_roll: 1,
+            waiters: Vec::new(),
+            evicting: Vec::new(),
+            evicted: Vec::new(),
+            starving: false,
+            checkpoint_due: false,
+            released: false,
+            ticks: 0,
+            failure: None,
+        }
+    }
+
+    pub async fn run(mut self) {
+        self.offer_clean();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.update_status();
+            tokio::select! {
+                biased;
+                Some(message) = self.p.from_disk.recv() => self.from_disk(message).await,
+                Some(message) = self.p.from_pool.recv() => self.from_pool(message).await,
+                result = joined(&mut self.commit) => self.committed(result).await,
+                command = self.commands.recv() => match command {
+                    Some(command) => if self.command(command).await { break },
+                    None => break,
+                },
+                _ = tick.tick() => self.tick().await,
+            }
+            self.start_commit();
+        }
+        if let Some((commit, ..)) = self.commit.take() {
+            // A commit may be cut anywhere: the head changes atomically and the log is kept. But one that is about to
+            // finish had better.
+            let abort = commit.abort_handle();
+            if tokio::time::timeout(FINISH_WITHIN, commit).await.is_err() {
+                abort.abort();
+            }
+        }
+        self.p.pool.unregister(self.p.vdi);
+    }
+
+    async fn from_disk(&mut self, message: FromDisk) {
+        match message {
+            FromDisk::Fetch { id, lba, blocks } => self.fetch(id, lba, blocks),
+            FromDisk::WantSegment => {
+                self.starving = true;
+                self.feed();
+            }
+            FromDisk::Opened { .. } => self.open_since = Some(Instant::now()),
+            FromDisk::Sealed(sealed) => {
+                self.open_since = None;
+                let (held, most) = (&self.p.images_held, self.p.images_max);
+                self.p.segments.push_sealed(sealed, Instant::now(), held, most);
+                // Segments without uncommitted records are clean at once.
+                self.offer_clean();
+            }
+            FromDisk::Rolled { id, lsn } => {
+                self.roll_under_way = self.roll_under_way.filter(|roll| *roll != id);
+                for waiter in self.waiters.iter_mut().filter(|waiter| waiter.roll == id) {
+                    waiter.lsn = Some(lsn);
+                }
+                self.answer_waiters();
+            }
+            FromDisk::Unused { segment } => self.p.pool.release(segment, false),
+            FromDisk::Evicted { segment } => self.was_evicted(segment).await,
+            FromDisk::Failed { reason } => {
+                tracing::error!(vdi = %self.p.record.name, %reason, "the log failed");
+                self.fail_waiters(&reason);
+                self.failure = Some(reason);
+            }
+        }
+    }
+
+    async fn from_pool(&mut self, message: PoolMessage) {
+        match message {
+            PoolMessage::YourTurn => self.feed(),
+            PoolMessage::Evict(id) => self.evict(id).await,
+        }
+    }
+
+    /// Returns true if the task ends.
+    async fn command(&mut self, command: Command) -> bool {
+        match command {
+            Command::Drain(reply) => self.drain(reply),
+            Command::Released { disk, reply } => {
+                let sealed = release::seal(*disk).await;
+                self.released = true;
+                let result = match sealed {
+                    Ok(messages) => {
+                        for message in messages {
+                            Box::pin(self.from_disk(message)).await;
+                        }
+                        Ok(())
+                    }
+                    Err(source) => Err(CacheError::Local {
+                        path: self.p.local.path.clone(),
+                        what: "sealing the log",
+                        source,
+                    }),
+                };
+                let _ = reply.send(result);
+            }
+            Command::Resize { bytes, reply } => {
+                self.p.record.size_bytes = bytes;
+                let result = self.write_slot().await;
+                self.p.sender.send(ToDisk::Resized { bytes });
+                let _ = reply.send(result);
+            }
+            Command::Stop { forget, reply } => {
+                let result = if forget { self.forget().await } else { Ok(()) };
+                let _ = reply.send(result);
+                return true;
+            }
+        }
+        false
+    }
+
+    async fn tick(&mut self) {
+        self.ticks += 1;
+        if self.checkpoint_due && self.ticks.is_multiple_of(TICKS_PER_MARKER) {
+            self.checkpoint().await;
+        }
+        if self.ticks.is_multiple_of(TICKS_PER_MARKER) && !self.released {
+            self.p.sender.send(ToDisk::Tick);
+        }
+        let aged = self.open_since.is_some_and(|since| since.elapsed() >= self.max_age());
+        if aged && self.roll_under_way.is_none() {
+            self.roll();
+        }
+    }
+
+    fn max_age(&self) -> Duration {
+        Duration::from_millis(self.p.options.max_age_ms)
+    }
+
+    /// Asks the worker to seal what it has; returns the number that its answer will carry.
+    fn roll(&mut self) -> u64 {
+        let id = self.next_roll;
+        self.next_roll += 1;
+        self.roll_under_way = Some(id);
+        self.p.sender.send(ToDisk::Roll { id });
+        id
+    }
+
+    fn drain(&mut self, reply: oneshot::Sender<Result<Lsn, CacheError>>) {
+        if let Some(why) = self.failure.clone() {
+            let _ = reply.send(Err(CacheError::Flush { vdi: self.p.vdi, why }));
+            return;
+        }
+        let (roll, lsn) = if self.released {
+            (0, Some(self.p.segments.last_lsn().unwrap_or(self.p.record.committed)))
+        } else {
+            (self.roll(), None)
+        };
+        self.waiters.push(Waiter { lsn, roll, reply });
+        self.answer_waiters();
+    }
+
+    fn answer_waiters(&mut self) {
+        let committed = self.p.record.committed;
+        let (done, waiting) = std::mem::take(&mut self.waiters)
+            .into_iter()
+            .partition(|waiter| waiter.lsn.is_some_and(|lsn| lsn <= committed));
+        self.waiters = waiting;
+        for waiter in done {
+            let _: Result<_, _> = waiter.reply.send(Ok(committed));
+        }
+    }
+
+    fn fail_waiters(&mut self, why: &str) {
+        for waiter in self.waiters.drain(..) {
+            let error = CacheError::Flush { vdi: self.p.vdi, why: why.into() };
+            let _ = waiter.reply.send(Err(error));
+        }
+    }
+
+    /// Passes a segment on to a worker that wants one, if there is one.
+    fn feed(&mut self) {
+        if self.starving
+            && let Some(grant) = self.p.pool.grant(self.p.vdi)
+        {
+            self.starving = false;
+            self.p.sender.send(ToDisk::Segment(grant));
+        }
+    }
+
+    fn fetch(&self, id: u64, lba: Lba, blocks: u32) {
+        let (backing, sender) = (Arc::clone(&self.p.backing), self.p.sender.clone());
+        let name = self.p.record.name.clone();
+        // One task per fetch: as many as the guest's queues hold requests, not more.
+        tokio::spawn(async move {
+            let result = backing.read(lba, blocks).await.map_err(|error| {
+                tracing::error!(vdi = %name, lba = lba.0, blocks, %error, "a read from the store failed");
+                FetchError(error.to_string())
+            });
+            sender.send(ToDisk::Fetched { id, result });
+        });
+    }
+
+    fn fill(&self) -> f64 {
+        self.p.pool.counts().fill()
+    }
+
+    fn is_urgent(&self) -> bool {
+        !self.waiters.is_empty() || self.starving || self.released
+    }
+
+    fn start_commit(&mut self) {
+        if self.commit.is_some() || Instant::now() < self.not_before {
+            return;
+        }
+        let committed = self.p.record.committed;
+        let situation = Situation {
+            oldest: self.p.segments.oldest_dirty(committed).map(|since| since.elapsed()),
+            fill: self.fill(),
+            urgent: self.is_urgent(),
+        };
+        if !flusher::should_start(&self.p.options, situation) {
+            return;
+        }
+        let batch = self.p.segments.batch(committed, self.p.options.batch_bytes);
+        let bytes = batch.iter().map(|s| u64::from(s.used_blocks) * 4096).sum();
+        let (local, backing, vdi) = (Arc::clone(&self.p.local), Arc::clone(&self.p.backing), self.p.vdi);
+        let commit = tokio::spawn(async move {
+            flusher::commit(&local, vdi, &*backing, committed, batch).await
+        });
+        self.commit = Some((commit, Instant::now(), bytes));
+    }
+
+    async fn committed(&mut self, result: Result<Lsn, FlushError>) {
+        let Some((_, started, bytes)) = self.commit.take() else { return };
+        let lsn = match result {
+            Ok(lsn) => lsn,
+            Err(error) => return self.commit_failed(&error),
+        };
+        self.failure = None;
+        self.p.record.committed = lsn;
+        self.checkpoint_due = true;
+        self.checkpoint().await;
+        {
+            let mut status = self.p.status.lock();
+            status.commits += 1;
+            status.replayed_bytes += bytes;
+        }
+        let pause =
+            flusher::pause_after(&self.p.options, started.elapsed(), self.fill(), self.is_urgent());
+        self.not_before = Instant::now() + pause;
+    }
+
+    fn commit_failed(&mut self, error: &FlushError) {
+        let why = error.to_string();
+        let closing = matches!(error, FlushError::Backing(BackingError::Closing));
+        if !closing {
+            tracing::error!(vdi = %self.p.record.name, error = %why, "replay to the store failed; the log is kept");
+        }
+        self.fail_waiters(&why);
+        self.note_error(&why);
+        self.failure = Some(why);
+        // The log stays as it is; what was transient after all gets another chance.
+        self.not_before = Instant::now() + RETRY_AFTER;
+    }
+
+    /// Writes the slot, so that what was committed may turn clean.
+    async fn checkpoint(&mut self) {
+        if let Err(error) = self.write_slot().await {
+            self.note_error(&error.to_string());
+            return;
+        }
+        self.checkpoint_due = false;
+        self.p.sender.send(ToDisk::Committed { lsn: self.p.record.committed });
+        self.offer_clean();
+        self.answer_waiters();
+    }
+
+    fn offer_clean(&mut self) {
+        if self.checkpoint_due {
+            return;
+        }
+        for (id, seq) in self.p.segments.newly_clean(self.p.record.committed) {
+            self.p.pool.offer_clean(self.p.vdi, id, seq);
+        }
+    }
+
+    async fn evict(&mut self, id: SegmentId) {
+        let Some(segment) = self.p.segments.get(id) else { return self.p.pool.eviction_failed() };
+        let seq = segment.seq;
+        if self.released {
+            // No worker, no reads: nothing refers to it but the slot.
+            self.evicting.push(id);
+            return self.was_evicted(id).await;
+        }
+        match flusher::lbas_of(&self.p.local, self.p.vdi, id, seq).await {
+            Ok(lbas) => {
+                self.evicting.push(id);
+                self.p.sender.send(ToDisk::Evict { segment: id, lbas });
+            }
+            // It stays: without its list the index cannot be cleaned.
+            Err(error) => {
+                self.p.pool.eviction_failed();
+                self.note_error(&error.to_string());
+            }
+        }
+    }
+
+    /// Nothing refers to the segment any more. Slots are written once for all that are on their way.
+    async fn was_evicted(&mut self, id: SegmentId) {
+        self.evicting.retain(|evicting| *evicting != id);
+        let Some(seq) = self.p.segments.remove(id) else { return };
+        self.evicted.push((id, seq));
+        if !self.evicting.is_empty() && self.evicted.len() < 16 {
+            return;
+        }
+        let newest = self.evicted.iter().map(|(_, seq)| *seq).max().unwrap_or(0);
+        self.p.record.evicted_below = self.p.record.evicted_below.max(newest + 1);
+        match self.write_slot().await {
+            Ok(()) => {
+                for (id, _) in self.evicted.drain(..) {
+                    self.p.pool.release(id, true);
+                }
+                self.feed();
+            }
+            Err(error) => self.note_error(&error.to_string()),
+        }
+    }
+
+    async fn write_slot(&mut self) -> Result<(), CacheError> {
+        self.p.record.sequence_seen = self.p.record.sequence_seen.max(self.p.pool.next_seq());
+        self.p.slot.sequence += 1;
+        self.p.slot.vdi = Some(self.p.record.clone());
+        self.p.local.write_slot(&self.p.slot).await
+    }
+
+    /// A drained disk leaves: its slot is freed first, then its segments.
+    async fn forget(&mut self) -> Result<(), CacheError> {
+        let last = self.p.segments.last_lsn().unwrap_or(self.p.record.committed);
+        if !self.released || last > self.p.record.committed {
+            return Err(CacheError::Flush {
+                vdi: self.p.vdi,
+                why: format!(
+                    "its log reaches LSN {last}, the store only LSN {}; drain it first",
+                    self.p.record.committed
+                ),
+            });
+        }
+        self.p.slot.sequence += 1;
+        self.p.slot.vdi = None;
+        self.p.local.write_slot(&self.p.slot).await?;
+        for id in self.p.segments.ids() {
+            self.p.pool.release(id, self.evicting.contains(&id));
+        }
+        for (id, _) in self.evicted.drain(..) {
+            self.p.pool.release(id, true);
+        }
+        Ok(())
+    }
+
+    fn note_error(&self, error: &str) {
+        tracing::warn!(vdi = %self.p.record.name, %error, "cache");
+        self.p.status.lock().last_error = Some(error.into());
+    }
+
+    fn update_status(&self) {
+        let committed = self.p.record.committed;
+        let (dirty, clean) = self.p.segments.bytes(committed);
+        let oldest = self.p.segments.oldest_dirty(committed).or(self.open_since);
+        let mut status = self.p.status.lock();
+        status.committed_lsn = committed.0;
+        let last = self.p.segments.last_lsn().unwrap_or(committed).max(committed).0;
+        status.last_lsn = status.last_lsn.max(last);
+        status.flushed_lsn = status.flushed_lsn.max(last);
+        status.dirty_bytes = dirty;
+        status.clean_bytes = clean;
+        status.oldest_dirty_ms = oldest.map(|since| since.elapsed().as_millis() as u64);
+        status.state = match () {
+            () if self.failure.is_some() => Phase::Failed,
+            () if self.commit.is_some() => Phase::Flushing,
+            () if oldest.is_some() => Phase::Dirty,
+            () => Phase::Clean,
+        };
+        if self.failure.is_some() {
+            status.last_error.clone_from(&self.failure);
+        }
+    }
+}
+
+/// The result of the commit under way; never if there is none.
+async fn joined(
+    commit: &mut Option<(JoinHandle<Result<Lsn, FlushError>>, Instant, u64)>,
+) -> Result<Lsn, FlushError> {
+    match commit {
+        Some((handle, ..)) => match handle.await {
+            Ok(result) => result,
+            Err(error) => Err(BackingError::Failed(format!("the commit ended: {error}")).into()),
+        },
+        None => std::future::pending().await,
+    }
+}

@@ -121,3 +121,48 @@ impl Model {
         }
     }
 }
+
+/// Walks every disk: each block is marked allocated in an extent of the right type, and none is used
+/// twice. Returns the blocks in use.
+pub async fn check_blocks(store: &Store) -> std::collections::BTreeSet<u64> {
+    use crate::format::extent::ExtentType;
+    use crate::format::vdi::VdiState;
+    let g = store.superblock().geometry.clone();
+    let extents = store.scan_extents().await.expect("catalogue");
+    let mut bitmaps = BTreeMap::new();
+    let mut used = std::collections::BTreeSet::new();
+    for (_, view) in store.scan_vdis().await.expect("registry") {
+        let Some(head) = view.record() else { panic!("damaged VDI record: {view:?}") };
+        if !matches!(head.state, VdiState::Active | VdiState::Creating) {
+            continue;
+        }
+        let mut blocks = vec![(head.meta, ExtentType::Metadata)];
+        let mut stack = vec![(head.root, head.height)];
+        while let Some((pointer, level)) = stack.pop() {
+            if pointer.is_sparse() {
+                continue;
+            }
+            let kind = if level == 0 { ExtentType::Data } else { ExtentType::Metadata };
+            blocks.push((pointer, kind));
+            if level > 0 {
+                let node = store.reader().read_nodes(&[pointer]).await.expect("node").remove(0);
+                stack.extend(node.children().map(|(_, child)| (child, level - 1)));
+            }
+        }
+        for (pointer, kind) in blocks {
+            let gba = pointer.gba;
+            let extent = g.extent_of(gba);
+            let record = extents[extent as usize].record().expect("an extent with a record");
+            assert_eq!(record.kind, kind, "block {gba} lies in an extent of another type");
+            if let std::collections::btree_map::Entry::Vacant(entry) = bitmaps.entry(extent) {
+                entry.insert(store.read_bmap(extent).await.expect("BMap"));
+            }
+            let bit = gba.0 % g.extent_blocks;
+            let page = &bitmaps[&extent][(bit / crate::format::bitmap::PAGE_BITS) as usize];
+            let set = page.as_ref().map_or(true, |p| p.get(bit % crate::format::bitmap::PAGE_BITS));
+            assert!(set, "block {gba} is reachable but free");
+            assert!(used.insert(gba.0), "block {gba} is used twice");
+        }
+    }
+    used
+}

@@ -1,3 +1,5 @@
 //! Tests of the store as a whole, on the simulated device.
 
 mod basics;
+mod crash;
+mod rules;

@@ -1,20 +1,22 @@
-//! Goal: what a real Linux guest fsynced on a Ballast disk is there afterwards, whatever was killed meanwhile, and its
-//! file system is sound (P1, P2 at the level that users see).
+//! Goal: what a real Linux guest fsynced on a Ballast disk is there afterwards, whatever was killed
+//! meanwhile, and its file system is sound (P1, P2 at the level that users see).
 //!
-//! Method: guests in QEMU write files and report the checksum of each whose `fsync` returned. In turn the agent is
-//! killed with -9 under a running guest, agent and guest are killed together (a crash of the host), and the agent is
-//! ended by SIGTERM. After each, the next guest mounts the disk (ext4 replays its journal), checks every file reported
-//! so far, and runs fsck. Once with the store in a file, once on an iSCSI LUN.
+//! Method: guests in QEMU write files and report the checksum of each whose `fsync` returned. In
+//! turn the agent is killed with -9 under a running guest, agent and guest are killed together (a
+//! crash of the host), and the agent is ended by SIGTERM. After each, the next guest mounts the
+//! disk (ext4 replays its journal), checks every file reported so far, and runs fsck. Once with the
+//! store in a file, once on an iSCSI LUN.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
+use tempfile::TempDir;
+use tests::agent_rig::{AgentRig, StoreSpec};
 use tests::guest::workload::{Writer, carries_on, verifier};
-use tests::guest::{Agent, AgentOptions, Ballast, Guest, GuestOptions, Promises, San, StorePlace};
+use tests::guest::{Guest, GuestOptions, Promises, San, StorePlace};
 
 /// How long a guest may take to be served again after the agent is back.
 const CARRY_ON_LIMIT: Duration = Duration::from_secs(30);
-const TERMINATE_LIMIT: Duration = Duration::from_secs(120);
 
 #[test]
 fn fsynced_files_survive_with_the_store_in_a_file() {
@@ -26,24 +28,41 @@ fn fsynced_files_survive_with_the_store_on_an_iscsi_lun() {
     fsynced_files_survive(San::Iscsi);
 }
 
-/// One host: its folder, its agent's options, what its guests were promised.
+/// One host: its agent, what serves its store, what its guests were promised.
 struct Host {
-    folder: PathBuf,
-    ballast: Ballast,
-    options: AgentOptions,
+    agent: AgentRig,
+    socket: PathBuf,
     promises: Promises,
+    _place: StorePlace,
+    _folder: TempDir,
 }
 
 impl Host {
-    fn start_agent(&self) -> Agent {
-        Agent::start(&self.ballast, &self.options).expect("agent")
+    /// With an empty disk, attached.
+    fn new(san: San) -> Host {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let place = StorePlace::make(san, folder.path(), 4 << 30).expect("place for a store");
+        let store = StoreSpec {
+            environment: place.environment.clone(),
+            ..StoreSpec::url(&place.url, place.bytes)
+        };
+        let mut agent = AgentRig::new(&store, 512 << 20).expect("format");
+        agent.start().expect("agent");
+        let running = agent.agent().expect("agent");
+        running.create("vm", 2 << 30).expect("create");
+        let socket = running.attach("vm").expect("attach");
+        Host { agent, socket, promises: Promises::default(), _place: place, _folder: folder }
     }
 
-    fn boot(&self, name: &str, socket: &Path, job: String) -> Guest {
+    fn boot(&self, name: &str, job: String) -> Guest {
         let files = vec![("/promises".to_owned(), self.promises.checklist().into_bytes())];
-        let options =
-            GuestOptions { disks: vec![socket.to_owned()], job, files, ..GuestOptions::default() };
-        Guest::boot(&self.folder.join(name), &options).expect("boot")
+        let options = GuestOptions {
+            disks: vec![self.socket.clone()],
+            job,
+            files,
+            ..GuestOptions::default()
+        };
+        Guest::boot(&self.agent.dir().join(name), &options).expect("boot")
     }
 
     /// Waits for the guest's check of all promises so far.
@@ -55,42 +74,23 @@ impl Host {
 }
 
 fn fsynced_files_survive(san: San) {
-    let folder = tempfile::tempdir().expect("temporary folder");
-    let place = StorePlace::make(san, folder.path()).expect("place for a store");
-    let ballast = Ballast::find().expect("ballast");
-    ballast.format_store(&place.url, place.size).expect("format");
-    let mut host = Host {
-        folder: folder.path().to_owned(),
-        ballast,
-        options: AgentOptions {
-            store: place.url.clone(),
-            cache: folder.path().join("cache.img"),
-            cache_size: "512MiB".into(),
-            run_dir: folder.path().join("run"),
-            log: folder.path().join("agent.log"),
-        },
-        promises: Promises::default(),
-    };
+    let mut host = Host::new(san);
+    kill_the_agent_under_a_guest(&mut host);
+    crash_the_host(&mut host);
 
-    let agent = host.start_agent();
-    let socket = agent.create_disk("vm", "2GiB").expect("disk");
-
-    let agent = kill_the_agent_under_a_guest(&mut host, agent, &socket);
-    let agent = crash_the_host(&mut host, agent, &socket);
-
-    agent.terminate(TERMINATE_LIMIT).expect("clean end");
-    let agent = host.start_agent();
-    let mut third = host.boot("guest-3", &socket, verifier(""));
+    host.agent.shut_down().expect("clean end");
+    host.agent.start().expect("second start");
+    let mut third = host.boot("guest-3", verifier(""));
     host.expect_verified(&mut third);
     third.finish().expect("third guest");
-    agent.terminate(TERMINATE_LIMIT).expect("clean end");
-    host.ballast.run(&["store", "check", &place.url]).expect("a sound store");
+    host.agent.shut_down().expect("clean end");
+    host.agent.check_store().expect("a sound store");
 }
 
 /// A guest makes a file system and writes; the agent is killed and started meanwhile.
-fn kill_the_agent_under_a_guest(host: &mut Host, agent: Agent, socket: &Path) -> Agent {
+fn kill_the_agent_under_a_guest(host: &mut Host) {
     let writer = Writer { format: true, prefix: "first".into(), files: 14, file_kib: 1024 };
-    let mut guest = host.boot("guest-1", socket, writer.job());
+    let mut guest = host.boot("guest-1", writer.job());
     assert_eq!(
         guest.wait_for("write-cache").expect("write cache"),
         "write back",
@@ -99,30 +99,30 @@ fn kill_the_agent_under_a_guest(host: &mut Host, agent: Agent, socket: &Path) ->
     for _ in 0..5 {
         guest.wait_for("synced").expect("fsync");
     }
-    agent.kill().expect("kill -9");
+    host.agent.kill().expect("kill -9");
     guest.skip_reported();
+    host.agent.start().expect("start after kill -9");
 
-    let agent = host.start_agent();
     let results = if carries_on(&mut guest, CARRY_ON_LIMIT).expect("first guest") {
         guest.finish().expect("first guest").results
     } else {
-        // Without inflight tracking a running guest may hang on a request that was lost; nothing promised is.
+        // Without inflight tracking a running guest may hang on a request that was lost; nothing
+        // promised is.
         println!("the guest was not served again: booting another one");
         guest.pull_the_plug().expect("plug")
     };
     host.promises.record(&results).expect("results");
-    agent
 }
 
 /// A guest checks what is there and writes more; agent and guest are killed together.
-fn crash_the_host(host: &mut Host, agent: Agent, socket: &Path) -> Agent {
+fn crash_the_host(host: &mut Host) {
     let writer = Writer { format: false, prefix: "second".into(), files: 1000, file_kib: 512 };
-    let mut guest = host.boot("guest-2", socket, verifier(&writer.job()));
+    let mut guest = host.boot("guest-2", verifier(&writer.job()));
     host.expect_verified(&mut guest);
     for _ in 0..10 {
         guest.wait_for("synced").expect("fsync");
     }
-    agent.kill().expect("kill -9");
+    host.agent.kill().expect("kill -9");
     host.promises.record(&guest.pull_the_plug().expect("plug")).expect("results");
-    host.start_agent()
+    host.agent.start().expect("start after the crash");
 }

@@ -38,7 +38,8 @@ fn options(folder: &Path, job: &str) -> GuestOptions {
     }
 }
 
-/// Goal: a disk's content survives from one guest to the next, results and words travel, and the tools work.
+/// Goal: a disk's content survives from one guest to the next, results and words travel, and the
+/// tools work.
 #[test]
 fn a_guest_uses_its_disk_and_a_second_one_finds_what_it_wrote() {
     let folder = tempfile::tempdir().expect("temporary folder");
@@ -81,7 +82,8 @@ fn a_guest_uses_its_disk_and_a_second_one_finds_what_it_wrote() {
         .expect("second guest");
 }
 
-/// Goal: a job that fails fails the guest, with the job's last words in the error; a job that hangs is ended.
+/// Goal: a job that fails fails the guest, with the job's last words in the error; a job that hangs
+/// is ended.
 #[test]
 fn failures_and_hangs_are_told() {
     let folder = tempfile::tempdir().expect("temporary folder");

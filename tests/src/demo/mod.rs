@@ -1,8 +1,8 @@
 //! The demo: what Ballast promises, shown on real parts in about a minute.
 //!
-//! A store, an agent with a cache, a real Linux guest that makes a file system and fsyncs files on its disk. In the
-//! middle of that the agent is killed with -9 and started again; a second guest then checks every file.
-//! [`story`] is the sequence, [`report`] what is printed.
+//! A store, an agent with a cache, a real Linux guest that makes a file system and fsyncs files on
+//! its disk. In the middle of that the agent is killed with -9 and started again; a second guest
+//! then checks every file. [`story`] is the sequence, [`report`] what is printed.
 //!
 //! Leaves nothing behind. When it fails, the logs stay and the last lines say where.
 
@@ -16,7 +16,8 @@ use crate::guest::process;
 mod report;
 mod story;
 
-/// Longest path of the demo's folder for which its sockets still fit into a socket address (108 bytes).
+/// Longest path of the demo's folder for which its sockets still fit into a socket address (108
+/// bytes).
 const FOLDER_BYTES_MAX: usize = 64;
 
 /// Runs the demo. `SAN=file` (default) or `SAN=iscsi` in the environment chooses the store.

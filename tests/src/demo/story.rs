@@ -1,23 +1,21 @@
 //! The demo's sequence.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use bench::agent::{Agent, AgentConfig, VdiInfo, find_binary};
 
-use crate::guest::agent::{argument, number};
+use crate::guest::process::{POLL, check_interrupted};
 use crate::guest::workload::{Promises, Writer, carries_on, verifier};
-use crate::guest::{
-    Accelerator, Agent, AgentOptions, Ballast, Guest, GuestImage, GuestOptions, QemuVersion, San,
-    StorePlace,
-};
+use crate::guest::{Accelerator, Guest, GuestImage, GuestOptions, QemuVersion, San, StorePlace};
 
 use super::report::{Report, size, time};
 
 const DISK: &str = "demo";
-const DISK_SIZE: &str = "4GiB";
-const CACHE_SIZE: &str = "1GiB";
+const DISK_BYTES: u64 = 4 << 30;
+const CACHE_BYTES: u64 = 1 << 30;
+const STORE_BYTES: u64 = 8 << 30;
 /// Files that are fsynced before the agent is killed.
 const SYNCS_BEFORE_KILL: u64 = 8;
 /// Files the guest writes in all.
@@ -31,146 +29,188 @@ const TERMINATE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs the demo in `folder`.
 pub fn tell(folder: &Path, san: San) -> Result<()> {
-    let ballast = Ballast::find()?;
+    let place = StorePlace::make(san, folder, STORE_BYTES)?;
     let accelerator = crate::guest::accelerator::best(&GuestImage::find()?)?;
-    let place = StorePlace::make(san, folder)?;
     let report = Report::new(format_args!(
         "Ballast: a guest's disk survives kill -9 of the agent (store on {}, QEMU {}, {})",
         place.what,
         QemuVersion::detect()?,
         if accelerator == Accelerator::Kvm { "KVM" } else { "emulated CPU" },
     ));
-
-    ballast.format_store(&place.url, place.size)?;
-    let options = AgentOptions {
-        store: place.url.clone(),
-        cache: folder.join("cache.img"),
-        cache_size: CACHE_SIZE.into(),
-        run_dir: folder.to_owned(),
-        log: folder.join("agent.log"),
-    };
-    let agent = Agent::start(&ballast, &options)?;
-    report.event(format_args!(
-        "the agent runs: store {}, cache of {CACHE_SIZE} in a file",
-        place.url
-    ));
-    let socket = agent.create_disk(DISK, DISK_SIZE)?;
-    report.event(format_args!(
-        "created disk '{DISK}' of {DISK_SIZE}; guests reach it at {}",
-        socket.display()
-    ));
-
-    let guest_options = |job: String, files: Vec<(String, Vec<u8>)>| GuestOptions {
-        disks: vec![socket.clone()],
-        job,
-        files,
-        accelerator: Some(accelerator),
-        ..GuestOptions::default()
-    };
-    let writer = Writer { format: true, prefix: "file".into(), files: FILES, file_kib: FILE_KIB };
-    let mut guest = Guest::boot(&folder.join("guest-1"), &guest_options(writer.job(), Vec::new()))?;
-    let cache_mode = guest.wait_for("write-cache")?;
-    ensure!(
-        cache_mode == "write back",
-        "the guest's write cache is '{cache_mode}': its flushes would not be tested"
-    );
-    guest.wait_for("mounted")?;
-    report.event("a Linux guest made an ext4 file system on it and mounted it");
-    for _ in 0..SYNCS_BEFORE_KILL {
-        guest.wait_for("synced")?;
-    }
-    report
-        .event(format_args!("the guest has fsynced {SYNCS_BEFORE_KILL} files and goes on writing"));
-
-    let before = wait_until_dirty(&agent)?;
-    let (killed, pid) = (Instant::now(), agent.pid());
-    agent.kill()?;
-    guest.skip_reported();
-    report.event(format_args!("kill -9 {pid}: the agent is gone in the middle of it"));
-    report.detail(format_args!(
-        "the log had acknowledged {} writes; {} of them, {}, were not in the store yet",
-        number(&before, "last_lsn")?,
-        number(&before, "last_lsn")?.saturating_sub(number(&before, "committed_lsn")?),
-        size(number(&before, "dirty_bytes")?),
-    ));
-    let agent = Agent::start(&ballast, &options)?;
-    let recovered = agent.call(&["vdi", "info", DISK])?;
-    report.event(format_args!("the agent is back and answers after {}", time(killed.elapsed())));
-    report.detail(format_args!(
-        "it found the log up to write {}; the store is at write {}, so {} are to be replayed",
-        number(&recovered, "last_lsn")?,
-        number(&recovered, "committed_lsn")?,
-        size(number(&recovered, "dirty_bytes")?),
-    ));
-
-    let mut promises = Promises::default();
-    if carries_on(&mut guest, CARRY_ON_LIMIT)? {
-        report.event("the guest, still running, was served again and carried on");
-        promises.record(&guest.finish().context("the first guest")?.results)?;
-    } else {
-        report.event("the guest was not served again: its plug is pulled");
-        promises.record(&guest.pull_the_plug()?)?;
-    }
-    report.event(format_args!(
-        "the first guest is off: {} fsyncs returned, for {}",
-        promises.syncs,
-        size(promises.bytes_synced)
-    ));
-
-    drain(&agent, &report)?;
-    let files = vec![("/promises".to_owned(), promises.checklist().into_bytes())];
-    let guest = Guest::boot(&folder.join("guest-2"), &guest_options(verifier(""), files))?;
-    let checked =
-        guest.finish().context("the second guest, which checks what the first one wrote")?;
-    let checked = checked.last();
-    ensure!(
-        checked.get("verified") == Some(&promises.len().to_string().as_str()),
-        "not every file was checked"
-    );
-    report.event(format_args!(
-        "a second guest found all {} files ({}) with the right checksums; fsck: {}",
-        promises.len(),
-        size(promises.bytes()),
-        checked.get("fsck").unwrap_or(&"?"),
-    ));
-    agent.terminate(TERMINATE_LIMIT)?;
-    ballast.run(&["store", "check", &place.url])?;
-    report.event("the agent ended on SIGTERM; 'ballast store check' finds the store sound");
-    println!("\nAll of it held, in {}.\n", time(report.elapsed()));
-    print_by_hand(&ballast)
+    let mut stage = Stage::set_up(folder, &place, accelerator, report)?;
+    let mut guest = stage.boot_writer()?;
+    stage.kill_and_restart(&mut guest)?;
+    let promises = stage.carry_on(guest)?;
+    stage.drain()?;
+    stage.check(&promises)?;
+    stage.agent.process_mut().terminate(TERMINATE_LIMIT)?;
+    stage.config.command(&["store", "check", &place.url])?;
+    stage.report.event("the agent ended on SIGTERM; 'ballast store check' finds the store sound");
+    println!("\nAll of it held, in {}.\n", time(stage.report.elapsed()));
+    print_by_hand(&stage.config)
 }
 
-/// `vdi info` at a moment when the log holds what the store does not, as long as there is one.
-fn wait_until_dirty(agent: &Agent) -> Result<Value> {
-    let deadline = Instant::now() + DIRTY_LIMIT;
-    loop {
-        let info = agent.call(&["vdi", "info", DISK])?;
-        if number(&info, "dirty_bytes")? > 0 || Instant::now() >= deadline {
-            return Ok(info);
+/// What the story plays with.
+struct Stage {
+    folder: PathBuf,
+    config: AgentConfig,
+    agent: Agent,
+    socket: PathBuf,
+    accelerator: Accelerator,
+    report: Report,
+}
+
+impl Stage {
+    /// A store, an agent and an attached disk.
+    fn set_up(
+        folder: &Path,
+        place: &StorePlace,
+        accelerator: Accelerator,
+        report: Report,
+    ) -> Result<Stage> {
+        let config = AgentConfig {
+            binary: find_binary()?,
+            store: place.url.clone(),
+            cache: folder.join("cache.img"),
+            cache_bytes: CACHE_BYTES,
+            dir: folder.to_owned(),
+            arguments: Vec::new(),
+            environment: place.environment.clone(),
+            core: None,
+        };
+        config.format_store(place.bytes)?;
+        let agent = Agent::start(&config)?;
+        let (cache, disk) = (size(CACHE_BYTES), size(DISK_BYTES));
+        report
+            .event(format_args!("the agent runs: store {}, cache of {cache} in a file", place.url));
+        agent.create(DISK, DISK_BYTES)?;
+        let socket = agent.attach(DISK)?;
+        report.event(format_args!(
+            "disk '{DISK}' of {disk}: guests reach it at {}",
+            socket.display()
+        ));
+        Ok(Stage { folder: folder.to_owned(), config, agent, socket, accelerator, report })
+    }
+
+    fn boot(&self, name: &str, job: String, files: Vec<(String, Vec<u8>)>) -> Result<Guest> {
+        let disks = vec![self.socket.clone()];
+        let accelerator = Some(self.accelerator);
+        let options = GuestOptions { disks, job, files, accelerator, ..GuestOptions::default() };
+        Guest::boot(&self.folder.join(name), &options)
+    }
+
+    /// A guest that is in the middle of writing.
+    fn boot_writer(&self) -> Result<Guest> {
+        let writer =
+            Writer { format: true, prefix: "file".into(), files: FILES, file_kib: FILE_KIB };
+        let mut guest = self.boot("guest-1", writer.job(), Vec::new())?;
+        let mode = guest.wait_for("write-cache")?;
+        ensure!(
+            mode == "write back",
+            "the guest's write cache is '{mode}': its flushes would not be tested"
+        );
+        guest.wait_for("mounted")?;
+        self.report.event("a Linux guest made an ext4 file system on it and mounted it");
+        for _ in 0..SYNCS_BEFORE_KILL {
+            guest.wait_for("synced")?;
+        }
+        self.report
+            .event(format_args!("it has fsynced {SYNCS_BEFORE_KILL} files and goes on writing"));
+        Ok(guest)
+    }
+
+    /// kill -9 at a moment when the log holds what the store does not, and a new start.
+    fn kill_and_restart(&mut self, guest: &mut Guest) -> Result<()> {
+        let before = self.wait_until_dirty()?;
+        let (killed, pid) = (Instant::now(), self.agent.process().pid());
+        self.agent.process_mut().kill()?;
+        guest.skip_reported();
+        self.report.event(format_args!("kill -9 {pid}: the agent is gone in the middle of it"));
+        self.report.detail(format_args!(
+            "the log had acknowledged {} writes; {} of them, {}, were not in the store yet",
+            before.last_lsn,
+            before.last_lsn.saturating_sub(before.committed_lsn),
+            size(before.dirty_bytes),
+        ));
+        self.agent = Agent::start(&self.config)?;
+        let recovered = self.agent.info(DISK)?;
+        self.report
+            .event(format_args!("the agent is back and answers after {}", time(killed.elapsed())));
+        self.report.detail(format_args!(
+            "it found the log up to write {}; the store is at write {}, so {} are to be replayed",
+            recovered.last_lsn,
+            recovered.committed_lsn,
+            size(recovered.dirty_bytes),
+        ));
+        Ok(())
+    }
+
+    /// State of the disk when the log holds what the store does not; as it is, if that does not
+    /// come about.
+    fn wait_until_dirty(&self) -> Result<VdiInfo> {
+        let deadline = Instant::now() + DIRTY_LIMIT;
+        loop {
+            let info = self.agent.info(DISK)?;
+            if info.dirty_bytes > 0 || Instant::now() >= deadline {
+                return Ok(info);
+            }
+            check_interrupted()?;
+            std::thread::sleep(POLL);
         }
     }
+
+    /// The first guest's end. Returns what it was promised.
+    fn carry_on(&self, mut guest: Guest) -> Result<Promises> {
+        let results = if carries_on(&mut guest, CARRY_ON_LIMIT)? {
+            self.report.event("the guest ran all the while, saw a pause, and carries on");
+            guest.finish().context("the first guest")?.results
+        } else {
+            self.report.event("the guest is not served again: its plug is pulled");
+            guest.pull_the_plug()?
+        };
+        let mut promises = Promises::default();
+        promises.record(&results)?;
+        let (syncs, bytes) = (promises.syncs, size(promises.bytes_synced));
+        self.report.event(format_args!(
+            "it is off: {bytes} were written and acknowledged, by {syncs} fsyncs"
+        ));
+        Ok(promises)
+    }
+
+    fn drain(&self) -> Result<()> {
+        let before = self.agent.info(DISK)?;
+        let started = Instant::now();
+        self.agent.drain()?;
+        let after = self.agent.info(DISK)?;
+        self.report.event(format_args!(
+            "drained: the last {} writes of the log, {}, were replayed to the store in {}",
+            after.committed_lsn.saturating_sub(before.committed_lsn),
+            size(before.dirty_bytes),
+            time(started.elapsed()),
+        ));
+        Ok(())
+    }
+
+    /// A second guest checks what the first one wrote.
+    fn check(&self, promises: &Promises) -> Result<()> {
+        let files = vec![("/promises".to_owned(), promises.checklist().into_bytes())];
+        let guest = self.boot("guest-2", verifier(""), files)?;
+        let checked =
+            guest.finish().context("the second guest, which checks what the first one wrote")?;
+        let checked = checked.last();
+        let count = promises.len().to_string();
+        ensure!(checked.get("verified") == Some(&count.as_str()), "not every file was checked");
+        self.report.event(format_args!(
+            "a second guest found all {count} files ({}) with the right checksums; fsck: {}",
+            size(promises.bytes()),
+            checked.get("fsck").unwrap_or(&"?"),
+        ));
+        Ok(())
+    }
 }
 
-fn drain(agent: &Agent, report: &Report) -> Result<()> {
-    let before = agent.call(&["vdi", "info", DISK])?;
-    let started = Instant::now();
-    agent.call(&["cache", "drain", DISK])?;
-    let after = agent.call(&["vdi", "info", DISK])?;
-    report.event(format_args!(
-        "drained: the store has every write of the log (up to {})",
-        number(&after, "committed_lsn")?
-    ));
-    report.detail(format_args!(
-        "the last {} writes, {}, were replayed in {}",
-        number(&after, "committed_lsn")?.saturating_sub(number(&before, "committed_lsn")?),
-        size(number(&before, "dirty_bytes")?),
-        time(started.elapsed()),
-    ));
-    Ok(())
-}
-
-fn print_by_hand(ballast: &Ballast) -> Result<()> {
-    let program = argument(&ballast.program)?;
+fn print_by_hand(config: &AgentConfig) -> Result<()> {
+    let program = config.binary.display();
     println!("To use a disk by hand:");
     println!("  {program} store format file:/tmp/b/store.img --size 64GiB");
     println!(

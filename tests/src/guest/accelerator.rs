@@ -1,7 +1,7 @@
 //! Whether KVM works here: found out by booting a guest with it, once per boot of this machine.
 //!
-//! That /dev/kvm opens says little: on some machines (nested virtualisation above all) a guest's kernel then hangs.
-//! `BALLAST_ACCEL=kvm|tcg` overrides the probe.
+//! That /dev/kvm opens says little: on some machines (nested virtualisation above all) a guest's
+//! kernel then hangs. `BALLAST_ACCEL=kvm|tcg` overrides the probe.
 
 use std::path::Path;
 use std::sync::Mutex;

@@ -1,7 +1,9 @@
-//! The job's serial line: result lines are collected, all lines go to a log file, the last ones stay in memory.
+//! The job's serial line: result lines are collected, all lines go to a log file, the last ones
+//! stay in memory.
 //!
-//! The kernel's console is another serial port, so kernel messages never break a result line in two.
-//! A guest that floods its line cannot fill the rig's memory: beyond [`RESULTS_MAX`] results the reader stops.
+//! The kernel's console is another serial port, so kernel messages never break a result line in
+//! two. A guest that floods its line cannot fill the rig's memory: beyond [`RESULTS_MAX`] results
+//! the reader stops.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -76,8 +78,8 @@ impl Console {
         lock(&self.shared.0).results.clone()
     }
 
-    /// The first result with this key at or after position `from`, and the position after it; `None` after `patience`.
-    /// Returns at once when the line is closed and there is none.
+    /// The first result with this key at or after position `from`, and the position after it;
+    /// `None` after `patience`. Returns at once when the line is closed and there is none.
     pub fn wait_for(&self, key: &str, from: usize, patience: Duration) -> Option<(usize, String)> {
         let find = |state: &State| {
             let found = state.results.iter().enumerate().skip(from).find(|(_, (k, _))| k == key);
@@ -100,7 +102,8 @@ impl Console {
         Vec::from(lock(&self.shared.0).tail.clone()).join("\n")
     }
 
-    /// Waits until the line is closed and read to its end. The process that holds the line must have ended.
+    /// Waits until the line is closed and read to its end. The process that holds the line must
+    /// have ended.
     pub fn join(&mut self) {
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();

@@ -1,4 +1,5 @@
-//! The guest's image: kernel, initramfs and tools disk, made by `scripts/guest-image` in `.deps/guest`.
+//! The guest's image: kernel, initramfs and tools disk, made by `scripts/guest-image` in
+//! `.deps/guest`.
 
 use std::path::{Path, PathBuf};
 

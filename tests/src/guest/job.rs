@@ -1,9 +1,10 @@
 //! The job's way into the guest: a cpio archive (format "newc") appended to the initramfs.
 //!
-//! Linux unpacks archives that follow each other, each padded to 4 bytes, into the same root: later files come on top.
+//! Linux unpacks archives that follow each other, each padded to 4 bytes, into the same root: later
+//! files come on top.
 
-/// An archive of regular files, owned by root and executable, with these absolute paths in the guest.
-/// Parent folders must exist in the initramfs (`/` and `/tmp` do).
+/// An archive of regular files, owned by root and executable, with these absolute paths in the
+/// guest. Parent folders must exist in the initramfs (`/` and `/tmp` do).
 pub fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (number, (path, content)) in files.iter().enumerate() {

@@ -1,40 +1,38 @@
 //! Child processes that end with the rig, and the one flag that says "stop".
 //!
-//! A child runs in a process group of its own, so that Ctrl-C at a terminal reaches the rig first, which then takes its
-//! children down in order. It carries a parent-death signal: were the rig killed with -9, the kernel kills the child.
-//! The kernel ties that signal to the *thread* that spawned the child, so spawn from the thread that owns the rig.
+//! A child runs in a process group of its own, so that Ctrl-C at a terminal reaches the rig, which
+//! then takes its children down in order. It carries a parent-death signal: were the rig killed
+//! with -9, the kernel kills the child. The kernel ties that signal to the *thread* that spawned
+//! the child, so spawn from the thread that owns the rig.
 
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::sys::signal::{SigSet, Signal};
-use nix::unistd::Pid;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// How often waits look at their condition.
 pub const POLL: Duration = Duration::from_millis(20);
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Makes SIGINT, SIGTERM and SIGHUP end this process in good order: every wait of a rig returns an error from then on,
-/// so that the owners of processes and files unwind. Call first in `main`, before any other thread exists.
+/// Makes SIGINT, SIGTERM and SIGHUP end this process in good order: every wait of a rig returns an
+/// error from then on, so that the owners of processes and files unwind. (A handler, not a blocked
+/// signal: a child would inherit the block.)
 pub fn unwind_on_signals() -> Result<()> {
-    let mut signals = SigSet::empty();
+    let action =
+        SigAction::new(SigHandler::Handler(note_signal), SaFlags::SA_RESTART, SigSet::empty());
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        signals.add(signal);
+        // SAFETY: the handler only stores to an atomic, which is async-signal-safe.
+        unsafe { sigaction(signal, &action) }.with_context(|| format!("cannot handle {signal}"))?;
     }
-    signals.thread_block().context("cannot block SIGINT, SIGTERM and SIGHUP")?;
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            while signals.wait().is_ok() {
-                INTERRUPTED.store(true, Ordering::SeqCst);
-            }
-        })
-        .context("cannot start the thread that waits for signals")?;
     Ok(())
+}
+
+extern "C" fn note_signal(_: libc::c_int) {
+    INTERRUPTED.store(true, Ordering::SeqCst);
 }
 
 /// Fails once a signal asked this process to end. Every wait of a rig calls it.
@@ -84,23 +82,6 @@ impl OwnedProcess {
         self.child.wait().with_context(|| format!("cannot reap {}", self.name))
     }
 
-    /// Sends SIGTERM and waits for the end. Errors: the process ignores it for `patience`, or ended by a signal or with
-    /// a status other than 0.
-    pub fn terminate(&mut self, patience: Duration) -> Result<()> {
-        if self.try_wait()?.is_none() {
-            nix::sys::signal::kill(Pid::from_raw(self.pid() as i32), Signal::SIGTERM)
-                .with_context(|| format!("cannot send SIGTERM to {}", self.name))?;
-        }
-        let status = self.wait(patience)?;
-        if let Some(signal) = status.signal() {
-            bail!("{} did not end by itself: killed by signal {signal}", self.name);
-        }
-        if !status.success() {
-            bail!("{} ended with {status} after SIGTERM", self.name);
-        }
-        Ok(())
-    }
-
     /// Waits for the end. Errors: still running after `patience`.
     pub fn wait(&mut self, patience: Duration) -> Result<ExitStatus> {
         let deadline = Instant::now() + patience;
@@ -126,13 +107,11 @@ impl Drop for OwnedProcess {
 fn prepare(command: &mut Command) {
     let parent = nix::unistd::getpid();
     command.process_group(0);
-    // SAFETY: the closure runs in the child between fork and exec. It calls only prctl, sigprocmask, getppid and raise,
-    // all async-signal-safe, and neither allocates nor takes locks.
+    // SAFETY: the closure runs in the child between fork and exec. It calls only prctl, getppid and
+    // raise, all async-signal-safe, and neither allocates nor takes locks.
     unsafe {
         command.pre_exec(move || {
             nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-            // The rig may have blocked signals for its own thread; a child starts with none blocked.
-            SigSet::empty().thread_set_mask()?;
             // The parent may have died before the signal was set up.
             if nix::unistd::getppid() != parent {
                 nix::sys::signal::raise(Signal::SIGKILL)?;
@@ -144,6 +123,8 @@ fn prepare(command: &mut Command) {
 
 #[cfg(test)]
 mod tests {
+    use nix::unistd::Pid;
+
     use super::*;
 
     fn sleeper() -> OwnedProcess {
@@ -164,9 +145,9 @@ mod tests {
     }
 
     #[test]
-    fn terminate_reports_a_process_that_did_not_end_by_itself() {
-        let error = sleeper().terminate(Duration::from_secs(60)).expect_err("sleep has no handler");
-        assert!(error.to_string().contains("signal 15"), "{error}");
+    fn waiting_for_a_process_that_stays_ends_with_its_name() {
+        let error = sleeper().wait(Duration::from_millis(50)).expect_err("it sleeps on");
+        assert!(error.to_string().contains("sleeper is still running"), "{error}");
     }
 
     #[test]

@@ -15,7 +15,8 @@ use super::image::GuestImage;
 
 /// The program.
 pub const QEMU: &str = "qemu-system-x86_64";
-/// PCI slot of the guest's first disk; disk N is on slot `FIRST_DISK_SLOT + N` (`scripts/guest-init` counts on it).
+/// PCI slot of the guest's first disk; disk N is on slot `FIRST_DISK_SLOT + N`
+/// (`scripts/guest-init` counts on it).
 const FIRST_DISK_SLOT: usize = 8;
 /// PCI slot of the tools disk.
 const TOOLS_SLOT: usize = 0x1e;
@@ -48,8 +49,8 @@ impl QemuVersion {
             .map_err(|error| anyhow!(error))
     }
 
-    /// The chardev option that reconnects to a lost back end after `delay`: milliseconds since 9.2, before that whole
-    /// seconds and at least one.
+    /// The chardev option that reconnects to a lost back end after `delay`: milliseconds since 9.2,
+    /// before that whole seconds and at least one.
     pub fn reconnect_option(self, delay: Duration) -> String {
         if self >= (QemuVersion { major: 9, minor: 2 }) {
             format!("reconnect-ms={}", delay.as_millis().max(1))

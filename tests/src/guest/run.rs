@@ -88,10 +88,11 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Starts a guest; its initramfs and logs (`job.log`, `console.log`, `qemu.log`) go to `folder`, which is created.
+    /// Starts a guest; its initramfs and logs (`job.log`, `console.log`, `qemu.log`) go to
+    /// `folder`, which is created.
     ///
-    /// Errors: no image or no QEMU on this machine. That the guest fails later shows in [`Guest::wait_for`] and
-    /// [`Guest::finish`].
+    /// Errors: no image or no QEMU on this machine. That the guest fails later shows in
+    /// [`Guest::wait_for`] and [`Guest::finish`].
     pub fn boot(folder: &Path, options: &GuestOptions) -> Result<Guest> {
         let image = GuestImage::find()?;
         let accelerator = match options.accelerator {
@@ -148,8 +149,8 @@ impl Guest {
         self.qemu.pid()
     }
 
-    /// Waits for the job's next result with this key (results handed out before do not count) and returns its value.
-    /// Errors: the guest ended without it, or the watchdog ended the guest.
+    /// Waits for the job's next result with this key (results handed out before do not count) and
+    /// returns its value. Errors: the guest ended without it, or the watchdog ended the guest.
     pub fn wait_for(&mut self, key: &str) -> Result<String> {
         match self.wait_until(key, self.deadline)? {
             Some(value) => Ok(value),
@@ -178,7 +179,8 @@ impl Guest {
         }
     }
 
-    /// Results reported up to now count as handed out: what is waited for next is reported after this call.
+    /// Results reported up to now count as handed out: what is waited for next is reported after
+    /// this call.
     pub fn skip_reported(&mut self) {
         self.position = self.console.results().len();
     }
@@ -194,7 +196,8 @@ impl Guest {
         self.console.results()
     }
 
-    /// Waits until the guest has switched itself off. Errors: the job failed, the guest crashed, or the watchdog ended it.
+    /// Waits until the guest has switched itself off. Errors: the job failed, the guest crashed, or
+    /// the watchdog ended it.
     pub fn finish(mut self) -> Result<GuestReport> {
         while !self.console.is_closed() {
             check_interrupted()?;

@@ -5,8 +5,6 @@ use std::str::FromStr;
 
 use anyhow::{Result, bail};
 
-use super::agent::argument;
-
 /// The choice; the demo takes it from the environment variable `SAN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum San {
@@ -33,19 +31,22 @@ impl FromStr for San {
 pub struct StorePlace {
     /// What `--store` takes.
     pub url: String,
-    /// Size to format, where the place does not have one of its own.
-    pub size: Option<&'static str>,
+    /// Size to format it with.
+    pub bytes: u64,
+    /// Environment that its secrets are passed in.
+    pub environment: Vec<(String, String)>,
     /// For people.
     pub what: String,
 }
 
 impl StorePlace {
-    /// Makes one in `folder`.
-    pub fn make(san: San, folder: &Path) -> Result<StorePlace> {
+    /// Makes one of `bytes` in `folder`.
+    pub fn make(san: San, folder: &Path, bytes: u64) -> Result<StorePlace> {
         match san {
             San::File => Ok(StorePlace {
-                url: format!("file:{}", argument(&folder.join("store.img"))?),
-                size: Some("8GiB"),
+                url: format!("file:{}", folder.join("store.img").display()),
+                bytes,
+                environment: Vec::new(),
                 what: "a file".into(),
             }),
             San::Iscsi => bail!("SAN=iscsi: not there yet"),

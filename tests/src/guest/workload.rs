@@ -1,8 +1,10 @@
-//! What guests do to prove durability: write files, fsync them, tell the host their checksums; later, check them.
+//! What guests do to prove durability: write files, fsync them, tell the host their checksums;
+//! later, check them.
 //!
-//! A file becomes a [`Promises`] entry when its `fsync` has returned in the guest and the host has read so: from then on
-//! no crash may lose it. A file that is about to be overwritten is withdrawn first, since its content is open until the
-//! next `fsync`. What was never promised may be there or not, but the file system has to be sound either way.
+//! A file becomes a [`Promises`] entry when its `fsync` has returned in the guest and the host has
+//! read so: from then on no crash may lose it. A file that is about to be overwritten is withdrawn
+//! first, since its content is open until the next `fsync`. What was never promised may be there or
+//! not, but the file system has to be sound either way.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -82,7 +84,8 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// The job. Reports `write-cache`, `mounted`, then per file `withdraw` and `synced`, at the end `written`.
+    /// The job. Reports `write-cache`, `mounted`, then per file `withdraw` and `synced`, at the end
+    /// `written`.
     pub fn job(&self) -> String {
         let Writer { format, prefix, files, file_kib } = self;
         format!(
@@ -111,8 +114,8 @@ impl Writer {
 }
 
 /// Whether the guest of a [`Writer`] is served again after its agent was killed and started. Call
-/// [`Guest::skip_reported`] while the agent is dead. One more `fsync` may have returned before the kill and be reported
-/// late: only the second one counts. Gives up after `patience` for each.
+/// [`Guest::skip_reported`] while the agent is dead. One more `fsync` may have returned before the
+/// kill and be reported late: only the second one counts. Gives up after `patience` for each.
 pub fn carries_on(guest: &mut Guest, patience: Duration) -> Result<bool> {
     for _ in 0..2 {
         if guest.wait_for_at_most("synced", patience)?.is_none() {
@@ -122,8 +125,9 @@ pub fn carries_on(guest: &mut Guest, patience: Duration) -> Result<bool> {
     Ok(true)
 }
 
-/// A job that mounts disk 0 (which lets ext4 replay its journal), checks every promise in the guest's file `/promises`,
-/// and then the whole file system. Runs before `then`, which finds the disk not mounted.
+/// A job that mounts disk 0 (which lets ext4 replay its journal), checks every promise in the
+/// guest's file `/promises`, and then the whole file system. Runs before `then`, which finds the
+/// disk not mounted.
 pub fn verifier(then: &str) -> String {
     format!(
         r#"

@@ -16,10 +16,19 @@ use std::ffi::{CStr, CString, c_int, c_void};
 use std::os::fd::{BorrowedFd, RawFd};
 use std::ptr::{self, NonNull};
 
-/// Completions of callbacks, (token, status), in order; drained after each `iscsi_service`.
-type Ended = RefCell<Vec<(usize, c_int)>>;
+/// A callback that was made.
+struct Ended {
+    /// Address of the context.
+    context: usize,
+    token: usize,
+    status: c_int,
+    /// What libiscsi says of a failure; later failures overwrite it.
+    error: String,
+}
+
 thread_local! {
-    static ENDED: Ended = const { RefCell::new(Vec::new()) };
+    /// In order; drained after each `iscsi_service`.
+    static ENDED: RefCell<Vec<Ended>> = const { RefCell::new(Vec::new()) };
 }
 
 const CONNECT: usize = 1;
@@ -111,13 +120,27 @@ impl Drop for Task {
 }
 
 extern "C" fn ended(
-    _context: *mut ffi::IscsiContext,
+    context: *mut ffi::IscsiContext,
     status: c_int,
     _data: *mut c_void,
     token: *mut c_void,
 ) {
+    let token = token.addr();
+    let error = match token {
+        CONNECT | LOGIN if status != 0 => error_text(context),
+        _ => String::new(),
+    };
     // During the thread's end nobody is interested any more.
-    let _ = ENDED.try_with(|ended| ended.borrow_mut().push((token.addr(), status)));
+    let ended = Ended { context: context.addr(), token, status, error };
+    let _ = ENDED.try_with(|all| all.borrow_mut().push(ended));
+}
+
+/// libiscsi's last error.
+fn error_text(context: *mut ffi::IscsiContext) -> String {
+    // SAFETY: every caller, libiscsi included, passes a live context; the text is a NUL-terminated
+    // array inside it.
+    let text = unsafe { CStr::from_ptr(ffi::iscsi_get_error(context)) };
+    text.to_string_lossy().trim().to_owned()
 }
 
 impl Context {
@@ -126,7 +149,6 @@ impl Context {
         // SAFETY: a NUL-terminated name; libiscsi copies it.
         let raw = unsafe { ffi::iscsi_create_context(login.initiator.as_ptr()) };
         let raw = NonNull::new(raw).ok_or("libiscsi could not create a context")?;
-        ENDED.with_borrow_mut(Vec::clear);
         let context =
             Self { raw, lun: c_int::from(login.lun), tasks: HashMap::new(), retired: Vec::new() };
         let iscsi = raw.as_ptr();
@@ -226,7 +248,13 @@ impl Context {
     pub fn service(&mut self, revents: i16) -> Result<(), String> {
         // SAFETY: live context; callbacks only note what happened.
         let failed = unsafe { ffi::iscsi_service(self.ptr(), c_int::from(revents)) };
-        self.check(failed)
+        self.check(failed).map_err(|error| {
+            // What libiscsi says when it may not reconnect, which hides why it wanted to.
+            match error.is_empty() || error.contains("an not reconnect") {
+                true => "the target closed the connection".to_owned(),
+                false => error,
+            }
+        })
     }
 
     /// What happened since the last call.
@@ -234,8 +262,10 @@ impl Context {
         if !self.retired.is_empty() && self.is_drained() {
             self.retired.clear();
         }
-        let ended = ENDED.with_borrow_mut(std::mem::take);
-        ended.into_iter().filter_map(|(token, status)| self.notice(token, status)).collect()
+        let own = self.ptr().addr();
+        let ended: Vec<Ended> =
+            ENDED.with_borrow_mut(|all| all.extract_if(.., |e| e.context == own).collect());
+        ended.into_iter().filter_map(|ended| self.notice(ended)).collect()
     }
 
     /// PDUs that wait for the target to open its command window, if that is what they wait for.
@@ -249,13 +279,14 @@ impl Context {
         self.retired.len() >= RETIRED_MAX
     }
 
-    fn notice(&mut self, token: usize, status: c_int) -> Option<Notice> {
+    fn notice(&mut self, ended: Ended) -> Option<Notice> {
+        let Ended { token, status, error, .. } = ended;
         match token {
             CONNECT if status == 0 => Some(Notice::Connected(Ok(()))),
-            CONNECT => Some(Notice::Connected(Err(self.error()))),
+            CONNECT => Some(Notice::Connected(Err(error))),
             LOGIN if status == 0 => Some(Notice::LoggedIn(Ok(()))),
             LOGIN if status == STATUS_REDIRECT => Some(Notice::LoggedIn(Err(self.redirected()))),
-            LOGIN => Some(Notice::LoggedIn(Err(self.error()))),
+            LOGIN => Some(Notice::LoggedIn(Err(error))),
             LOGOUT => Some(Notice::LoggedOut),
             NOP => (status == 0).then_some(Notice::Nop),
             id => self.command_ended(id, status),
@@ -305,9 +336,7 @@ impl Context {
     }
 
     fn error(&self) -> String {
-        // SAFETY: live context; a NUL-terminated array inside it.
-        let text = unsafe { CStr::from_ptr(ffi::iscsi_get_error(self.ptr())) };
-        text.to_string_lossy().trim().to_owned()
+        error_text(self.ptr())
     }
 
     fn ptr(&self) -> *mut ffi::IscsiContext {
@@ -320,7 +349,8 @@ impl Drop for Context {
     fn drop(&mut self) {
         // SAFETY: live context, destroyed once.
         unsafe { ffi::iscsi_destroy_context(self.ptr()) };
-        let _ = ENDED.try_with(|ended| ended.borrow_mut().clear());
+        let own = self.ptr().addr();
+        let _ = ENDED.try_with(|all| all.borrow_mut().retain(|ended| ended.context != own));
     }
 }
 

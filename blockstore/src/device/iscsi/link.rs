@@ -14,7 +14,15 @@ use tokio::sync::{mpsc, oneshot};
 /// Commands in the channel at most; a caller beyond that waits in `send`.
 const CHANNEL_DEPTH: usize = 128;
 
-/// What the session thread is asked to carry out.
+/// What the session thread is asked for.
+#[derive(Debug)]
+pub enum Request {
+    Command(Command),
+    /// To prove that the target reinstates sessions; the answer is whether it does.
+    Proof(oneshot::Sender<Result<bool, String>>),
+}
+
+/// A command to carry out.
 #[derive(Debug)]
 pub struct Command {
     pub class: Class,
@@ -63,16 +71,16 @@ impl Shared {
 /// The callers' end.
 #[derive(Debug)]
 pub struct Link {
-    commands: mpsc::Sender<Command>,
+    requests: mpsc::Sender<Request>,
     pub shared: Arc<Shared>,
 }
 
 /// Both ends.
-pub fn pair() -> std::io::Result<(Link, mpsc::Receiver<Command>)> {
+pub fn pair() -> std::io::Result<(Link, mpsc::Receiver<Request>)> {
     let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-    let (epoch, closing) = (AtomicU64::new(1), AtomicBool::new(false));
-    let (commands, receiver) = mpsc::channel(CHANNEL_DEPTH);
-    Ok((Link { commands, shared: Arc::new(Shared { epoch, closing, wake }) }, receiver))
+    let shared = Shared { epoch: AtomicU64::new(1), closing: AtomicBool::new(false), wake };
+    let (requests, receiver) = mpsc::channel(CHANNEL_DEPTH);
+    Ok((Link { requests, shared: Arc::new(shared) }, receiver))
 }
 
 /// The outcome of a command that was sent.
@@ -89,9 +97,21 @@ impl Link {
     ) -> Result<Pending, Failure> {
         let (reply, pending) = oneshot::channel();
         let command = Command { class, cdb, out, in_len, reply };
-        self.commands.send(command).await.map_err(|_| closed())?;
-        self.shared.wake();
+        self.request(Request::Command(command)).await?;
         Ok(pending)
+    }
+
+    /// Queues the proof that the target reinstates sessions.
+    pub async fn prove(&self) -> Result<oneshot::Receiver<Result<bool, String>>, Failure> {
+        let (reply, pending) = oneshot::channel();
+        self.request(Request::Proof(reply)).await?;
+        Ok(pending)
+    }
+
+    async fn request(&self, request: Request) -> Result<(), Failure> {
+        self.requests.send(request).await.map_err(|_| closed())?;
+        self.shared.wake();
+        Ok(())
     }
 
     /// Queues a command and waits for its outcome.

@@ -3,25 +3,24 @@
 use super::context::Login;
 use super::identity::{Claim, Identity, default_initiator};
 use super::link::{self, Link};
-use super::outcome::Failure;
+use super::outcome::{Class, Failure};
 use super::prepare::Facts;
 use super::session::Timing;
 use super::url::IscsiUrl;
 use super::worker::{Config, Worker};
-use super::{IO_MAX, IscsiDevice, UNMAP_MAX, probe, reinstate, secret};
+use super::{IO_MAX, IscsiDevice, UNMAP_MAX, probe, scsi, secret};
 use crate::device::{Device, DeviceError, DeviceErrorKind, DeviceInfo, OpenOptions};
 use crate::types::BLOCK_SIZE;
 use std::ffi::CString;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
 /// For everything that opening takes.
 const OPEN_MAX: Duration = Duration::from_secs(10);
-/// For the first session to end after the second login.
-const PROOF_MAX: Duration = Duration::from_secs(5);
+/// Between two commands on the first session meanwhile.
+const PROOF_PAUSE: Duration = Duration::from_millis(25);
 /// How long a command waits for a lost session to come back.
 const WAIT_MAX: Duration = Duration::from_secs(5);
 /// How long a command may be under way.
@@ -76,9 +75,9 @@ async fn connect(url: IscsiUrl, options: &OpenOptions) -> Result<Device, Failure
         true => None,
         false => Some(claim(&identity, &url.target).await?),
     };
-    let (link, facts) = start(login.clone(), reserve, claim).await?;
+    let (link, facts) = start(login, reserve, claim).await?;
     if !options.read_only {
-        prove_reinstatement(&link, login).await?;
+        prove_reinstatement(&link).await?;
     }
     let device = inspect(&url, options, link, &facts).await?;
     Ok(Arc::new(device))
@@ -153,7 +152,7 @@ async fn start(
     let failed = |error: std::io::Error| {
         Failure::new(DeviceErrorKind::Io, format!("the session thread cannot start: {error}"))
     };
-    let (link, commands) = link::pair().map_err(failed)?;
+    let (link, requests) = link::pair().map_err(failed)?;
     let (opened, facts) = oneshot::channel();
     let config = Config {
         login,
@@ -166,7 +165,7 @@ async fn start(
     std::thread::Builder::new()
         .name("iscsi-session".to_owned())
         .spawn(move || {
-            Worker::new(config, commands, shared, opened).run();
+            Worker::new(config, requests, shared, opened).run();
             drop(claim);
         })
         .map_err(failed)?;
@@ -176,15 +175,18 @@ async fn start(
     Ok((link, facts))
 }
 
-/// Logs in a second time under the same name and ISID: the target must end the first session.
-async fn prove_reinstatement(link: &Link, login: Login) -> Result<(), Failure> {
-    let shared = link.shared.clone();
-    let before = shared.epoch.load(Ordering::Acquire);
-    let proof = tokio::task::spawn_blocking(move || {
-        let ended = || shared.epoch.load(Ordering::Acquire) > before;
-        reinstate::second_login(&login, PROOF_MAX, ended)
-    });
-    match proof.await {
+/// Has a second login made under the same name and ISID: the target must end the first session.
+async fn prove_reinstatement(link: &Link) -> Result<(), Failure> {
+    let mut proof = link.prove().await?;
+    // Some targets look whether a connection was ended only when something comes in on it.
+    let proof = loop {
+        let _ = link.send(Class::Query, scsi::test_unit_ready(), vec![], 0).await;
+        tokio::select! {
+            proof = &mut proof => break proof,
+            () = tokio::time::sleep(PROOF_PAUSE) => {}
+        }
+    };
+    match proof {
         Ok(Ok(true)) => Ok(()),
         Ok(Ok(false)) => Err(Failure::new(
             DeviceErrorKind::Unsupported,
@@ -196,7 +198,9 @@ async fn prove_reinstatement(link: &Link, login: Login) -> Result<(), Failure> {
             DeviceErrorKind::Unreachable,
             format!("the second login that proves session reinstatement failed: {message}"),
         )),
-        Err(error) => Err(Failure::new(DeviceErrorKind::Io, error.to_string())),
+        Err(_) => {
+            Err(Failure::new(DeviceErrorKind::Unreachable, "the session ended during its proof"))
+        }
     }
 }
 

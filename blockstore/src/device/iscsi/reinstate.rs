@@ -1,46 +1,94 @@
 //! Proof that a target reinstates sessions: a second login under the same initiator name and ISID must
 //! end the first session. Without that, a write of a lost session could land after a newer one.
+//!
+//! The second connection, the rival, runs beside the first in the session's thread and takes its place
+//! when the proof is done, for each login may take its time (one second at some targets).
 
 use super::context::{Context, Login, Notice};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::sync::oneshot;
 
-/// Logs in as `login` from a connection of its own, and keeps it until `done` says so or `limit` is
-/// over. Returns whether `done` did. Blocks the thread.
-pub fn second_login(
-    login: &Login,
-    limit: Duration,
-    done: impl Fn() -> bool,
-) -> Result<bool, String> {
-    let end = Instant::now() + limit;
-    let mut context = Context::new(login)?;
-    context.connect(login)?;
-    while Instant::now() < end {
-        if done() {
-            return Ok(true);
-        }
-        if let Some(fd) = context.fd() {
-            let events = PollFlags::from_bits_truncate(context.events());
-            let mut fds = [PollFd::new(fd, events)];
-            let _ = poll(&mut fds, PollTimeout::from(20_u8));
-            let revents = fds[0].revents().unwrap_or(PollFlags::empty()).bits();
-            let serviced = context.service(revents);
-            let notices = context.notices();
-            for notice in notices {
-                match notice {
-                    Notice::Connected(connected) => {
-                        connected?;
-                        context.log_in()?;
-                    }
-                    Notice::LoggedIn(logged_in) => logged_in?,
-                    _ => {}
-                }
+/// For the first session to end.
+const PROOF_MAX: Duration = Duration::from_secs(5);
+
+/// A second login under way.
+#[derive(Debug)]
+pub struct Rival {
+    pub context: Context,
+    /// Told whether the target reinstates.
+    pub reply: oneshot::Sender<Result<bool, String>>,
+    /// How far the login has got.
+    pub stage: Stage,
+    deadline: Duration,
+}
+
+/// How far a login has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    Connecting,
+    LoggingIn,
+    LoggedIn,
+}
+
+impl Rival {
+    /// Begins to connect. The error, if any, has been told to `reply`.
+    pub fn start(
+        login: &Login,
+        reply: oneshot::Sender<Result<bool, String>>,
+        now: Duration,
+    ) -> Option<Self> {
+        let connected = Context::new(login).and_then(|mut context| {
+            context.connect(login)?;
+            Ok(context)
+        });
+        match connected {
+            Ok(context) => {
+                let deadline = now + PROOF_MAX;
+                Some(Self { context, reply, stage: Stage::Connecting, deadline })
             }
-            // The first session may already have come back and ended this one.
-            if serviced.is_err() && !done() {
-                serviced?;
+            Err(message) => {
+                let _ = reply.send(Err(message));
+                None
             }
         }
     }
-    Ok(done())
+
+    /// Goes on with the login while the first session lives. Gives itself up, and says so, when it fails
+    /// or when the first session has lived too long.
+    pub fn service(mut self, revents: i16, now: Duration) -> Option<Self> {
+        match self.advance(revents) {
+            Err(message) => {
+                let _ = self.reply.send(Err(message));
+                None
+            }
+            Ok(()) if now >= self.deadline => {
+                let verdict = match self.stage {
+                    Stage::LoggedIn => Ok(false),
+                    _ => Err("the second login was not answered".to_owned()),
+                };
+                let _ = self.reply.send(verdict);
+                None
+            }
+            Ok(()) => Some(self),
+        }
+    }
+
+    fn advance(&mut self, revents: i16) -> Result<(), String> {
+        let serviced = self.context.service(revents);
+        for notice in self.context.notices() {
+            match notice {
+                Notice::Connected(connected) => {
+                    connected?;
+                    self.context.log_in()?;
+                    self.stage = Stage::LoggingIn;
+                }
+                Notice::LoggedIn(logged_in) => {
+                    logged_in?;
+                    self.stage = Stage::LoggedIn;
+                }
+                _ => {}
+            }
+        }
+        serviced
+    }
 }

@@ -9,9 +9,10 @@
 //! Bounds: [`DEPTH_MAX`] commands under way, [`WAITING_MAX`] waiting, the rest in the channel.
 
 use super::context::{Context, Login, Notice, Payload};
-use super::link::{Command, Reply, Shared};
+use super::link::{Command, Reply, Request, Shared};
 use super::outcome::{Class, Ending, Failure, Verdict, judge};
 use super::prepare::{Facts, Preparation, Progress};
+use super::reinstate::{Rival, Stage};
 use super::session::{Action, Event, Session, State, Timing};
 use crate::buf::AlignedBuf;
 use crate::device::DeviceErrorKind;
@@ -55,13 +56,19 @@ pub struct Config {
 /// The thread's state.
 pub struct Worker {
     config: Config,
-    commands: mpsc::Receiver<Command>,
+    requests: mpsc::Receiver<Request>,
     shared: Arc<Shared>,
     /// Told once: the first session's facts, or why there is none.
     opened: Option<oneshot::Sender<Result<Facts, Failure>>>,
     start: Instant,
     session: Session,
     context: Option<Context>,
+    /// A second login that is to end the first session and then to take its place.
+    rival: Option<Rival>,
+    /// Told at the next login whether the target reinstated the session.
+    proof: Option<oneshot::Sender<Result<bool, String>>>,
+    /// How far the login of a rival had got that became the session.
+    adopted: Option<Stage>,
     preparation: Option<Preparation>,
     facts: Option<Facts>,
     waiting: VecDeque<Waiting>,
@@ -94,18 +101,21 @@ impl Worker {
     /// A worker that has not begun to connect.
     pub fn new(
         config: Config,
-        commands: mpsc::Receiver<Command>,
+        requests: mpsc::Receiver<Request>,
         shared: Arc<Shared>,
         opened: oneshot::Sender<Result<Facts, Failure>>,
     ) -> Self {
         Self {
             session: Session::new(config.timing.clone()),
             config,
-            commands,
+            requests,
             shared,
             opened: Some(opened),
             start: Instant::now(),
             context: None,
+            rival: None,
+            proof: None,
+            adopted: None,
             preparation: None,
             facts: None,
             waiting: VecDeque::new(),
@@ -137,10 +147,18 @@ impl Worker {
 
     fn receive(&mut self) {
         while self.waiting.len() < WAITING_MAX
-            && let Ok(command) = self.commands.try_recv()
+            && let Ok(request) = self.requests.try_recv()
         {
             let since = self.now();
-            self.waiting.push_back(Waiting { command, since, first_sent: None, attempts: 0 });
+            match request {
+                Request::Command(command) => {
+                    let waiting = Waiting { command, since, first_sent: None, attempts: 0 };
+                    self.waiting.push_back(waiting);
+                }
+                Request::Proof(reply) => {
+                    self.rival = Rival::start(&self.config.login, reply, since);
+                }
+            }
         }
     }
 
@@ -149,54 +167,80 @@ impl Worker {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
             for action in self.session.handle(self.now(), event) {
-                if let Err(message) = self.perform(action) {
-                    self.down = Failure::new(DeviceErrorKind::Unreachable, message);
-                    events.push_back(Event::Broken);
+                match self.perform(action) {
+                    Ok(follow_up) => events.extend(follow_up),
+                    Err(message) => {
+                        self.down = Failure::new(DeviceErrorKind::Unreachable, message);
+                        events.push_back(Event::Broken);
+                    }
                 }
             }
         }
     }
 
-    fn perform(&mut self, action: Action) -> Result<(), String> {
+    /// Carries an action out; what follows from it at once is returned.
+    fn perform(&mut self, action: Action) -> Result<Option<Event>, String> {
         match action {
+            Action::Connect if self.rival.is_some() => return self.adopt_rival().map(Some),
             Action::Connect => {
                 let mut context = Context::new(&self.config.login)?;
                 context.connect(&self.config.login)?;
                 self.context = Some(context);
-                Ok(())
             }
-            Action::LogIn => self.connected()?.log_in(),
-            Action::Reinstated => {
-                for command in self.withheld.drain(..) {
-                    let message = format!(
-                        "the session was lost ({}) before the target answered; the outcome is \
-                         unknown, but the command can no longer take effect",
-                        self.down.message
-                    );
-                    answer(command, Err(Failure::new(DeviceErrorKind::Unreachable, message)));
-                }
-                Ok(())
-            }
+            Action::LogIn => match self.adopted.take() {
+                None => self.connected()?.log_in()?,
+                Some(Stage::LoggedIn) => return Ok(Some(Event::LoggedIn)),
+                Some(_) => {}
+            },
+            Action::Reinstated => self.reinstated(),
             Action::Prepare => {
                 self.preparation = Some(Preparation::start(self.config.reserve));
-                self.send_preparation()
+                self.send_preparation()?;
             }
-            Action::SendNop => self.connected()?.nop(),
+            Action::SendNop => self.connected()?.nop()?,
             Action::LogOut => match self.config.reserve {
                 Some(key) => {
                     self.preparation = Some(Preparation::farewell(key));
-                    self.send_preparation()
+                    self.send_preparation()?;
                 }
-                None => self.connected()?.log_out(),
+                None => self.connected()?.log_out()?,
             },
             Action::Drop { served, reason } => {
                 if let Some(expiry) = reason {
                     self.down = Failure::new(DeviceErrorKind::Unreachable, expiry.describe());
                 }
                 self.drop_connection(served);
-                Ok(())
             }
         }
+        Ok(None)
+    }
+
+    /// The target dropped what earlier sessions left in flight: tell how those commands ended.
+    fn reinstated(&mut self) {
+        if let Some(proof) = self.proof.take() {
+            let _ = proof.send(Ok(true));
+        }
+        for command in self.withheld.drain(..) {
+            let message = format!(
+                "the session was lost ({}) before the target answered; the outcome is unknown, but \
+                 the command can no longer take effect",
+                self.down.message
+            );
+            answer(command, Err(Failure::new(DeviceErrorKind::Unreachable, message)));
+        }
+    }
+
+    /// The first session ended while the rival logged in, as it should: go on with the rival.
+    fn adopt_rival(&mut self) -> Result<Event, String> {
+        let rival = self.rival.take().ok_or("there is no second login")?;
+        if rival.stage == Stage::Connecting {
+            let _ = rival.reply.send(Err(self.down.message.clone()));
+            return Err("the session was lost during the proof of reinstatement".to_owned());
+        }
+        self.context = Some(rival.context);
+        self.proof = Some(rival.reply);
+        self.adopted = Some(rival.stage);
+        Ok(Event::Connected)
     }
 
     fn connected(&mut self) -> Result<&mut Context, String> {
@@ -212,7 +256,11 @@ impl Worker {
     fn drop_connection(&mut self, served: bool) {
         self.context = None;
         self.preparation = None;
+        self.adopted = None;
         self.depth = DEPTH_MAX;
+        if let Some(proof) = self.proof.take() {
+            let _ = proof.send(Err(self.down.message.clone()));
+        }
         if served {
             // Before anyone can see an answer that depends on it.
             self.shared.epoch.fetch_add(1, Ordering::AcqRel);
@@ -288,7 +336,7 @@ impl Worker {
             return;
         }
         let since = *self.closing_since.get_or_insert(self.start.elapsed());
-        self.commands.close();
+        self.requests.close();
         // Callers that wait hold the device, so these have gone.
         self.waiting.retain(|waiting| !waiting.command.reply.is_closed());
         let idle = self.running.is_empty() && self.waiting.is_empty();
@@ -326,23 +374,26 @@ impl Worker {
 
     fn sleep_and_service(&mut self) {
         let timeout = self.sleep_max();
+        let rival = self.rival.as_ref().map(|rival| &rival.context);
         let mut fds = vec![PollFd::new(self.shared.wake_fd().as_fd(), PollFlags::POLLIN)];
-        if let Some(context) = &self.context
-            && let Some(fd) = context.fd()
-        {
-            fds.push(PollFd::new(fd, PollFlags::from_bits_truncate(context.events())));
-        }
+        fds.extend(self.context.as_ref().and_then(poll_fd));
+        let rival_at = fds.len();
+        fds.extend(rival.and_then(poll_fd));
         let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::from(1000_u16));
         // An interrupted or failed poll is a short sleep; libiscsi finds out what happened.
         let _ = poll(&mut fds, timeout);
         let revents =
             |at: usize| fds.get(at).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
-        let (woken, revents) = (!revents(0).is_empty(), revents(1).bits());
+        let woken = !revents(0).is_empty();
+        let own = if rival_at > 1 { revents(1).bits() } else { 0 };
+        let rivals = revents(rival_at).bits();
         drop(fds);
         if woken {
             let _ = self.shared.wake_fd().read();
         }
-        self.service(revents);
+        self.service(own);
+        let now = self.now();
+        self.rival = self.rival.take().and_then(|rival| rival.service(rivals, now));
     }
 
     fn sleep_max(&self) -> Duration {
@@ -370,10 +421,6 @@ impl Worker {
         if let Err(message) = serviced
             && self.context.is_some()
         {
-            let message = match message.as_str() {
-                "" => "the target closed the connection".to_owned(),
-                _ => format!("the connection broke: {message}"),
-            };
             self.broken(message);
         }
     }
@@ -522,6 +569,10 @@ impl Worker {
         let first_sent = Some(first_sent);
         self.waiting.push_front(Waiting { command, since: now, first_sent, attempts });
     }
+}
+
+fn poll_fd(context: &Context) -> Option<PollFd<'_>> {
+    Some(PollFd::new(context.fd()?, PollFlags::from_bits_truncate(context.events())))
 }
 
 fn payload(out: Vec<Bytes>, in_len: usize) -> Payload {

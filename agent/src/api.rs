@@ -91,15 +91,15 @@ pub struct StoreStatus {
     /// It answered last time.
     pub reachable: bool,
     /// Since when it did not, in milliseconds of UNIX time.
-    pub down_since_ms: Option<u64>,
-    /// Why it did not.
+    pub down_since: Option<u64>,
+    /// Its last error, which may be over.
     pub last_error: Option<String>,
+    /// Operations that wait because the store is full.
+    pub waiting_for_space: u32,
     /// The device has no compare-and-write: this host has the store for itself.
     pub single_host: bool,
     /// Bytes of the device that the store manages.
     pub capacity: u64,
-    /// Bytes not allocated, as far as this host knows.
-    pub free_bytes: Option<u64>,
 }
 
 /// The cache as `cache status` and `status` show it.

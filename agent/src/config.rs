@@ -5,15 +5,13 @@
 
 use crate::error::{Failure, Kind, Result};
 use crate::units::{parse_duration, parse_size};
+use ballast_vhost::server::{QUEUE_SIZE_MAX, QUEUES_MAX};
 use serde::{Deserialize, Deserializer};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Where sockets go if nothing else was said.
 pub const RUN_DIR_DEFAULT: &str = "/run/ballast";
-
-/// Largest number of queues of one disk.
-pub const QUEUES_MAX: u16 = 16;
 
 /// How to reach the store's device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
@@ -46,6 +44,9 @@ pub struct AgentArgs {
     /// What to log: error, warn, info, debug, trace, or a filter like info,cache=debug
     #[arg(long, value_name = "FILTER", env = "BALLAST_LOG")]
     pub log: Option<String>,
+    /// This other host, which the store says uses it, is dead for certain: take the store over from it
+    #[arg(long, value_name = "UUID")]
+    pub take_over_host: Option<uuid::Uuid>,
     /// At the start, wait this long for a store that cannot be reached [default: 30s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub store_wait: Option<Duration>,
@@ -142,6 +143,8 @@ pub struct AgentConfig {
     pub run_dir: PathBuf,
     /// Log filter.
     pub log: String,
+    /// The operator's word that this host is dead. Never from the file: it is good for one start only.
+    pub take_over_host: Option<uuid::Uuid>,
     /// Patience with an unreachable store at the start.
     pub store_wait: Duration,
     /// Time for draining at the stop.
@@ -188,8 +191,8 @@ fn read_file(path: &Path) -> Result<FileConfig> {
 
 fn parse_file(text: &str) -> Result<FileConfig> {
     toml::from_str(text).map_err(|error| {
-        let line =
-            error.span().map(|span| text[..span.start.min(text.len())].lines().count().max(1));
+        let before = error.span().and_then(|span| text.get(..span.start));
+        let line = before.map(|before| before.matches('\n').count() + 1);
         let place = line.map(|line| format!("line {line}: ")).unwrap_or_default();
         let message = error.message().replace("unknown field", "unknown key").replace('\n', " ");
         usage(format!("{place}{message}"))
@@ -220,6 +223,7 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         cache_size: args.cache_size.or(file.cache.size),
         run_dir: run_dir.or(file.run_dir).unwrap_or_else(|| RUN_DIR_DEFAULT.into()),
         log: args.log.or(file.log).unwrap_or_else(|| "info".into()),
+        take_over_host: args.take_over_host,
         store_wait: args.store_wait.or(file.store_wait).unwrap_or(Duration::from_secs(30)),
         shutdown_timeout: args
             .shutdown_timeout
@@ -251,10 +255,10 @@ fn one_cache(mut caches: Vec<PathBuf>) -> Result<PathBuf> {
 }
 
 fn check_queue_size(size: u16) -> Result<u16, String> {
-    if size.is_power_of_two() && (2..=4096).contains(&size) {
+    if size.is_power_of_two() && (2..=QUEUE_SIZE_MAX).contains(&size) {
         Ok(size)
     } else {
-        Err(format!("{size} is not possible: give a power of two from 2 to 4096"))
+        Err(format!("{size} is not possible: give a power of two from 2 to {QUEUE_SIZE_MAX}"))
     }
 }
 

@@ -45,6 +45,7 @@ fn a_file_alone_is_enough() {
         cache_size: Some(2 << 30),
         run_dir: "/run/from-file".into(),
         log: "debug".into(),
+        take_over_host: None,
         store_wait: Duration::from_secs(60),
         shutdown_timeout: Duration::from_secs(3),
         socket_mode: 0o660,

@@ -132,7 +132,7 @@ pub fn recall(run_dir: &Path) -> Option<Remembered> {
 ///
 /// # Errors
 /// [`Kind::Conflict`]: something is there that is no socket, or a process listens on it.
-pub fn clear_stale_socket(path: &Path) -> Result<()> {
+fn clear_stale_socket(path: &Path) -> Result<()> {
     let found = match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed("examine", path, &error)),

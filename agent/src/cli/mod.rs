@@ -78,14 +78,6 @@ enum StoreCommand {
         #[command(flatten)]
         store: StoreArgs,
     },
-    /// Verify every structure and checksum; changes nothing
-    Check {
-        #[command(flatten)]
-        store: StoreArgs,
-        /// Read and verify the data blocks too, not only the structures
-        #[arg(long)]
-        data: bool,
-    },
     /// Write the committed image of a disk to a sparse file
     Export {
         #[command(flatten)]
@@ -154,11 +146,6 @@ enum CacheCommand {
         /// One disk, by name or UUID [default: all that are attached]
         vdi: Option<String>,
     },
-    /// Verify a cache offline, without changing it
-    Check {
-        /// Its file or device [default: what the last agent in --run-dir used]
-        paths: Vec<PathBuf>,
-    },
 }
 
 /// Runs the command of this process's arguments.
@@ -213,9 +200,6 @@ fn execute(cli: Cli) -> Result<()> {
             crate::daemon::run(config)
         }
         Command::Store(command) => block_on(store_commands::run(command, out)),
-        Command::Cache(CacheCommand::Check { paths }) => {
-            block_on(store_commands::cache_check(paths, &run_dir(), out))
-        }
         Command::Vdi(command) => block_on(agent_commands::vdi(command, &run_dir(), out)),
         Command::Cache(CacheCommand::Status) => {
             block_on(agent_commands::cache_status(&run_dir(), out))
@@ -254,7 +238,6 @@ mod tests {
         for line in [
             "store format file:/x --size 8GiB --extent-size 2GiB",
             "store info file:/x",
-            "store check file:/x --json",
             "store export file:/x disk /tmp/out",
             "agent --store file:/x --cache /c --cache /d --cache-size 2GiB --run-dir /r",
             "agent --config /f",
@@ -268,7 +251,6 @@ mod tests {
             "cache status",
             "cache drain",
             "cache drain db",
-            "cache check /c",
             "status",
         ] {
             let words = std::iter::once("ballast").chain(line.split(' '));

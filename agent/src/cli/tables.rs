@@ -83,7 +83,7 @@ pub fn cache_status(cache: &CacheStatus) -> String {
                 format_size(cache.segment_size)
             ),
         ),
-        ("not in the store yet", format_size(cache.dirty_bytes)),
+        ("logs", format_size(cache.dirty_bytes)),
         ("read cache", format_size(cache.clean_bytes)),
         ("free", format_size(cache.free_bytes)),
         ("fill", format!("{:.1} %", cache.fill * 100.0)),
@@ -96,13 +96,16 @@ fn store_line(store: &StoreStatus) -> String {
     } else {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let now_ms = now.map_or(0, |now| now.as_millis() as u64);
-        let since = dash(store.down_since_ms, |since| {
+        let since = dash(store.down_since, |since| {
             format!("for {}", format_ms(now_ms.saturating_sub(since)))
         });
         format!("{}  DOWN {since}: serving from the cache", store.url)
     };
     if let Some(error) = store.last_error.as_ref().filter(|_| !store.reachable) {
         line = format!("{line} ({error})");
+    }
+    if store.waiting_for_space > 0 {
+        line.push_str("  FULL: commits wait for free space");
     }
     if store.single_host {
         line.push_str("  (single host: no compare-and-write)");
@@ -132,7 +135,7 @@ pub fn status(status: &Status) -> String {
                 "{:.1} % of {} full, {} not in the store yet, {} read cache",
                 cache.fill * 100.0,
                 format_size(cache.capacity),
-                format_size(cache.dirty_bytes),
+                format_size(status.vdis.iter().map(|info| info.dirty_bytes).sum()),
                 format_size(cache.clean_bytes)
             ),
         ),
@@ -171,4 +174,70 @@ pub fn drained(drained: &Drained) -> String {
         text.push_str("no disk is attached: nothing to drain\n");
     }
     format!("{text}done in {:.1} s\n", drained.seconds)
+}
+
+/// `store format`.
+pub fn formatted(info: &blockstore::StoreInfo) -> String {
+    format!("formatted {} as store {}\n\n{}", info.url, info.uuid, store_info(info))
+}
+
+/// `store info`.
+pub fn store_info(info: &blockstore::StoreInfo) -> String {
+    const BLOCK: u64 = 4096;
+    let usage = format!(
+        "{} data, {} metadata, {} free",
+        format_size(info.data_blocks_allocated * BLOCK),
+        format_size(info.metadata_blocks_allocated * BLOCK),
+        format_size(info.blocks_free * BLOCK)
+    );
+    let guard = if info.single_host {
+        "one host only: the device has no compare-and-write"
+    } else {
+        "compare-and-write"
+    };
+    let mut text = fields(&[
+        ("store", info.url.clone()),
+        ("uuid", info.uuid.to_string()),
+        ("format", info.format_version.to_string()),
+        ("guarded by", guard.into()),
+        ("capacity", format_size(info.capacity_bytes)),
+        (
+            "extents",
+            format!(
+                "{} of {}: {} data, {} metadata, {} unused",
+                info.extents,
+                format_size(info.extent_size_bytes),
+                info.extents_data,
+                info.extents_metadata,
+                info.extents_unused
+            ),
+        ),
+        ("space", usage),
+    ]);
+    let mut hosts = Table::new(&["HOST", "UUID", "STATE", ">GENERATION"]);
+    for host in &info.hosts {
+        let state = format!("{:?}", host.state).to_lowercase();
+        hosts.row([host.name.clone(), host.uuid.to_string(), state, host.generation.to_string()]);
+    }
+    let mut disks = Table::new(&["DISK", "UUID", ">SIZE", ">COMMITTED", "ATTACHED TO"]);
+    for vdi in &info.vdis {
+        let owner = vdi.owner.as_ref();
+        disks.row([
+            vdi.name.clone(),
+            vdi.uuid.to_string(),
+            format_size(vdi.size_bytes),
+            vdi.committed_lsn.to_string(),
+            dash(owner, |o| o.host_name.clone().unwrap_or_else(|| o.host.to_string())),
+        ]);
+    }
+    if !info.hosts.is_empty() {
+        text.push_str(&format!("\n{}", hosts.render()));
+    }
+    if !info.vdis.is_empty() {
+        text.push_str(&format!("\n{}", disks.render()));
+    }
+    for problem in &info.problems {
+        text.push_str(&format!("\nPROBLEM: {problem} ('ballast store check' tells more)\n"));
+    }
+    text
 }

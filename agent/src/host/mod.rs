@@ -1,53 +1,174 @@
-//! stub
-use crate::api::*;
+//! The host: its store, its cache and the disks that it serves, wired together.
+//!
+//! `store` opens the store, `parts` is what all disks share, `served` is one disk, `requests` and `report` are
+//! what the control API does and shows, `errors` translates. All use of the other crates' APIs is in this folder.
+//!
+//! A disk that does not come back at the start, or whose worker fails, is shown as failed; all others go on.
+
+mod errors;
+mod parts;
+mod report;
+mod requests;
+mod served;
+pub mod store;
+
 use crate::config::AgentConfig;
-use crate::error::*;
+use crate::error::{Failure, Result};
+use crate::notify;
+use blockstore::{OpenOptions, StoreErrorKind};
+use cache::{AttachedRecord, Cache, CacheIdentity, CacheOptions};
+use parking_lot::Mutex;
+use parts::Parts;
+use served::Served;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use tokio::task::JoinSet;
+use uuid::Uuid;
 
+/// Bytes of segment images kept in memory for the flusher.
+const IMAGE_BYTES: usize = 64 << 20;
+/// How often this host tells the store that it is alive.
+const HEARTBEAT_PERIOD: Duration = Duration::from_secs(10);
+
+/// See the module.
 #[derive(Debug)]
-pub struct Host {}
-fn no<T>() -> Result<T> {
-    Err(Failure::new(Kind::Failed, "not wired"))
+pub struct Host {
+    parts: Arc<Parts>,
+    identity: CacheIdentity,
+    name: String,
+    started: Instant,
+    /// Disks attached to this host, by identity. Held for moments only.
+    served: Mutex<BTreeMap<Uuid, Arc<Served>>>,
+    /// Heartbeat, and disks on their way back. Ended at the stop.
+    tasks: Mutex<JoinSet<()>>,
 }
+
 impl Host {
+    /// Opens cache and store, and brings back the disks that were attached. Returns when their sockets listen; recovery
+    /// goes on.
     pub async fn start(
-        _c: AgentConfig,
-        _r: &Path,
-        _p: &(dyn Fn(&str) + Sync),
+        config: AgentConfig,
+        run_dir: &Path,
+        progress: &(dyn Fn(&str) + Sync),
     ) -> Result<Arc<Self>> {
-        no()
+        let name = host_name();
+        progress(&format!("opening the cache {}", config.cache.display()));
+        let mut options = CacheOptions {
+            path: config.cache.clone(),
+            create_size: config.cache_size,
+            flush: cache::flusher::FlushOptions::default(),
+            image_bytes: IMAGE_BYTES,
+        };
+        if let Some(age) = config.flush_max_age {
+            options.flush.max_age_ms = age.as_millis() as u64;
+        }
+        let cache = Cache::open(options).await?;
+        let identity = cache.identity().await;
+        progress(&format!("opening the store {}", config.store));
+        let options = OpenOptions {
+            host_uuid: identity.host,
+            host_name: name.clone(),
+            take_over_host: config.take_over_host,
+            ..OpenOptions::default()
+        };
+        let patience = config.store_wait;
+        let store =
+            store::open_patiently(&config.store, &config.device, &options, patience, progress)
+                .await?;
+        if let Err(error) = cache.bind(store.uuid()).await {
+            let _ = store.close().await;
+            return Err(Failure::from(error));
+        }
+        let parts = Arc::new(Parts { config, run_dir: run_dir.to_owned(), store, cache });
+        let host = Arc::new(Self {
+            parts,
+            identity,
+            name,
+            started: Instant::now(),
+            served: Mutex::default(),
+            tasks: Mutex::default(),
+        });
+        host.bring_back().await;
+        host.spawn(heartbeat(Arc::clone(&host.parts)));
+        Ok(host)
     }
-    pub async fn stop(&self, _t: Duration) {}
-    pub async fn status(&self) -> Status {
-        panic!()
+
+    /// Opens the sockets of all disks that were attached, then recovers them side by side.
+    async fn bring_back(self: &Arc<Self>) {
+        for record in self.parts.cache.attached().await {
+            let AttachedRecord { vdi, name, size_bytes, .. } = record;
+            let served = Arc::new(Served::new(&self.parts.run_dir, vdi, &name, size_bytes));
+            self.served.lock().insert(vdi, Arc::clone(&served));
+            // Should this fail, coming up tries again, and says why.
+            let listening = served.listen(&self.parts).await.ok();
+            let parts = Arc::clone(&self.parts);
+            self.spawn(async move {
+                // Its state tells how it went.
+                let _ = served.bring_up(&parts, listening, true).await;
+            });
+        }
     }
-    pub fn cache_status(&self) -> CacheStatus {
-        panic!()
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock();
+        // What has ended needs no place any more.
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task);
     }
-    pub async fn list(&self) -> Result<Vec<Vdi>> {
-        no()
+
+    /// Stops serving, drains for at most `timeout`, closes everything. What is left is safe in the log.
+    pub async fn stop(&self, timeout: Duration) {
+        let deadline = tokio::time::Instant::now() + timeout;
+        self.tasks.lock().abort_all();
+        let served: Vec<_> = self.served.lock().values().cloned().collect();
+        let mut stopping = JoinSet::new();
+        for disk in served {
+            let parts = Arc::clone(&self.parts);
+            stopping.spawn(async move {
+                if let Err(failure) = disk.shut_down(&parts, deadline).await {
+                    tracing::error!(vdi = %disk.name, "its server did not stop in good order: {failure}");
+                }
+                if parts.cache.vdi_status(disk.uuid).is_none() {
+                    return;
+                }
+                match tokio::time::timeout_at(deadline, disk.drain(&parts)).await {
+                    Ok(Ok(lsn)) => tracing::info!(vdi = %disk.name, lsn = lsn.0, "drained"),
+                    Ok(Err(failure)) => tracing::warn!(vdi = %disk.name, "not drained: {failure}"),
+                    Err(_) => tracing::warn!(
+                        vdi = %disk.name,
+                        "not drained in time; the log has the rest, and the next start carries on"
+                    ),
+                }
+            });
+        }
+        while stopping.join_next().await.is_some() {}
+        notify::status("closing");
+        self.parts.cache.close().await;
+        if let Err(error) = self.parts.store.close().await {
+            tracing::warn!("closing the store: {error}");
+        }
     }
-    pub async fn info(&self, _: &str) -> Result<VdiInfo> {
-        no()
+}
+
+/// Tells the store now and then that this host is alive; this also notices an outage while all disks are idle.
+async fn heartbeat(parts: Arc<Parts>) {
+    let mut lost = false;
+    loop {
+        tokio::time::sleep(HEARTBEAT_PERIOD).await;
+        match parts.store.heartbeat().await {
+            Err(error) if error.kind == StoreErrorKind::NotOwner && !lost => {
+                lost = true;
+                tracing::error!("{error}");
+            }
+            Err(error) => tracing::debug!("heartbeat: {error}"),
+            Ok(()) => lost = false,
+        }
     }
-    pub async fn create(&self, _: &str, _: u64) -> Result<Created> {
-        no()
-    }
-    pub async fn delete(&self, _: &str) -> Result<Done> {
-        no()
-    }
-    pub async fn attach(&self, _: &str) -> Result<Attached> {
-        no()
-    }
-    pub async fn detach(&self, _: &str, _: bool) -> Result<Done> {
-        no()
-    }
-    pub async fn resize(&self, _: &str, _: u64) -> Result<Created> {
-        no()
-    }
-    pub async fn drain(&self, _: Option<&str>) -> Result<Drained> {
-        no()
-    }
+}
+
+fn host_name() -> String {
+    nix::unistd::gethostname()
+        .map_or_else(|_| "unknown".into(), |name| name.to_string_lossy().into_owned())
 }

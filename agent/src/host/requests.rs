@@ -1,0 +1,160 @@
+//! What the control API changes.
+
+use super::Host;
+use super::served::Served;
+use crate::api::{Attached, Created, Done, Drained, DrainedVdi};
+use crate::error::{Failure, Kind, Result};
+use crate::names::check_vdi_name;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::task::JoinSet;
+use uuid::Uuid;
+
+impl Host {
+    /// The disk of this host with that name or UUID.
+    pub(super) fn find_served(&self, name_or_uuid: &str) -> Option<Arc<Served>> {
+        let uuid = Uuid::try_parse(name_or_uuid).ok();
+        let served = self.served.lock();
+        let found =
+            served.values().find(|disk| disk.name == name_or_uuid || Some(disk.uuid) == uuid);
+        found.map(Arc::clone)
+    }
+
+    /// Creates an empty disk.
+    pub async fn create(&self, name: &str, size: u64) -> Result<Created> {
+        check_vdi_name(name).map_err(|words| Failure::new(Kind::Usage, words))?;
+        let info = self.parts.store.create_vdi(name, size).await?;
+        Ok(Created { name: info.name, uuid: info.uuid, size: info.size_bytes })
+    }
+
+    /// Deletes a disk that is not attached.
+    pub async fn delete(&self, name: &str) -> Result<Done> {
+        if let Some(disk) = self.find_served(name) {
+            return Err(Failure::new(
+                Kind::Conflict,
+                format!(
+                    "disk '{0}' is attached to this host: 'ballast vdi detach {0}' first",
+                    disk.name
+                ),
+            ));
+        }
+        let info = self.parts.store.lookup_vdi(name).await?;
+        self.parts.store.delete_vdi(&info.uuid.to_string()).await?;
+        Ok(Done { name: info.name, uuid: info.uuid })
+    }
+
+    /// Serves a disk. One that is served already stays as it is; one that failed is tried again.
+    pub async fn attach(&self, name: &str) -> Result<Attached> {
+        let (disk, is_new) = match self.find_served(name) {
+            Some(disk) => (disk, false),
+            None => (self.enter(name).await?, true),
+        };
+        if let Err(failure) = disk.bring_up(&self.parts, None, false).await {
+            if is_new {
+                self.leave_if_untouched(&disk, &failure).await;
+            }
+            return Err(failure.within(format_args!("disk '{}' cannot be attached", disk.name)));
+        }
+        let socket = disk.socket.clone().unwrap_or_default();
+        Ok(Attached { name: disk.name.clone(), uuid: disk.uuid, socket })
+    }
+
+    /// Notes a disk of the store as one of this host.
+    async fn enter(&self, name: &str) -> Result<Arc<Served>> {
+        let info = self.parts.store.lookup_vdi(name).await?;
+        if let Some(owner) = info.owner.as_ref().filter(|owner| owner.host != self.identity.host) {
+            let host = owner.host_name.clone().unwrap_or_else(|| owner.host.to_string());
+            return Err(Failure::new(
+                Kind::Conflict,
+                format!("disk '{name}' is attached to host '{host}': detach it there first"),
+            ));
+        }
+        let new = Served::new(&self.parts.run_dir, info.uuid, &info.name, info.size_bytes);
+        let mut served = self.served.lock();
+        // Another request may have been faster.
+        Ok(Arc::clone(served.entry(info.uuid).or_insert_with(|| Arc::new(new))))
+    }
+
+    /// Takes a disk off the list again if its attach failed before it took hold in the store. One of which the store's
+    /// answer is unknown stays, with its log, so that trying again is safe.
+    async fn leave_if_untouched(&self, disk: &Arc<Served>, failure: &Failure) {
+        if failure.kind != Kind::Unavailable && disk.give_up(&self.parts).await {
+            self.served.lock().remove(&disk.uuid);
+        }
+    }
+
+    /// Drains a disk and releases it.
+    pub async fn detach(&self, name: &str, force: bool) -> Result<Done> {
+        let Some(disk) = self.find_served(name) else {
+            // Tells a wrong name from a disk that is not attached.
+            let info = self.parts.store.lookup_vdi(name).await?;
+            let words = match &info.owner {
+                None => format!("disk '{}' is not attached", info.name),
+                Some(owner) => {
+                    let host = owner.host_name.clone().unwrap_or_else(|| owner.host.to_string());
+                    format!(
+                        "disk '{}' is attached to host '{host}', not to this one: detach it there",
+                        info.name
+                    )
+                }
+            };
+            return Err(Failure::new(Kind::Conflict, words));
+        };
+        disk.take_down(&self.parts, force).await?;
+        self.served.lock().remove(&disk.uuid);
+        Ok(Done { name: disk.name.clone(), uuid: disk.uuid })
+    }
+
+    /// Grows a disk.
+    pub async fn resize(&self, name: &str, size: u64) -> Result<Created> {
+        let (name, uuid) = match self.find_served(name) {
+            Some(disk) => {
+                disk.grow(&self.parts, size).await?;
+                (disk.name.clone(), disk.uuid)
+            }
+            None => {
+                let info = self.parts.store.lookup_vdi(name).await?;
+                self.parts.store.resize_vdi(&info.uuid.to_string(), size).await?;
+                (info.name, info.uuid)
+            }
+        };
+        Ok(Created { name, uuid, size })
+    }
+
+    /// Returns when all that was acknowledged before is committed.
+    pub async fn drain(&self, name: Option<&str>) -> Result<Drained> {
+        let started = Instant::now();
+        let disks = match name {
+            Some(name) => vec![self.served_or_reason(name).await?],
+            None => self.served.lock().values().cloned().collect(),
+        };
+        let mut drains = JoinSet::new();
+        for disk in disks {
+            let parts = Arc::clone(&self.parts);
+            drains.spawn(async move {
+                let lsn = disk.drain(&parts).await.map_err(|failure| {
+                    failure.within(format_args!("disk '{}' cannot be drained", disk.name))
+                })?;
+                Ok(DrainedVdi { name: disk.name.clone(), lsn: lsn.0 })
+            });
+        }
+        let results: Result<Vec<_>> = drains.join_all().await.into_iter().collect();
+        let mut drained = results?;
+        drained.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Drained { drained, seconds: started.elapsed().as_secs_f64() })
+    }
+
+    async fn served_or_reason(&self, name: &str) -> Result<Arc<Served>> {
+        if let Some(disk) = self.find_served(name) {
+            return Ok(disk);
+        }
+        let info = self.parts.store.lookup_vdi(name).await?;
+        Err(Failure::new(
+            Kind::Conflict,
+            format!(
+                "disk '{}' is not attached to this host: nothing of it is in this cache",
+                info.name
+            ),
+        ))
+    }
+}

@@ -1,0 +1,326 @@
+//! One disk on this host: from its socket to its handle in the store.
+//!
+//! Coming up:   socket listens → log reserved in the cache, durably → attached in the store → log recovered → served.
+//! Going down:  server stopped → log sealed → drained → detached in the store → forgotten by the cache.
+//!
+//! The log is known to the cache before the store names it (rule L6), so a crash between any two steps leaves at worst a
+//! disk that the next start brings back, drained or not: an attach or detach that a crash cut off is simply
+//! asked for again. One transition at a time; each runs to its end.
+
+use super::parts::Parts;
+use crate::api::VdiState;
+use crate::error::{Failure, Kind, Result};
+use crate::names::socket_path;
+use ballast_vhost::{DiskServer, Listening, ServerOptions, Stats};
+use blockstore::types::Lsn;
+use blockstore::{AttachOptions, Vdi};
+use cache::VdiIdentity;
+use parking_lot::Mutex;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Pause between attempts to bring a disk back while the store cannot be reached.
+const RETRY_PAUSE: Duration = Duration::from_secs(2);
+
+/// See the module.
+#[derive(Debug)]
+pub struct Served {
+    /// The disk.
+    pub uuid: Uuid,
+    /// Its name.
+    pub name: String,
+    /// Where it is served, unless the run directory's path leaves no room for a socket.
+    pub socket: Option<PathBuf>,
+    view: Mutex<View>,
+    server: Mutex<Option<DiskServer>>,
+    /// Held during a transition; the handle in the store while attached.
+    handle: tokio::sync::Mutex<Option<Arc<Vdi>>>,
+}
+
+/// What others see of it.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// Bytes.
+    pub size: u64,
+    /// What it is doing.
+    pub state: VdiState,
+    /// Why it failed, if it did.
+    pub error: Option<String>,
+    /// It was detached: whoever still holds this object is late.
+    gone: bool,
+}
+
+impl Served {
+    /// A disk that is about to come up.
+    #[must_use]
+    pub fn new(run_dir: &Path, uuid: Uuid, name: &str, size: u64) -> Self {
+        let state = VdiState::Recovering;
+        Self {
+            uuid,
+            name: name.to_owned(),
+            socket: socket_path(run_dir, name, uuid).ok(),
+            view: Mutex::new(View { size, state, error: None, gone: false }),
+            server: Mutex::new(None),
+            handle: tokio::sync::Mutex::new(None),
+        }
+    }
+
+    /// What others see of it.
+    pub fn view(&self) -> View {
+        self.view.lock().clone()
+    }
+
+    /// Its server's counters, while it is served.
+    pub fn stats(&self) -> Option<Stats> {
+        self.server.lock().as_ref().map(DiskServer::stats)
+    }
+
+    /// Opens its socket, before its log is recovered, so that front ends find it early.
+    pub async fn listen(&self, parts: &Parts) -> Result<Listening> {
+        let socket = socket_path(&parts.run_dir, &self.name, self.uuid);
+        let socket = socket.map_err(|words| Failure::new(Kind::Usage, words))?;
+        let config = &parts.config;
+        let options = ServerOptions {
+            socket,
+            mode: config.socket_mode,
+            owner: socket_owner(config.socket_owner),
+            queues: config.queues,
+            queue_size_max: config.queue_size,
+            serial: serial(self.uuid),
+            read_only: false,
+            poll_us: config.poll_us,
+        };
+        blocking(move || DiskServer::listen(options)).await
+    }
+
+    /// Comes up, or says in its state why not. Does nothing if it is up already. With `patient`, a store that cannot be
+    /// reached is waited for.
+    pub async fn bring_up(
+        &self,
+        parts: &Parts,
+        listening: Option<Listening>,
+        patient: bool,
+    ) -> Result<()> {
+        let mut handle = self.handle.lock().await;
+        self.refuse_gone()?;
+        if self.view().state == VdiState::Running {
+            return Ok(());
+        }
+        self.set(VdiState::Recovering, None);
+        let result = self.come_up(parts, listening, patient, &mut handle).await;
+        match &result {
+            Ok(()) => {
+                self.set(VdiState::Running, None);
+                tracing::info!(vdi = %self.name, "serving");
+            }
+            Err(failure) => {
+                self.set(VdiState::Failed, Some(failure.message.clone()));
+                tracing::error!(vdi = %self.name, "not served: {failure}");
+            }
+        }
+        result
+    }
+
+    async fn come_up(
+        &self,
+        parts: &Parts,
+        listening: Option<Listening>,
+        patient: bool,
+        handle: &mut Option<Arc<Vdi>>,
+    ) -> Result<()> {
+        let listening = match listening {
+            Some(listening) => listening,
+            None => self.listen(parts).await?,
+        };
+        let identity =
+            |size_bytes| VdiIdentity { uuid: self.uuid, name: self.name.clone(), size_bytes };
+        let log_id = parts.cache.reserve(&identity(self.view().size)).await?;
+        if handle.is_none() {
+            *handle = Some(self.attach_in_store(parts, log_id, patient).await?);
+        }
+        let Some(vdi) = handle.as_ref() else { unreachable!("set above") };
+        let size = vdi.committed().size_bytes;
+        self.view.lock().size = size;
+        let (cache, identity, vdi) = (Arc::clone(&parts.cache), identity(size), Arc::clone(vdi));
+        let runtime = tokio::runtime::Handle::current();
+        // Recovery is work for a processor: it has a thread of its own.
+        let disk = blocking(move || runtime.block_on(cache.attach(&identity, vdi))).await?;
+        let server = blocking(move || listening.run(disk)).await?;
+        *self.server.lock() = Some(server);
+        Ok(())
+    }
+
+    async fn attach_in_store(
+        &self,
+        parts: &Parts,
+        log_id: u128,
+        patient: bool,
+    ) -> Result<Arc<Vdi>> {
+        loop {
+            let options = AttachOptions { log_id: Uuid::from_u128(log_id) };
+            let failure = match parts.store.attach(self.uuid, options).await {
+                Ok(vdi) => return Ok(vdi),
+                Err(error) => Failure::from(error),
+            };
+            if !(patient && failure.kind == Kind::Unavailable) {
+                return Err(failure);
+            }
+            self.set(VdiState::Recovering, Some(failure.message));
+            tokio::time::sleep(RETRY_PAUSE).await;
+        }
+    }
+
+    /// Waits for a transition under way, then goes down for good: afterwards no trace of it is left on this host.
+    pub async fn take_down(&self, parts: &Parts, force: bool) -> Result<()> {
+        let mut handle = self.handle.lock().await;
+        self.refuse_gone()?;
+        if !force && self.stats().is_some_and(|stats| stats.connected) {
+            return Err(Failure::new(
+                Kind::Conflict,
+                format!(
+                    "disk '{}' is in use by a virtual machine: stop the machine or unplug the disk there, \
+                     or give --force",
+                    self.name
+                ),
+            ));
+        }
+        let Some(vdi) = handle.clone() else {
+            self.forget(parts).await?;
+            self.view.lock().gone = true;
+            return Ok(());
+        };
+        if parts.cache.vdi_status(self.uuid).is_none() {
+            return Err(self.log_not_open());
+        }
+        parts.refuse_while_down(format_args!("disk '{}' cannot be drained", self.name))?;
+        self.set(VdiState::Detaching, None);
+        let result = self.go_down(parts, &vdi, &mut handle).await;
+        match &result {
+            Ok(()) => {
+                self.view.lock().gone = true;
+                tracing::info!(vdi = %self.name, "detached");
+            }
+            Err(failure) => {
+                self.set(VdiState::Failed, Some(failure.message.clone()));
+                tracing::error!(vdi = %self.name, "not detached: {failure}");
+            }
+        }
+        result
+    }
+
+    async fn go_down(&self, parts: &Parts, vdi: &Vdi, handle: &mut Option<Arc<Vdi>>) -> Result<()> {
+        // Most of it while a virtual machine that is cut off on purpose may still write.
+        parts.cache.drain(self.uuid).await?;
+        self.stop_server(parts).await?;
+        let drained = parts.cache.drain(self.uuid).await?;
+        vdi.detach(drained).await?;
+        *handle = None;
+        Ok(parts.cache.detach(self.uuid).await?)
+    }
+
+    /// Undoes an attach that did not take hold in the store. False: it did, or the log cannot be let go of.
+    pub async fn give_up(&self, parts: &Parts) -> bool {
+        let handle = self.handle.lock().await;
+        if handle.is_some() || self.forget(parts).await.is_err() {
+            return false;
+        }
+        self.view.lock().gone = true;
+        true
+    }
+
+    /// Lets go of the log of a disk that this host does not hold in the store. One with records in it is kept.
+    async fn forget(&self, parts: &Parts) -> Result<()> {
+        match parts.cache.unreserve(self.uuid).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(self.log_not_open()),
+        }
+    }
+
+    fn log_not_open(&self) -> Failure {
+        let reason = self.view().error.unwrap_or_else(|| "see the agent's log".into());
+        Failure::new(
+            Kind::Conflict,
+            format!(
+                "disk '{0}' is not served ({reason}), and its log may hold writes that the store does not have: \
+                 cure the reason, then 'ballast vdi attach {0}'",
+                self.name
+            ),
+        )
+    }
+
+    fn refuse_gone(&self) -> Result<()> {
+        if !self.view().gone {
+            return Ok(());
+        }
+        let words = format!("disk '{}' was detached a moment ago: try again", self.name);
+        Err(Failure::new(Kind::Unavailable, words))
+    }
+
+    /// Ends its server and seals its log; the flusher goes on. Used at the agent's stop, too.
+    pub async fn stop_server(&self, parts: &Parts) -> Result<()> {
+        let Some(server) = self.server.lock().take() else { return Ok(()) };
+        let disk = blocking(move || Ok::<_, Failure>(server.stop())).await?;
+        Ok(parts.cache.release(self.uuid, disk).await?)
+    }
+
+    /// Ends the server at the agent's stop, after a transition under way unless that takes beyond `deadline`.
+    pub async fn shut_down(&self, parts: &Parts, deadline: tokio::time::Instant) -> Result<()> {
+        let _handle = tokio::time::timeout_at(deadline, self.handle.lock()).await;
+        self.stop_server(parts).await
+    }
+
+    /// Grows a disk that is attached.
+    pub async fn grow(&self, parts: &Parts, size: u64) -> Result<()> {
+        let handle = self.handle.lock().await;
+        let Some(vdi) = handle.as_ref() else {
+            return Err(Failure::new(
+                Kind::Conflict,
+                format!("disk '{}' is not served now: see 'ballast vdi info'", self.name),
+            ));
+        };
+        // The store first: the guest must not write what the store could not take.
+        vdi.resize(size).await?;
+        parts.cache.resize(self.uuid, size).await?;
+        self.view.lock().size = size;
+        Ok(())
+    }
+
+    /// Commits everything acknowledged so far; waits for a transition under way.
+    pub async fn drain(&self, parts: &Parts) -> Result<Lsn> {
+        drop(self.handle.lock().await);
+        if parts.cache.vdi_status(self.uuid).is_none() {
+            self.refuse_gone()?;
+            return Err(self.log_not_open());
+        }
+        Ok(parts.cache.drain(self.uuid).await?)
+    }
+
+    fn set(&self, state: VdiState, error: Option<String>) {
+        let mut view = self.view.lock();
+        view.state = state;
+        view.error = error;
+    }
+}
+
+/// What the guest sees as serial number: 20 bytes hold the first ten bytes of the UUID in hexadecimal.
+fn serial(uuid: Uuid) -> String {
+    uuid.simple().to_string()[..20].to_owned()
+}
+
+/// Either half may be left as it is, which chown(2) writes as -1.
+fn socket_owner((user, group): (Option<u32>, Option<u32>)) -> Option<(u32, u32)> {
+    (user.is_some() || group.is_some())
+        .then(|| (user.unwrap_or(u32::MAX), group.unwrap_or(u32::MAX)))
+}
+
+/// Runs what may block off the runtime's threads.
+async fn blocking<T: Send + 'static, E: Into<Failure> + Send + 'static>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(Into::into),
+        Err(error) => Err(Failure::new(Kind::Failed, format!("the agent failed inside: {error}"))),
+    }
+}

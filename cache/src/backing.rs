@@ -2,6 +2,8 @@
 
 use async_trait::async_trait;
 use blockstore::types::{Lba, Lsn};
+pub use blockstore::{Batch, Change};
+use blockstore::{StoreError, StoreErrorKind, Vdi};
 use bytes::Bytes;
 use std::fmt;
 
@@ -23,36 +25,6 @@ pub trait Backing: Send + Sync + fmt::Debug + 'static {
     async fn commit(&self, batch: Batch) -> Result<(), BackingError>;
 }
 
-/// Everything that changed between the committed LSN and `lsn`, overwrites coalesced.
-#[derive(Debug)]
-pub struct Batch {
-    /// The cut: the batch covers the dense range from the committed LSN + 1 to this one.
-    pub lsn: Lsn,
-    /// Sorted by LBA, disjoint.
-    pub changes: Vec<Change>,
-}
-
-/// A change to one block or a run of blocks.
-#[derive(Clone, Debug)]
-pub enum Change {
-    /// Replace one block.
-    Write {
-        /// Which block.
-        lba: Lba,
-        /// CRC32C of `data`.
-        crc: u32,
-        /// 4096 bytes at an address that is a multiple of 4096.
-        data: Bytes,
-    },
-    /// Turn blocks into holes, which read as zeros.
-    Zero {
-        /// First block.
-        lba: Lba,
-        /// How many, at least 1.
-        blocks: u64,
-    },
-}
-
 /// A final failure of a backing operation.
 #[derive(Debug, thiserror::Error)]
 pub enum BackingError {
@@ -68,4 +40,33 @@ pub enum BackingError {
     /// Anything else that retrying cannot cure.
     #[error("{0}")]
     Failed(String),
+}
+
+#[async_trait]
+impl Backing for Vdi {
+    fn committed(&self) -> Lsn {
+        Vdi::committed(self).lsn
+    }
+
+    async fn read(&self, lba: Lba, blocks: u32) -> Result<Vec<Option<Bytes>>, BackingError> {
+        Ok(Vdi::read(self, lba, blocks).await?)
+    }
+
+    async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
+        Vdi::commit(self, batch).await?;
+        Ok(())
+    }
+}
+
+impl From<StoreError> for BackingError {
+    fn from(error: StoreError) -> Self {
+        match error.kind {
+            StoreErrorKind::Corrupt => Self::Corrupt(error.to_string()),
+            StoreErrorKind::NotOwner | StoreErrorKind::RolledBack => {
+                Self::NotOwner(error.to_string())
+            }
+            StoreErrorKind::Closing => Self::Closing,
+            _ => Self::Failed(error.to_string()),
+        }
+    }
 }

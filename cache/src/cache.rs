@@ -5,6 +5,7 @@ use crate::disk::plan::SegmentId;
 use crate::disk::{AttachedDisk, Disk, Identity, Progress, Start};
 use crate::error::CacheError;
 use crate::flusher::FlushOptions;
+use crate::format::Geometry;
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::{SlotVdi, VdiSlot};
 use crate::image::ImagePool;
@@ -118,12 +119,15 @@ impl Cache {
         if superblock.legs != 1 {
             return Err(CacheError::Unsupported {
                 path: options.path,
-                what: format!("it has {} legs, and this ballast knows caches of one leg; use a newer version", superblock.legs),
+                what: format!(
+                    "it has {} legs, and this ballast knows caches of one leg; use a newer version",
+                    superblock.legs
+                ),
             });
         }
         let slots = local.read_slots().await?;
         let headers = local.read_headers().await?;
-        let (found, free, next_seq) = sort_segments(&local, &slots, headers);
+        let (found, free, next_seq) = sort_segments(&local.geometry, &slots, headers);
         let image_len = local.geometry.segment_size as usize;
         let images = ImagePool::new(image_len, (options.image_bytes / image_len).max(2));
         let pool = Pool::new(local.geometry, free, next_seq);
@@ -152,7 +156,9 @@ impl Cache {
             Some(bound) => {
                 Err(CacheError::OtherStore { path: self.local.path.clone(), bound, given: store })
             }
-            None => self.local.rewrite_superblock(|superblock| superblock.store = Some(store)).await,
+            None => {
+                self.local.rewrite_superblock(|superblock| superblock.store = Some(store)).await
+            }
         }
     }
 
@@ -231,7 +237,8 @@ impl Cache {
         }
         let mut inner = self.inner.lock().await;
         let found = inner.found.get(&vdi.uuid).cloned().unwrap_or_default();
-        let at = inner.slots.iter().position(|s| s.vdi.as_ref().is_some_and(|v| v.uuid == vdi.uuid));
+        let at =
+            inner.slots.iter().position(|s| s.vdi.as_ref().is_some_and(|v| v.uuid == vdi.uuid));
         let at = at.ok_or(CacheError::NotAttached { vdi: vdi.uuid })?;
         let slot = inner.slots[at].clone();
         let record = slot.vdi.clone().ok_or(CacheError::NotAttached { vdi: vdi.uuid })?;
@@ -249,7 +256,8 @@ impl Cache {
             sequence_seen: self.pool.next_seq(),
             ..record
         };
-        let slot = VdiSlot { sequence: slot.sequence + 1, slot: slot.slot, vdi: Some(record.clone()) };
+        let slot =
+            VdiSlot { sequence: slot.sequence + 1, slot: slot.slot, vdi: Some(record.clone()) };
         self.local.write_slot(&slot).await?;
         inner.slots[at] = slot.clone();
         inner.found.remove(&vdi.uuid);
@@ -272,7 +280,8 @@ impl Cache {
         recovered: Recovered,
         grants: Vec<link::Grant>,
     ) -> Result<AttachedDisk, CacheError> {
-        let local_error = |what, source| CacheError::Local { path: self.local.path.clone(), what, source };
+        let local_error =
+            |what, source| CacheError::Local { path: self.local.path.clone(), what, source };
         let (link, sender, from_disk) = link::pair().map_err(|e| local_error("eventfd", e))?;
         let legs = vec![self.local.worker_file()?];
         let mut segments = Segments::default();
@@ -423,11 +432,16 @@ impl Cache {
     }
 }
 
+/// Segments of each disk, free segments, next sequence number.
 type Sorted = (HashMap<Uuid, Vec<SegmentHeader>>, Vec<SegmentId>, u64);
 
 /// Tells which segments belong to a recorded disk (in order of their sequence), which are free, and which sequence number
 /// comes next.
-fn sort_segments(local: &Local, slots: &[VdiSlot], headers: Vec<SegmentHeader>) -> Sorted {
+pub(crate) fn sort_segments(
+    geometry: &Geometry,
+    slots: &[VdiSlot],
+    headers: Vec<SegmentHeader>,
+) -> Sorted {
     let records: HashMap<Uuid, &SlotVdi> =
         slots.iter().filter_map(|slot| slot.vdi.as_ref()).map(|vdi| (vdi.uuid, vdi)).collect();
     let seen = headers.iter().map(|header| header.seq + 1);
@@ -436,9 +450,9 @@ fn sort_segments(local: &Local, slots: &[VdiSlot], headers: Vec<SegmentHeader>) 
     let mut found: HashMap<Uuid, Vec<SegmentHeader>> = HashMap::new();
     let mut taken = HashSet::new();
     for header in headers {
-        let belongs = records.get(&header.vdi).is_some_and(|vdi| {
-            vdi.log_id == header.log_id && header.seq >= vdi.evicted_below
-        });
+        let belongs = records
+            .get(&header.vdi)
+            .is_some_and(|vdi| vdi.log_id == header.log_id && header.seq >= vdi.evicted_below);
         if belongs {
             taken.insert(header.segment);
             found.entry(header.vdi).or_default().push(header);
@@ -447,6 +461,6 @@ fn sort_segments(local: &Local, slots: &[VdiSlot], headers: Vec<SegmentHeader>) 
     for headers in found.values_mut() {
         headers.sort_unstable_by_key(|header| header.seq);
     }
-    let free = (0..local.geometry.segments).map(SegmentId).filter(|id| !taken.contains(id)).collect();
+    let free = (0..geometry.segments).map(SegmentId).filter(|id| !taken.contains(id)).collect();
     (found, free, next_seq)
 }

@@ -1,6 +1,22 @@
-//! The local cache.
+//! The local side of Ballast: writes are acknowledged from a ring log on the host's own device and replayed, in order and
+//! atomically, to whatever [`backing::Backing`] stands behind.
+//!
+//! * A disk's writes go into *segments* of the cache device, each disk's into its own. A segment is free → open → sealed
+//!   (it ends in a summary of its records) → clean (committed: now it is read cache) → evicted → free.
+//! * [`disk::Disk`] is the state machine of one disk: index, LSNs, open segment. No I/O, clock or threads; its driver is a
+//!   worker thread in production and a seeded simulator in tests.
+//! * One task per disk (`vdi/`) looks after what is sealed: it commits batches ([`flusher`]), writes checkpoints, evicts.
+//! * [`recovery`] puts a log together again after a crash.
+//!
+//! Invariants, by the module that keeps them: INV-LOG-1 to 4 (`disk/log`), INV-POOL-1 ([`pool`]), the order of steps after a
+//! commit (`vdi`), before a disk is served again ([`recovery`]). The byte layout is in [`format`] and
+//! docs/on-disk-format.md.
+//!
+//! Start reading at [`Cache`] for the life of a disk, at [`disk`] for the life of a write.
+
 pub mod backing;
 mod cache;
+mod check;
 pub mod disk;
 pub mod error;
 pub mod flusher;
@@ -14,8 +30,7 @@ pub mod recovery;
 pub mod release;
 mod vdi;
 
-pub use cache::{
-    AttachedRecord, Cache, CacheIdentity, CacheOptions, CacheStatus, VdiIdentity,
-};
+pub use cache::{AttachedRecord, Cache, CacheIdentity, CacheOptions, CacheStatus, VdiIdentity};
+pub use check::{CheckReport, VdiReport, check};
 pub use error::CacheError;
 pub use vdi::{Phase, VdiStatus};

@@ -104,8 +104,8 @@ pub struct DiskSender {
 }
 
 /// A connected pair of ends, and the receiver of what the worker says.
-pub fn pair()
--> std::io::Result<(Link, DiskSender, tokio::sync::mpsc::UnboundedReceiver<FromDisk>)> {
+pub fn pair() -> std::io::Result<(Link, DiskSender, tokio::sync::mpsc::UnboundedReceiver<FromDisk>)>
+{
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let (to_disk, rx) = crossbeam_channel::unbounded();
     let (tx, from_disk) = tokio::sync::mpsc::unbounded_channel();

@@ -2,6 +2,7 @@
 //!
 //! The worker writes records through file handles of its own; here is everything else.
 
+use crate::disk::plan::SegmentId;
 use crate::error::CacheError;
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::VdiSlot;
@@ -11,7 +12,6 @@ use blockstore::buf::AlignedBuf;
 use blockstore::device::file::FileDevice;
 use blockstore::device::{Device, DeviceErrorKind, OpenOptions};
 use blockstore::types::BLOCK_SIZE;
-use crate::disk::plan::SegmentId;
 use futures_util::StreamExt;
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -164,7 +164,10 @@ impl Local {
     }
 
     /// Changes the superblock durably.
-    pub async fn rewrite_superblock(&self, change: impl FnOnce(&mut Superblock)) -> Result<(), CacheError> {
+    pub async fn rewrite_superblock(
+        &self,
+        change: impl FnOnce(&mut Superblock),
+    ) -> Result<(), CacheError> {
         let mut superblock = self.superblock.lock().await;
         let mut next = superblock.clone();
         change(&mut next);
@@ -234,10 +237,18 @@ impl Local {
     /// A file handle for a worker: O_DIRECT where the file system has it.
     pub fn worker_file(&self) -> Result<Arc<File>, CacheError> {
         let open = |flags| {
-            File::options().read(true).write(true).custom_flags(flags | libc::O_CLOEXEC).open(&self.path)
+            File::options()
+                .read(true)
+                .write(true)
+                .custom_flags(flags | libc::O_CLOEXEC)
+                .open(&self.path)
         };
         open(libc::O_DIRECT)
-            .or_else(|error| if error.raw_os_error() == Some(libc::EINVAL) { open(0) } else { Err(error) })
+            .or_else(
+                |error| {
+                    if error.raw_os_error() == Some(libc::EINVAL) { open(0) } else { Err(error) }
+                },
+            )
             .map(Arc::new)
             .map_err(|source| CacheError::Local { path: self.path.clone(), what: "open", source })
     }
@@ -256,8 +267,7 @@ fn is_unmade(path: &Path) -> Result<bool, CacheError> {
 }
 
 async fn read_superblock(device: &Device, path: &Path) -> Result<Superblock, CacheError> {
-    let not_a_cache =
-        |source| CacheError::NotACache { path: path.into(), source };
+    let not_a_cache = |source| CacheError::NotACache { path: path.into(), source };
     if device.info().capacity < 2 * BLOCK_SIZE as u64 {
         return Err(not_a_cache(FormatError::Absent("cache superblock")));
     }

@@ -141,8 +141,7 @@ impl Rig {
         let mut rng = SmallRng::seed_from_u64(seed);
         let sim = SimDevice::new(16 << 20, rng.random());
         let local = Arc::new(Local::make_on(Path::new("sim"), sim.device()).await.unwrap());
-        let store =
-            Arc::new(Store { image: Mutex::new((vec![0; SECTORS as usize], 0)) });
+        let store = Arc::new(Store { image: Mutex::new((vec![0; SECTORS as usize], 0)) });
         let slot = SlotVdi {
             uuid: VDI,
             log_id: LOG_ID,
@@ -157,7 +156,8 @@ impl Rig {
         // Few segments of the device are used, so that the ring wraps often.
         let free = (0..rng.random_range(5..local.geometry.segments)).map(SegmentId).collect();
         let images = ImagePool::new(local.geometry.segment_size as usize, 4);
-        let start = start(&local, &slot, &images, Lsn(0), Lsn(0), Default::default(), vec![], vec![]);
+        let start =
+            start(&local, &slot, &images, Lsn(0), Lsn(0), Default::default(), vec![], vec![]);
         let mut rig = Self {
             rng,
             sim,
@@ -214,13 +214,17 @@ impl Rig {
                 };
                 let stamp = self.next_stamp;
                 let mut parts = Vec::new();
-                let staged = self.disk.write(tag, from, len as usize * SECTOR_SIZE, &mut |at, dst| {
-                    let first = from + (at / SECTOR_SIZE) as u64;
-                    parts.push(first..first + (dst.len() / SECTOR_SIZE) as u64);
-                    for (n, out) in dst.chunks_exact_mut(SECTOR_SIZE).enumerate() {
-                        out.copy_from_slice(&sector(stamp, from + (at / SECTOR_SIZE + n) as u64));
-                    }
-                });
+                let staged =
+                    self.disk.write(tag, from, len as usize * SECTOR_SIZE, &mut |at, dst| {
+                        let first = from + (at / SECTOR_SIZE) as u64;
+                        parts.push(first..first + (dst.len() / SECTOR_SIZE) as u64);
+                        for (n, out) in dst.chunks_exact_mut(SECTOR_SIZE).enumerate() {
+                            out.copy_from_slice(&sector(
+                                stamp,
+                                from + (at / SECTOR_SIZE + n) as u64,
+                            ));
+                        }
+                    });
                 self.next_stamp += 1;
                 assert_ne!(staged, Staged::Failed);
                 self.staged(before, parts, stamp, tag, staged);
@@ -290,7 +294,8 @@ impl Rig {
             assert!(ok, "nothing failed, so nothing is answered with an error");
             let Some((lsn, is_flush)) = self.open.remove(&tag) else { continue };
             if !is_flush {
-                let older = self.open.values().filter(|(_, flush)| !flush).map(|(lsn, _)| *lsn).min();
+                let older =
+                    self.open.values().filter(|(_, flush)| !flush).map(|(lsn, _)| *lsn).min();
                 assert!(older.is_none_or(|older| older > lsn), "writes complete in LSN order");
                 self.acked = self.acked.max(lsn);
             }
@@ -389,7 +394,9 @@ impl Rig {
     }
 
     async fn evict(&mut self) {
-        let Some(oldest) = self.sealed.iter().find(|s| !self.evicting.contains(&s.id)) else { return };
+        let Some(oldest) = self.sealed.iter().find(|s| !self.evicting.contains(&s.id)) else {
+            return;
+        };
         if oldest.last_lsn > self.slot.committed {
             return;
         }
@@ -431,7 +438,9 @@ impl Rig {
                     Piece::Memory { blocks, image, start, .. } => {
                         bytes.extend(image.bytes(*start, *blocks as usize * BLOCK_SIZE));
                     }
-                    Piece::Zero { blocks, .. } => bytes.extend(vec![0; *blocks as usize * BLOCK_SIZE]),
+                    Piece::Zero { blocks, .. } => {
+                        bytes.extend(vec![0; *blocks as usize * BLOCK_SIZE])
+                    }
                     Piece::Miss { block, blocks } => {
                         for n in 0..*blocks {
                             bytes.extend(block_of(&store, plan.lba.0 + u64::from(block + n)));
@@ -476,7 +485,7 @@ impl Rig {
 
     /// The host loses power, or only the agent dies; then recovery, also cut short now and then.
     async fn crash(&mut self) {
-        let power = self.rng.random_bool(0.5);
+        let mut power = self.rng.random_bool(0.5);
         if power {
             self.sim.crash();
         } else {
@@ -497,11 +506,13 @@ impl Rig {
             headers.retain(|h| h.log_id == LOG_ID && h.seq >= self.slot.evicted_below);
             headers.sort_by_key(|h| h.seq);
             let store = Lsn(self.store.image.lock().unwrap().1);
-            let recovered = recovery::recover(&self.local, &self.slot, store, &headers).await.unwrap();
+            let recovered =
+                recovery::recover(&self.local, &self.slot, store, &headers).await.unwrap();
             if self.rng.random_bool(0.3) {
                 self.sim.crash_after(self.rng.random_range(0..6));
                 let result = recovery::settle(&self.local, &recovered).await;
                 self.sim.crash();
+                power = true;
                 if result.is_ok() || self.rng.random_bool(0.5) {
                     continue;
                 }
@@ -635,13 +646,17 @@ async fn run(seed: u64) {
 
 #[test]
 fn a_crash_at_any_moment_leaves_a_prefix_that_holds_all_that_was_flushed() {
-    let seeds = std::env::var("CACHE_SEEDS").map_or(150, |s| s.parse().expect("CACHE_SEEDS is a number"));
+    let seeds =
+        std::env::var("CACHE_SEEDS").map_or(150, |s| s.parse().expect("CACHE_SEEDS is a number"));
     let first = std::env::var("CACHE_FIRST_SEED").map_or(0, |s| s.parse().expect("a number"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     for seed in first..first + seeds {
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(run(seed))));
+        let result =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(run(seed))));
         if let Err(panic) = result {
-            eprintln!("seed {seed} failed; repeat with CACHE_FIRST_SEED={seed} CACHE_SEEDS=1 cargo test -p cache --test log_crash");
+            eprintln!(
+                "seed {seed} failed; repeat with CACHE_FIRST_SEED={seed} CACHE_SEEDS=1 cargo test -p cache --test log_crash"
+            );
             std::panic::resume_unwind(panic);
         }
     }

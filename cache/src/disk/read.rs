@@ -116,7 +116,9 @@ fn add_whole(plan: &mut ReadPlan, block: u32, source: BlockSource) {
         (
             Some(Piece::Memory { blocks, image, start, .. }),
             BlockSource::Memory { image: next, start: at },
-        ) if std::sync::Arc::ptr_eq(image, next) && *start + *blocks as usize * BLOCK_SIZE == *at => {
+        ) if std::sync::Arc::ptr_eq(image, next)
+            && *start + *blocks as usize * BLOCK_SIZE == *at =>
+        {
             *blocks += 1;
         }
         (Some(Piece::Zero { blocks, .. }), BlockSource::Zero)

@@ -34,21 +34,30 @@ pub enum BatchError {
     #[error("segment {segment} of the log holds an entry that makes no sense")]
     Entry { segment: u32 },
     /// A payload block does not match the checksum in its entry.
-    #[error("the log's only copy of block {lba} (segment {segment}, block {block}) is damaged: CRC32C expected {expected:#010x}, found {found:#010x}")]
+    #[error(
+        "the log's only copy of block {lba} (segment {segment}, block {block}) is damaged: CRC32C expected {expected:#010x}, found {found:#010x}"
+    )]
     Payload { lba: Lba, segment: u32, block: u32, expected: u32, found: u32 },
 }
+
+/// Sectors of a block (bit mask) and the block they come from at their place; none for zeros.
+type Layer = (u8, Option<Bytes>);
 
 /// A batch but for the blocks whose base must first be read from the store.
 #[derive(Debug)]
 pub struct Draft {
     changes: Vec<Change>,
     /// Patches over blocks of the store's image, by LBA.
-    merges: Vec<(Lba, Vec<(u8, Option<Bytes>)>)>,
+    merges: Vec<(Lba, Vec<Layer>)>,
 }
 
 impl Draft {
     /// Coalesces the entries after `committed` of the segments, which are in log order.
-    pub fn new(geometry: &Geometry, committed: Lsn, sources: &[Source]) -> Result<Self, BatchError> {
+    pub fn new(
+        geometry: &Geometry,
+        committed: Lsn,
+        sources: &[Source],
+    ) -> Result<Self, BatchError> {
         let index = coalesce(geometry, committed, sources)?;
         let by_segment: HashMap<SegmentId, &Source> = sources.iter().map(|s| (s.id, s)).collect();
         let fetch = |lba: Lba, slot: Slot, expected: u32| {
@@ -151,7 +160,7 @@ fn coalesce(geometry: &Geometry, committed: Lsn, sources: &[Source]) -> Result<I
 }
 
 /// A block made of a base (zeros if none) and layers of sectors over it (zeros where a layer has no bytes).
-fn merged(lba: Lba, base: Option<&Bytes>, layers: &[(u8, Option<Bytes>)]) -> Change {
+fn merged(lba: Lba, base: Option<&Bytes>, layers: &[Layer]) -> Change {
     let mut block = match base {
         Some(base) => AlignedBuf::copy_of(base),
         None => AlignedBuf::zeroed(BLOCK_SIZE),

@@ -78,11 +78,19 @@ pub async fn commit(
 }
 
 /// The blocks that a segment's entries name, for evicting it.
-pub async fn lbas_of(local: &Local, vdi: Uuid, id: SegmentId, seq: u64) -> Result<Vec<Lba>, CacheError> {
+pub async fn lbas_of(
+    local: &Local,
+    vdi: Uuid,
+    id: SegmentId,
+    seq: u64,
+) -> Result<Vec<Lba>, CacheError> {
     let header = read_header(local, vdi, id, seq).await?;
     let found = crate::recovery::read_segment(local, &header).await?;
     let mut lbas = Vec::new();
-    for entry in crate::format::record::Entries::new(&found.entries, local.geometry.segment_blocks()).flatten() {
+    for entry in
+        crate::format::record::Entries::new(&found.entries, local.geometry.segment_blocks())
+            .flatten()
+    {
         if entry.payload_blocks() > 0 {
             lbas.extend((0..entry.blocks).map(|n| Lba(entry.lba.0 + u64::from(n))));
         }
@@ -95,10 +103,12 @@ async fn read_source(local: &Local, vdi: Uuid, segment: Replay) -> Result<Source
     let used = segment.used_blocks as usize * BLOCK_SIZE;
     if let Some(image) = &segment.image {
         let size = geometry.segment_size as usize;
-        let header = SegmentHeader::decode(image.bytes(0, BLOCK_SIZE), local.cache_uuid(), segment.id);
+        let header =
+            SegmentHeader::decode(image.bytes(0, BLOCK_SIZE), local.cache_uuid(), segment.id);
         let tail = summary::blocks_max(geometry.segment_blocks()) as usize * BLOCK_SIZE;
         if let Ok(header) = header
-            && let Ok(summary) = Summary::decode(image.bytes(size - tail, tail), header.seq, header.nonce)
+            && let Ok(summary) =
+                Summary::decode(image.bytes(size - tail, tail), header.seq, header.nonce)
         {
             return Ok(Source {
                 id: segment.id,
@@ -112,7 +122,13 @@ async fn read_source(local: &Local, vdi: Uuid, segment: Replay) -> Result<Source
     let header = read_header(local, vdi, segment.id, segment.seq).await?;
     let found = crate::recovery::read_segment(local, &header).await?;
     let bytes = local.read(geometry.segment_offset(segment.id), used).await?.freeze();
-    Ok(Source { id: segment.id, first_lsn: segment.first_lsn, entries: found.entries, bytes, trusted: false })
+    Ok(Source {
+        id: segment.id,
+        first_lsn: segment.first_lsn,
+        entries: found.entries,
+        bytes,
+        trusted: false,
+    })
 }
 
 async fn read_header(

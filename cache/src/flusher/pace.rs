@@ -80,6 +80,8 @@ mod tests {
         assert!(at(0.1) > at(0.3) && at(0.3) > at(0.49));
         assert_eq!(at(0.5), Duration::ZERO);
         assert_eq!(pause_after(&options, took, 0.0, true), Duration::ZERO);
-        assert!(pause_after(&options, Duration::from_secs(60), 0.0, false) <= Duration::from_secs(1));
+        assert!(
+            pause_after(&options, Duration::from_secs(60), 0.0, false) <= Duration::from_secs(1)
+        );
     }
 }

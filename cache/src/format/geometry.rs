@@ -54,7 +54,7 @@ impl Geometry {
             && (SEGMENT_SIZE_MIN..=SEGMENT_SIZE_MAX).contains(&self.segment_size)
             && self.slots >= 1
             && self.slots <= SLOTS_MAX
-            && self.data_start % BLOCK == 0
+            && self.data_start.is_multiple_of(BLOCK)
             && self.data_start >= (SUPERBLOCK_BLOCKS + 2 * u64::from(self.slots)) * BLOCK
             && self.segments >= 2
             && u64::from(self.segments)

@@ -32,7 +32,9 @@ pub enum FormatError {
     #[error("no {0} here")]
     Absent(&'static str),
     /// Written by a newer Ballast.
-    #[error("{what} has format version {found}, this ballast knows up to {VERSION}; use the newer version")]
+    #[error(
+        "{what} has format version {found}, this ballast knows up to {VERSION}; use the newer version"
+    )]
     Version { what: &'static str, found: u32 },
     /// The checksum does not match.
     #[error("{what} is damaged: CRC32C expected {expected:#010x}, found {found:#010x}")]

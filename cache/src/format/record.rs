@@ -187,7 +187,15 @@ fn decode_entry(bytes: &[u8], segment_blocks: u32) -> Result<Entry<'_>, FormatEr
         }
         crcs = &bytes[DESCRIPTOR_LEN..DESCRIPTOR_LEN + len];
     }
-    Ok(Entry { kind, lba: Lba(u64::from_le_bytes(lba)), blocks, payload, first_mask, last_mask, crcs })
+    Ok(Entry {
+        kind,
+        lba: Lba(u64::from_le_bytes(lba)),
+        blocks,
+        payload,
+        first_mask,
+        last_mask,
+        crcs,
+    })
 }
 
 /// The fixed part of a record's header.

@@ -82,7 +82,10 @@ impl SegmentHeader {
         open_block(block, MAGIC, WHAT)?;
         let raw = Raw::ref_from_bytes(block).map_err(|_| FormatError::Absent(WHAT))?;
         if raw.segment.get() != segment.0 {
-            return Err(FormatError::Invalid { what: WHAT, why: "it was written for another place" });
+            return Err(FormatError::Invalid {
+                what: WHAT,
+                why: "it was written for another place",
+            });
         }
         if Uuid::from_bytes(raw.cache) != cache {
             return Err(FormatError::Invalid { what: WHAT, why: "it belongs to another cache" });

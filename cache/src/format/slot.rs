@@ -108,7 +108,10 @@ impl VdiSlot {
         open_block(block, MAGIC, WHAT)?;
         let raw = Raw::ref_from_bytes(block).map_err(|_| FormatError::Absent(WHAT))?;
         if raw.slot.get() != slot {
-            return Err(FormatError::Invalid { what: WHAT, why: "it was written for another place" });
+            return Err(FormatError::Invalid {
+                what: WHAT,
+                why: "it was written for another place",
+            });
         }
         let vdi = match raw.state.get() {
             0 => None,

@@ -84,7 +84,10 @@ impl Summary {
             let block = block_of(tail, at);
             let (found_index, found_total, len) = check_block(block, nonce)?;
             if found_index != index || found_total != total || u64_at(block, 16) != seq {
-                return Err(FormatError::Invalid { what: WHAT, why: "its blocks do not belong together" });
+                return Err(FormatError::Invalid {
+                    what: WHAT,
+                    why: "its blocks do not belong together",
+                });
             }
             let part = &block[HEADER_LEN..HEADER_LEN + len];
             summary

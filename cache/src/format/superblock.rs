@@ -88,7 +88,10 @@ impl Superblock {
             data_start: raw.data_start.get(),
         };
         if !geometry.is_sound() {
-            return Err(FormatError::Invalid { what: WHAT, why: "its sizes contradict each other" });
+            return Err(FormatError::Invalid {
+                what: WHAT,
+                why: "its sizes contradict each other",
+            });
         }
         let store = Uuid::from_bytes(raw.store);
         Ok(Self {

@@ -8,9 +8,9 @@
 
 mod patches;
 mod region;
-mod zeros;
 #[cfg(test)]
 mod tests;
+mod zeros;
 
 pub use patches::{Patch, PatchBase, PatchSource, Patched};
 pub use zeros::ZeroRanges;
@@ -263,6 +263,10 @@ impl Index {
             }
             Some((Lba(lba), Content::At { slot, crc }))
         });
-        whole.chain(zeros.into_iter().map(|(start, end)| (Lba(start), Content::Zero { blocks: end - start })))
+        whole.chain(
+            zeros
+                .into_iter()
+                .map(|(start, end)| (Lba(start), Content::Zero { blocks: end - start })),
+        )
     }
 }

@@ -45,13 +45,19 @@ pub struct Recovered {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AssembleError {
     /// The store's image is older than the log says it was.
-    #[error("the store's image is at LSN {store}, but the log knows it was at {log}: the store was rolled back, or is another one")]
+    #[error(
+        "the store's image is at LSN {store}, but the log knows it was at {log}: the store was rolled back, or is another one"
+    )]
     StoreRolledBack { store: Lsn, log: Lsn },
     /// The store's image is newer than all the log holds.
-    #[error("the store's image is at LSN {store}, beyond the log's last LSN {log}: this cache is older than the store's last commit")]
+    #[error(
+        "the store's image is at LSN {store}, beyond the log's last LSN {log}: this cache is older than the store's last commit"
+    )]
     LogRolledBack { store: Lsn, log: Lsn },
     /// Records that were durable are gone or damaged.
-    #[error("records from LSN {from} on are missing or damaged, although everything up to LSN {flushed} was written durably")]
+    #[error(
+        "records from LSN {from} on are missing or damaged, although everything up to LSN {flushed} was written durably"
+    )]
     Corrupt { from: Lsn, flushed: Lsn },
     /// Segments contradict each other.
     #[error("segment {segment} holds LSNs from {first} on, but its predecessor ends at {end}")]
@@ -106,7 +112,10 @@ impl Assembler {
             self.flushed = self.flushed.max(found.last_lsn);
         }
         let older_epoch = header.epoch < self.slot.epoch;
-        if older_epoch && found.first_lsn >= self.slot.first_lsn && found.last_lsn >= found.first_lsn {
+        if older_epoch
+            && found.first_lsn >= self.slot.first_lsn
+            && found.last_lsn >= found.first_lsn
+        {
             self.recovered.dead.push(header.segment);
             return Ok(());
         }

@@ -8,8 +8,8 @@
 mod state;
 mod task;
 
-pub(crate) use state::{Segment, Segments};
 pub use state::{Phase, VdiStatus};
+pub(crate) use state::{Segment, Segments};
 pub(crate) use task::{Command, VdiTask, VdiTaskParts};
 
 use crate::disk::{AttachedDisk, Progress};

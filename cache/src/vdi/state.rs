@@ -190,7 +190,11 @@ impl Segments {
     pub fn bytes(&self, committed: Lsn) -> (u64, u64) {
         self.list.iter().fold((0, 0), |(dirty, clean), segment| {
             let bytes = u64::from(segment.used_blocks) * BLOCK_SIZE as u64;
-            if segment.last_lsn > committed { (dirty + bytes, clean) } else { (dirty, clean + bytes) }
+            if segment.last_lsn > committed {
+                (dirty + bytes, clean)
+            } else {
+                (dirty, clean + bytes)
+            }
         })
     }
 

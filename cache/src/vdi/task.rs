@@ -69,10 +69,18 @@ struct Waiter {
     reply: oneshot::Sender<Result<Lsn, CacheError>>,
 }
 
+#[derive(Debug)]
+struct CommitUnderWay {
+    task: JoinHandle<Result<Lsn, FlushError>>,
+    started: Instant,
+    /// Bytes of log in it.
+    bytes: u64,
+}
+
 pub(crate) struct VdiTask {
     p: VdiTaskParts,
     commands: mpsc::Receiver<Command>,
-    commit: Option<(JoinHandle<Result<Lsn, FlushError>>, Instant, u64)>,
+    commit: Option<CommitUnderWay>,
     not_before: Instant,
     /// First record of the open segment.
     open_since: Option<Instant>,
@@ -119,8 +127,8 @@ impl VdiTask {
             self.update_status();
             tokio::select! {
                 biased;
-                Some(message) = self.p.from_disk.recv() => self.from_disk(message).await,
-                Some(message) = self.p.from_pool.recv() => self.from_pool(message).await,
+                Some(message) = self.p.from_disk.recv() => self.on_disk(message).await,
+                Some(message) = self.p.from_pool.recv() => self.on_pool(message).await,
                 result = joined(&mut self.commit) => self.committed(result).await,
                 command = self.commands.recv() => match command {
                     Some(command) => if self.command(command).await { break },
@@ -130,18 +138,18 @@ impl VdiTask {
             }
             self.start_commit();
         }
-        if let Some((commit, ..)) = self.commit.take() {
+        if let Some(commit) = self.commit.take() {
             // A commit may be cut anywhere: the head changes atomically and the log is kept. But one that is about to
             // finish had better.
-            let abort = commit.abort_handle();
-            if tokio::time::timeout(FINISH_WITHIN, commit).await.is_err() {
+            let abort = commit.task.abort_handle();
+            if tokio::time::timeout(FINISH_WITHIN, commit.task).await.is_err() {
                 abort.abort();
             }
         }
         self.p.pool.unregister(self.p.vdi);
     }
 
-    async fn from_disk(&mut self, message: FromDisk) {
+    async fn on_disk(&mut self, message: FromDisk) {
         match message {
             FromDisk::Fetch { id, lba, blocks } => self.fetch(id, lba, blocks),
             FromDisk::WantSegment => {
@@ -173,7 +181,7 @@ impl VdiTask {
         }
     }
 
-    async fn from_pool(&mut self, message: PoolMessage) {
+    async fn on_pool(&mut self, message: PoolMessage) {
         match message {
             PoolMessage::YourTurn => self.feed(),
             PoolMessage::Evict(id) => self.evict(id).await,
@@ -190,7 +198,7 @@ impl VdiTask {
                 let result = match sealed {
                     Ok(messages) => {
                         for message in messages {
-                            Box::pin(self.from_disk(message)).await;
+                            Box::pin(self.on_disk(message)).await;
                         }
                         Ok(())
                     }
@@ -322,15 +330,17 @@ impl VdiTask {
         }
         let batch = self.p.segments.batch(committed, self.p.options.batch_bytes);
         let bytes = batch.iter().map(|s| u64::from(s.used_blocks) * 4096).sum();
-        let (local, backing, vdi) = (Arc::clone(&self.p.local), Arc::clone(&self.p.backing), self.p.vdi);
-        let commit = tokio::spawn(async move {
-            flusher::commit(&local, vdi, &*backing, committed, batch).await
-        });
-        self.commit = Some((commit, Instant::now(), bytes));
+        let (local, backing, vdi) =
+            (Arc::clone(&self.p.local), Arc::clone(&self.p.backing), self.p.vdi);
+        let commit =
+            tokio::spawn(
+                async move { flusher::commit(&local, vdi, &*backing, committed, batch).await },
+            );
+        self.commit = Some(CommitUnderWay { task, started: Instant::now(), bytes });
     }
 
     async fn committed(&mut self, result: Result<Lsn, FlushError>) {
-        let Some((_, started, bytes)) = self.commit.take() else { return };
+        let Some(CommitUnderWay { started, bytes, .. }) = self.commit.take() else { return };
         let lsn = match result {
             Ok(lsn) => lsn,
             Err(error) => return self.commit_failed(&error),
@@ -486,11 +496,9 @@ impl VdiTask {
 }
 
 /// The result of the commit under way; never if there is none.
-async fn joined(
-    commit: &mut Option<(JoinHandle<Result<Lsn, FlushError>>, Instant, u64)>,
-) -> Result<Lsn, FlushError> {
+async fn joined(commit: &mut Option<CommitUnderWay>) -> Result<Lsn, FlushError> {
     match commit {
-        Some((handle, ..)) => match handle.await {
+        Some(commit) => match (&mut commit.task).await {
             Ok(result) => result,
             Err(error) => Err(BackingError::Failed(format!("the commit ended: {error}")).into()),
         },

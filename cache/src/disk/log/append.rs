@@ -74,7 +74,15 @@ impl Log {
 
     /// Adds an entry at `room` (as found by [`Self::room`] just before) and returns its LSN (for a fill, the
     /// last one given out).
-    pub fn push(&mut self, kind: Kind, lba: Lba, blocks: u32, masks: (u8, u8), room: Room, crcs: &[u32]) -> Lsn {
+    pub fn push(
+        &mut self,
+        kind: Kind,
+        lba: Lba,
+        blocks: u32,
+        masks: (u8, u8),
+        room: Room,
+        crcs: &[u32],
+    ) -> Lsn {
         if kind != Kind::Fill {
             self.staged_lsn = self.staged_lsn.plus(1);
         }
@@ -101,7 +109,6 @@ impl Log {
     pub fn complete_now(&mut self, tag: Tag, ok: bool) {
         self.completions.push((tag, ok));
     }
-
 
     /// Stages a record without entries, whose header says how far the log is flushed (rule L4).
     pub(super) fn stage_marker(&mut self) {

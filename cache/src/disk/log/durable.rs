@@ -1,7 +1,7 @@
 //! Written, flushed, acknowledged: what completes when, and when to flush the device.
 
-use super::{FlushUnderWay, Log, Op, SummaryState};
 use super::{FLUSH_AHEAD_AFTER, FLUSH_AHEAD_WRITES};
+use super::{FlushUnderWay, Log, Op, SummaryState};
 use crate::disk::{Action, OpId, Tag};
 use crate::link::FromDisk;
 
@@ -21,7 +21,6 @@ impl Log {
             self.flush_waiters.push_back((self.staged_lsn, tag));
         }
     }
-
 
     /// Batches that are written without a gap count; their requests complete, or wait for a flush.
     pub(super) fn pop_written(&mut self) {
@@ -62,8 +61,7 @@ impl Log {
     }
 
     fn flush_wanted(&self) -> bool {
-        let for_guest =
-            self.flush_waiters.front().is_some_and(|(lsn, _)| *lsn <= self.written_lsn);
+        let for_guest = self.flush_waiters.front().is_some_and(|(lsn, _)| *lsn <= self.written_lsn);
         let for_seal = self.closing.iter().any(|closing| {
             closing.summary == SummaryState::Due
                 && closing.last_batch <= self.written
@@ -87,7 +85,8 @@ impl Log {
             Op::Summary { .. } => "writing a summary",
         };
         let error = std::io::Error::from_raw_os_error(errno);
-        let reason = format!("{what} on the cache device failed: {error}; the log takes no more writes");
+        let reason =
+            format!("{what} on the cache device failed: {error}; the log takes no more writes");
         self.failure.get_or_insert(reason.clone());
         if !self.failure_told {
             self.failure_told = true;

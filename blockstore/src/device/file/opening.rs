@@ -179,7 +179,7 @@ fn block_device_facts(
     let discard = !options.read_only && sysfs.queue_limit("write_zeroes_max_bytes") > 0;
     let caw = match options.read_only || !sysfs.is_whole_scsi_disk() {
         true => None,
-        false => sgio::probe(&file, logical_block)
+        false => sgio::probe(&file, capacity, logical_block)
             .map_err(|e| context.error(e.kind, format!("trying compare-and-write: {}", e.message)))?
             .then_some(CawMethod::Scsi),
     };

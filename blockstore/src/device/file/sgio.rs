@@ -2,8 +2,8 @@
 //! the SG_IO ioctl: SBC-4 section 5.4 for the command, SPC-5 section 4.4 for sense data.
 //!
 //! The command is atomic in the disk, so it excludes all hosts. Whether a disk knows it is found out by
-//! replacing its first block with itself. The encoding and the decoding are tested on bytes; the
-//! ioctl itself needs a SCSI disk.
+//! replacing its last block with itself. The encoding and the decoding are tested on bytes; the
+//! ioctl was tested in a Linux 6.1 guest with LIO behind tcm_loop, with blocks of 512 and 4096 bytes.
 
 use crate::buf::AlignedBuf;
 use crate::device::{CawOutcome, DeviceErrorKind};
@@ -20,6 +20,8 @@ const TIMEOUT_MS: u32 = 30_000;
 const SENSE_LEN: usize = 64;
 /// Unit attentions and busy answers in a row that are answered by trying again.
 const RETRIES_MAX: u32 = 8;
+/// Miscompares in a row after which a disk counts as one without the command.
+const PROBES_MAX: u32 = 16;
 
 /// Result of a try to use the command.
 #[derive(Debug, PartialEq, Eq)]
@@ -78,17 +80,19 @@ struct Completion {
     sense: Vec<u8>,
 }
 
-/// Tries the command by replacing the disk's first block with itself.
+/// Tries the command by replacing the last block of a disk of `capacity` bytes with itself. It is a block
+/// that the hosts of a store hardly ever change, unlike those at the beginning.
 ///
 /// # Errors
 /// `Unreachable` and the like if the disk did not answer, so that nothing is known.
-pub(super) fn probe(file: &File, block: u32) -> Result<bool, ScsiError> {
+pub(super) fn probe(file: &File, capacity: u64, block: u32) -> Result<bool, ScsiError> {
     let ignored = AtomicU64::new(0);
     let mut content = AlignedBuf::zeroed(block as usize);
+    let offset = capacity - u64::from(block);
     // Another host may change the block between the read and the command.
-    for _ in 0..3 {
-        file.read_exact_at(&mut content, 0).map_err(io_failed)?;
-        match run(file, 0, &content, &content, &ignored)? {
+    for _ in 0..PROBES_MAX {
+        file.read_exact_at(&mut content, offset).map_err(io_failed)?;
+        match run(file, offset, &content, &content, &ignored)? {
             Some(CawOutcome::Written) => return Ok(true),
             Some(CawOutcome::Miscompare) => {}
             None => return Ok(false),
@@ -314,6 +318,6 @@ mod tests {
     fn something_that_is_no_scsi_disk_is_an_error_not_a_yes() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
-        assert!(!matches!(probe(&file, 512), Ok(true)));
+        assert!(!matches!(probe(&file, 4096, 512), Ok(true)));
     }
 }

@@ -301,13 +301,14 @@ async fn child_counts() {
 }
 
 async fn count(device: &Device) {
+    let unit = device.info().logical_block as usize;
     let mut counted = 0;
     while counted < INCREMENTS {
         let found = device.read(0, BLOCK).await.unwrap();
-        let mut new = found[..512].to_vec();
+        let mut new = found[..unit].to_vec();
         let value = u64::from_le_bytes(found[..8].try_into().unwrap());
         new[..8].copy_from_slice(&(value + 1).to_le_bytes());
-        let expected = Bytes::copy_from_slice(&found[..512]);
+        let expected = Bytes::copy_from_slice(&found[..unit]);
         if device.compare_and_write(0, expected, Bytes::from(new)).await.unwrap()
             == CawOutcome::Written
         {
@@ -373,5 +374,38 @@ async fn a_block_device_keeps_the_contract_for_a_single_host() {
         assert!(!info.compare_and_write, "a lock on a device node reaches no other host");
         assert_eq!(refused(&disk.0, &exclusive()).kind, DeviceErrorKind::Reserved);
         conformance::run(device).await;
+    }
+}
+
+/// Names SCSI disks that may be overwritten, separated by commas.
+const SCSI_DISKS: &str = "BALLAST_TEST_SCSI_DISKS";
+/// Names partitions and logical volumes of such disks.
+const SCSI_PARTS: &str = "BALLAST_TEST_SCSI_PARTS";
+
+fn disks_of(variable: &str) -> Vec<PathBuf> {
+    let value = std::env::var(variable).unwrap_or_default();
+    value.split(',').filter(|path| !path.is_empty()).map(PathBuf::from).collect()
+}
+
+/// Runs where somebody offers disks, for example in a guest with LIO and tcm_loop.
+#[tokio::test]
+async fn a_scsi_disk_keeps_the_contract_between_hosts() {
+    for path in disks_of(SCSI_DISKS) {
+        let device = FileDevice::open(&path, &OpenOptions::default()).unwrap();
+        assert!(device.info().compare_and_write, "{device:?}");
+        conformance::run(Arc::clone(&device)).await;
+        device.write(0, vec![block_of(0)]).await.unwrap();
+        let children = [(); 2].map(|()| child("child_counts", &path));
+        count(&device).await;
+        children.into_iter().for_each(finish);
+        let content = device.read(0, BLOCK).await.unwrap();
+        assert_eq!(content[..8], (3 * INCREMENTS).to_le_bytes());
+        println!("tested {}", path.display());
+    }
+    for path in disks_of(SCSI_PARTS) {
+        let device = FileDevice::open(&path, &OpenOptions::default()).unwrap();
+        assert!(!device.info().compare_and_write, "{device:?}");
+        conformance::run(device).await;
+        println!("tested {}", path.display());
     }
 }

@@ -332,7 +332,7 @@ impl VdiTask {
         let bytes = batch.iter().map(|s| u64::from(s.used_blocks) * 4096).sum();
         let (local, backing, vdi) =
             (Arc::clone(&self.p.local), Arc::clone(&self.p.backing), self.p.vdi);
-        let commit =
+        let task =
             tokio::spawn(
                 async move { flusher::commit(&local, vdi, &*backing, committed, batch).await },
             );

@@ -58,7 +58,7 @@ fn fraction_bytes(text: &str, fraction: &str, shift: u32) -> Result<u64, String>
     }
     let numerator = fraction.parse::<u128>().map_err(|_| not_a_size(text))? << shift;
     let denominator = 10u128.pow(fraction.len() as u32);
-    if numerator % denominator != 0 {
+    if !numerator.is_multiple_of(denominator) {
         return Err(inexact());
     }
     Ok((numerator / denominator) as u64)

@@ -4,6 +4,7 @@
 //! through its control socket.
 
 mod agent_commands;
+mod cache_check;
 mod output;
 mod store_commands;
 mod tables;
@@ -78,6 +79,14 @@ enum StoreCommand {
         #[command(flatten)]
         store: StoreArgs,
     },
+    /// Verify every structure and every checksum of the metadata; changes nothing
+    Check {
+        #[command(flatten)]
+        store: StoreArgs,
+        /// Read and verify the disks' data, too
+        #[arg(long)]
+        data: bool,
+    },
     /// Write the committed image of a disk to a sparse file
     Export {
         #[command(flatten)]
@@ -146,6 +155,11 @@ enum CacheCommand {
         /// One disk, by name or UUID [default: all that are attached]
         vdi: Option<String>,
     },
+    /// Verify every structure and checksum of a cache that no agent uses; changes nothing
+    Check {
+        /// Its file or device [default: what the last agent in --run-dir used]
+        path: Option<PathBuf>,
+    },
 }
 
 /// Runs the command of this process's arguments.
@@ -200,6 +214,9 @@ fn execute(cli: Cli) -> Result<()> {
             crate::daemon::run(config)
         }
         Command::Store(command) => block_on(store_commands::run(command, out)),
+        Command::Cache(CacheCommand::Check { path }) => {
+            block_on(cache_check::run(path, &run_dir(), out))
+        }
         Command::Vdi(command) => block_on(agent_commands::vdi(command, &run_dir(), out)),
         Command::Cache(CacheCommand::Status) => {
             block_on(agent_commands::cache_status(&run_dir(), out))
@@ -238,6 +255,8 @@ mod tests {
         for line in [
             "store format file:/x --size 8GiB --extent-size 2GiB",
             "store info file:/x",
+            "store check file:/x --json",
+            "store check file:/x --data",
             "store export file:/x disk /tmp/out",
             "agent --store file:/x --cache /c --cache /d --cache-size 2GiB --run-dir /r",
             "agent --config /f",
@@ -251,6 +270,8 @@ mod tests {
             "cache status",
             "cache drain",
             "cache drain db",
+            "cache check",
+            "cache check /c",
             "status",
         ] {
             let words = std::iter::once("ballast").chain(line.split(' '));

@@ -21,11 +21,21 @@ pub async fn run(command: StoreCommand, out: Output) -> Result<()> {
             let options = FormatOptions { extent_size, force, size, ..FormatOptions::default() };
             format(&store, options).await?;
             let opened = open_read_only(&store.url, &store.device).await?;
-            out.print(&opened.info().await?, |info| tables::formatted(info))
+            out.print(&opened.info().await?, tables::formatted)
         }
         StoreCommand::Info { store } => {
             let opened = open_read_only(&store.url, &store.device).await?;
-            out.print(&opened.info().await?, |info| tables::store_info(info))
+            out.print(&opened.info().await?, tables::store_info)
+        }
+        StoreCommand::Check { store, data } => {
+            let opened = open_read_only(&store.url, &store.device).await?;
+            let report = gc::check(&opened, gc::CheckOptions { data }).await?;
+            out.print(&report, tables::store_report)?;
+            if report.is_sound() {
+                return Ok(());
+            }
+            // The report has said it all.
+            Err(Failure::new(Kind::ProblemsFound, ""))
         }
         StoreCommand::Export { store, vdi, outfile, force } => {
             let opened = open_read_only(&store.url, &store.device).await?;

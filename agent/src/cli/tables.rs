@@ -241,3 +241,67 @@ pub fn store_info(info: &blockstore::StoreInfo) -> String {
     }
     text
 }
+
+/// `cache check`.
+pub fn cache_report(report: &cache::CheckReport) -> String {
+    let mut text = fields(&[
+        ("cache", report.cache.to_string()),
+        ("host", report.host.to_string()),
+        ("store", dash(report.store, |store| store.to_string())),
+        ("segments", format!("{} of {} in use", report.segments_used, report.segments)),
+    ]);
+    let mut table =
+        Table::new(&["DISK", "UUID", ">COMMITTED", ">LAST", ">SEGMENTS", ">BLOCKS CHECKED"]);
+    for vdi in &report.vdis {
+        table.row([
+            vdi.name.clone(),
+            vdi.uuid.to_string(),
+            vdi.committed_lsn.to_string(),
+            vdi.last_lsn.to_string(),
+            vdi.segments.to_string(),
+            vdi.blocks_checked.to_string(),
+        ]);
+    }
+    if !report.vdis.is_empty() {
+        text.push_str(&format!("\n{}", table.render()));
+    }
+    format!("{text}\n{}", findings(&report.problems))
+}
+
+/// `store check`.
+pub fn store_report(report: &gc::Report) -> String {
+    let mut text = fields(&[
+        ("store", report.url.clone()),
+        ("uuid", report.store.to_string()),
+        ("disks", report.vdis.to_string()),
+        ("nodes checked", report.nodes.to_string()),
+        ("data blocks checked", report.data_blocks_checked.to_string()),
+        (
+            "blocks",
+            format!(
+                "{} allocated, {} in use, {} claimed or left by a crash",
+                report.blocks_allocated, report.blocks_reachable, report.blocks_leaked
+            ),
+        ),
+    ]);
+    text.push('\n');
+    text.push_str(&findings(&report.problems));
+    if report.problems_not_listed > 0 {
+        text.push_str(&format!("and {} more that are not listed\n", report.problems_not_listed));
+    }
+    if report.changed_during_check {
+        text.push_str(
+            "The store was in use and changed meanwhile: check again with its agent stopped.\n",
+        );
+    }
+    text
+}
+
+/// What a check found, last, where the eye goes first.
+fn findings(problems: &[String]) -> String {
+    if problems.is_empty() {
+        return "no problems\n".into();
+    }
+    let lines: String = problems.iter().map(|problem| format!("PROBLEM: {problem}\n")).collect();
+    format!("{lines}{} problems\n", problems.len())
+}

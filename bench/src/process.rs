@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -150,14 +150,14 @@ impl Process {
         Ok(self.child.try_wait().context("look after the child")?.is_none())
     }
 
-    /// Kills the program at once, as a crash would, and reaps it.
+    /// Kills the program at once, as a crash would, and reaps it. Its status tells whether it had
+    /// ended by itself before.
     ///
     /// # Errors
     /// When it cannot be reaped.
-    pub fn kill(&mut self) -> Result<()> {
+    pub fn kill(&mut self) -> Result<ExitStatus> {
         self.child.kill().context("kill the child")?;
-        self.child.wait().context("reap the child")?;
-        Ok(())
+        self.child.wait().context("reap the child")
     }
 }
 

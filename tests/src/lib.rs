@@ -1,4 +1,6 @@
 //! Rigs for whole-system tests.
+pub mod agent_rig;
 pub mod client;
 pub mod demo;
 pub mod guest;
+pub mod targets;

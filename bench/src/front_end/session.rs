@@ -1,8 +1,11 @@
 //! The vhost-user connection: handshake, memory, ring set-up, configuration (message order as QEMU's).
 
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -59,8 +62,37 @@ pub mod feature {
         | VERSION_1;
 }
 
-/// How long one message may wait for its answer before the back end counts as hung.
+/// How long a group of messages may wait for its answers before the back end counts as hung.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Closes the connection when its holder does not get done in time: the protocol library waits for
+/// answers without end.
+struct Watchdog {
+    done: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watchdog {
+    fn new(socket: &UnixStream) -> Result<Self> {
+        let socket = socket.try_clone().context("share the connection with its watchdog")?;
+        let (done, wait) = channel();
+        let thread = std::thread::spawn(move || {
+            if wait.recv_timeout(ANSWER_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+        });
+        Ok(Self { done: Some(done), thread: Some(thread) })
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.done = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
 
 /// One connection to a back end, negotiated.
 pub struct Session {
@@ -87,8 +119,8 @@ impl Session {
     pub fn connect(path: &Path, wanted: u64) -> Result<Self> {
         let socket = UnixStream::connect(path)
             .with_context(|| format!("connect to the vhost-user socket {}", path.display()))?;
-        socket.set_read_timeout(Some(ANSWER_TIMEOUT)).context("limit the wait for answers")?;
         let watched = socket.try_clone().context("keep a handle of the connection")?;
+        let _watchdog = Watchdog::new(&watched)?;
         let mut front_end = Frontend::from_stream(socket, 1);
 
         let offered = front_end.get_features().context("ask for the features")?;
@@ -133,6 +165,7 @@ impl Session {
     /// # Errors
     /// When the back end does not answer or answers too little.
     pub fn config(&mut self) -> Result<Config> {
+        let _watchdog = Watchdog::new(&self.socket)?;
         let blank = [0u8; Config::BYTES];
         let (_, bytes) = self
             .front_end
@@ -149,6 +182,7 @@ impl Session {
         if self.features & feature::CONFIG_WCE == 0 {
             bail!("the back end did not offer to switch its write cache (CONFIG_WCE)");
         }
+        let _watchdog = Watchdog::new(&self.socket)?;
         self.front_end
             .set_config(Config::WRITE_CACHE_OFFSET, VhostUserConfigFlags::empty(), &[u8::from(on)])
             .context("switch the write cache")
@@ -165,6 +199,7 @@ impl Session {
         kick: &EventFd,
         call: &EventFd,
     ) -> Result<()> {
+        let _watchdog = Watchdog::new(&self.socket)?;
         let layout = ring.layout();
         let front_end = &mut self.front_end;
         front_end.set_features(self.features).context("set the features")?;
@@ -203,6 +238,7 @@ impl Session {
     /// # Errors
     /// When the back end does not answer.
     pub fn stop(&mut self) -> Result<()> {
+        let _watchdog = Watchdog::new(&self.socket)?;
         self.front_end.get_vring_base(0).context("stop the ring")?;
         Ok(())
     }

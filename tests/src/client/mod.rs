@@ -9,6 +9,7 @@
 //! * [`workload`]: a seeded stream of requests: sizes, places, kinds, depth.
 //! * [`port`]: what the client needs of a disk; [`ring_port`] is our own front end, [`driver_port`]
 //!   the independent `virtio-driver`.
+//! * [`on_agent`] puts a client on a disk of an agent that tests start and kill.
 //! * [`runner`]: drives a port by a workload and tells the oracle what happens.
 //!
 //! Oracle, stamps and workload are pure: no clock, no I/O, one seed.
@@ -17,6 +18,7 @@
 mod tests;
 
 pub mod driver_port;
+pub mod on_agent;
 pub mod oracle;
 pub mod port;
 pub mod ring_port;

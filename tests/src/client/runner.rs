@@ -59,7 +59,7 @@ enum Pending {
 
 /// A client at work.
 pub struct Runner {
-    port: Box<dyn BlockPort>,
+    port: Box<dyn BlockPort + Send>,
     oracle: Oracle,
     workload: Workload,
     options: RunOptions,
@@ -81,7 +81,7 @@ impl Runner {
     /// # Errors
     /// When port and oracle do not speak of the same disk.
     pub fn new(
-        port: Box<dyn BlockPort>,
+        port: Box<dyn BlockPort + Send>,
         oracle: Oracle,
         workload: Workload,
         options: RunOptions,
@@ -100,12 +100,17 @@ impl Runner {
         Ok(runner)
     }
 
-    /// Goes on over a new connection. Requests in flight on the old one stay without an answer.
+    /// Goes on over a new connection; the old one is closed first, and requests in flight on it stay
+    /// without an answer.
     ///
     /// # Errors
-    /// When the new port's disk has another size.
-    pub fn reconnect(&mut self, port: Box<dyn BlockPort>) -> Result<()> {
-        self.port = port;
+    /// When `connect` fails or the new port's disk has another size.
+    pub fn reconnect(
+        &mut self,
+        connect: impl FnOnce() -> Result<Box<dyn BlockPort + Send>>,
+    ) -> Result<()> {
+        self.port = Box::new(NoPort);
+        self.port = connect()?;
         self.write_cache = true;
         self.oracle.set_write_through(false);
         self.reset_slots()
@@ -173,6 +178,9 @@ impl Runner {
     /// As for [`Self::run`].
     pub fn quiesce(&mut self) -> Result<End> {
         let count = self.in_flight();
+        if count > 0 {
+            self.port.kick()?;
+        }
         self.take(count)
     }
 
@@ -185,7 +193,6 @@ impl Runner {
             return Ok(End::Disconnected);
         }
         self.start(Step::Flush)?;
-        self.port.kick()?;
         self.quiesce()
     }
 
@@ -383,8 +390,41 @@ impl Runner {
     }
 }
 
+/// Stands in while there is no connection.
+struct NoPort;
+
+impl BlockPort for NoPort {
+    fn sectors(&self) -> u64 {
+        0
+    }
+
+    fn slots(&self) -> usize {
+        0
+    }
+
+    fn buffer(&mut self, _slot: usize) -> &mut [u8] {
+        &mut []
+    }
+
+    fn submit(&mut self, _slot: usize, _request: &Request) -> Result<()> {
+        bail!("not connected")
+    }
+
+    fn kick(&mut self) -> Result<()> {
+        bail!("not connected")
+    }
+
+    fn next(&mut self, _timeout: Duration) -> Result<Event> {
+        bail!("not connected")
+    }
+
+    fn set_write_cache(&mut self, _on: bool) -> Result<bool> {
+        bail!("not connected")
+    }
+}
+
 /// One error out of findings.
-fn report(when: &str, found: &[Violation]) -> anyhow::Error {
+pub(super) fn report(when: &str, found: &[Violation]) -> anyhow::Error {
     let lines: Vec<String> = found.iter().map(ToString::to_string).collect();
     anyhow::anyhow!("the disk is wrong {when}:\n  {}", lines.join("\n  "))
 }

@@ -5,6 +5,7 @@ mod hosts;
 mod info;
 mod open;
 mod registry;
+mod verify;
 
 pub use format::{FormatOptions, check_size, foreign_signature};
 pub use info::{ExportReport, HostInfo, OwnerInfo, StoreInfo, VdiInfo};
@@ -112,10 +113,10 @@ impl Store {
         self.core.io.health()
     }
 
-    /// Reads checked blocks and nodes, for tools.
+    /// Reads checked blocks and nodes, for tools: it gives up when the device does not answer.
     #[must_use]
-    pub fn reader(&self) -> &Reader {
-        &self.core.reader
+    pub fn reader(&self) -> Reader {
+        self.control_reader()
     }
 
     /// Resolves when everything that was cut off so far has been freed.

@@ -193,7 +193,10 @@ impl Store {
     }
 
     /// A disk's name; a damaged one is replaced by the UUID, so that the disk can still be handled.
-    async fn read_name(&self, head: &VdiHead) -> Result<String> {
+    ///
+    /// # Errors
+    /// The device's.
+    pub async fn read_name(&self, head: &VdiHead) -> Result<String> {
         let fallback = || format!("unnamed-{}", head.uuid);
         if head.meta.is_sparse() {
             return Ok(fallback());

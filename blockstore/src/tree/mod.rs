@@ -27,6 +27,12 @@ pub struct Reader {
 }
 
 impl Reader {
+    /// Where things lie in the store.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
     /// Reads the blocks that the pointers name; results in the same order. Neighbours on the device
     /// are read together. Pointers must not be sparse.
     ///

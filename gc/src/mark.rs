@@ -1,0 +1,240 @@
+//! Marking: walks a tree, checks every node against its pointer, and sets a bit per reachable block.
+//!
+//! Depth first, 256 nodes at a time in disk order, so memory does not grow with the disk. A subtree
+//! that another tree reached before, and that both may share, is not walked again.
+
+use crate::bits::Bits;
+use blockstore::format::extent::ExtentType;
+use blockstore::format::geometry::Geometry;
+use blockstore::format::node::{NODE_SHIFT, entry_span};
+use blockstore::format::pointer::Pointer;
+use blockstore::format::vdi::VdiHead;
+use blockstore::tree::Reader;
+use blockstore::types::Gba;
+use blockstore::{Result, StoreErrorKind};
+
+/// What the bitmaps and the catalogue say, and what was reached so far.
+#[derive(Debug)]
+pub struct Marks {
+    /// What each extent holds.
+    pub extents: Vec<ExtentType>,
+    /// Blocks whose BMap bit is set.
+    pub allocated: Bits,
+    /// Blocks that some tree reaches.
+    pub reached: Bits,
+    /// Of these, those that their tree holds as its own, which nobody else may reach.
+    exclusive: Bits,
+    /// Nodes read and checked.
+    pub nodes: u64,
+    /// Data blocks read and checked.
+    pub data_checked: u64,
+}
+
+/// A node to visit.
+#[derive(Clone, Copy)]
+struct Visit {
+    pointer: Pointer,
+    /// First block of the disk that the node maps.
+    base: u64,
+}
+
+/// Takes problems, as sentences.
+pub trait Problems {
+    /// One more.
+    fn report(&mut self, problem: String);
+}
+
+impl Marks {
+    /// Nothing is reached yet.
+    #[must_use]
+    pub fn new(extents: Vec<ExtentType>, allocated: Bits, geometry: &Geometry) -> Self {
+        let blocks = geometry.total_blocks();
+        Self {
+            extents,
+            allocated,
+            reached: Bits::new(blocks),
+            exclusive: Bits::new(blocks),
+            nodes: 0,
+            data_checked: 0,
+        }
+    }
+
+    /// Marks everything that a disk reaches. With `data`, data blocks are read and checked too.
+    ///
+    /// # Errors
+    /// The device's; damage is reported as a problem.
+    pub async fn mark(
+        &mut self,
+        reader: &Reader,
+        name: &str,
+        head: &VdiHead,
+        data: bool,
+        problems: &mut (dyn Problems + Send),
+    ) -> Result<()> {
+        let mut tree = TreeWalk { marks: self, reader, name, head, problems };
+        tree.reach(head.meta, ExtentType::Metadata, "its name block");
+        if !head.root.is_sparse() && tree.reach(head.root, ExtentType::Metadata, "its root") {
+            tree.walk(data).await?;
+        }
+        Ok(())
+    }
+}
+
+struct TreeWalk<'a> {
+    marks: &'a mut Marks,
+    reader: &'a Reader,
+    name: &'a str,
+    head: &'a VdiHead,
+    problems: &'a mut (dyn Problems + Send),
+}
+
+impl TreeWalk<'_> {
+    async fn walk(&mut self, data: bool) -> Result<()> {
+        let mut stack = vec![(vec![Visit { pointer: self.head.root, base: 0 }], self.head.height)];
+        while let Some((visits, level)) = stack.pop() {
+            for visit in self.read_nodes(&visits).await? {
+                let (node, visit) = visit;
+                let mut below = Vec::new();
+                for (slot, child) in node.children() {
+                    let base = visit.base + u64::from(slot) * entry_span(level);
+                    if self.enter(visit, child, level, base) {
+                        below.push(Visit { pointer: child, base });
+                    }
+                }
+                if level > 1 {
+                    // Inner nodes one by one, leaves as a batch: bounds the stack.
+                    let batch = if level == 2 { below.len().max(1) } else { 1 };
+                    stack.extend(below.chunks(batch).rev().map(|c| (c.to_vec(), level - 1)));
+                } else if data {
+                    self.check_data(&below).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks an entry and marks its block; true if what is below is to be visited.
+    fn enter(&mut self, parent: Visit, child: Pointer, level: u8, base: u64) -> bool {
+        if base >= self.head.blocks() {
+            self.say(format!("an entry for block {base} lies beyond the disk's end"));
+            return false;
+        }
+        if child.birth > parent.pointer.birth {
+            self.say(format!(
+                "the entry for block {base} (birth {}) is younger than its node (birth {})",
+                child.birth, parent.pointer.birth
+            ));
+        }
+        if level == 1 {
+            self.reach(child, ExtentType::Data, &format!("disk block {base}"))
+        } else {
+            let blocks = 1u64 << (NODE_SHIFT * u32::from(level - 1));
+            let what = format!("the node of disk blocks {base} to {}", base + blocks - 1);
+            self.reach(child, ExtentType::Metadata, &what)
+        }
+    }
+
+    /// Marks one block and checks its place; true if it was not reached before.
+    fn reach(&mut self, pointer: Pointer, kind: ExtentType, what: &str) -> bool {
+        let (gba, geometry) = (pointer.gba, self.reader.geometry());
+        if pointer.is_sparse() {
+            return false;
+        }
+        if !geometry.is_allocatable(gba) {
+            self.say(format!("{what} is said to be at block {gba}, which no tree block can be"));
+            return false;
+        }
+        let extent = geometry.extent_of(gba);
+        let found = self.marks.extents[extent as usize];
+        if found != kind {
+            self.say(format!(
+                "{what} is at block {gba} of extent {extent}, which holds {found:?}, not {kind:?}"
+            ));
+        }
+        if !self.marks.allocated.contains(gba) {
+            self.say(format!("{what} is at block {gba}, which is marked free"));
+        }
+        let own = pointer.is_exclusive(self.head.last_snapshot_birth);
+        let fresh = self.marks.reached.insert(gba);
+        if !fresh && (own || self.marks.exclusive.contains(gba)) {
+            self.say(format!("{what} is at block {gba}, which something else uses too"));
+        }
+        if own {
+            self.marks.exclusive.insert(gba);
+        }
+        fresh
+    }
+
+    /// Reads nodes; on damage one by one, to tell the good from the bad.
+    async fn read_nodes(
+        &mut self,
+        visits: &[Visit],
+    ) -> Result<Vec<(std::sync::Arc<blockstore::format::node::Node>, Visit)>> {
+        let pointers: Vec<Pointer> = visits.iter().map(|v| v.pointer).collect();
+        let nodes = match self.reader.read_nodes(&pointers).await {
+            Ok(nodes) => nodes.into_iter().zip(visits.iter().copied()).collect(),
+            Err(error) if error.kind == StoreErrorKind::Corrupt => {
+                let mut good = Vec::new();
+                for visit in visits {
+                    match self.reader.read_nodes(&[visit.pointer]).await {
+                        Ok(mut nodes) => good.push((nodes.remove(0), *visit)),
+                        Err(error) if error.kind == StoreErrorKind::Corrupt => {
+                            self.say(format!(
+                                "its map from block {} on is damaged: {error}",
+                                visit.base
+                            ));
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+                good
+            }
+            Err(error) => return Err(error),
+        };
+        self.marks.nodes += nodes.len() as u64;
+        Ok(nodes)
+    }
+
+    async fn check_data(&mut self, blocks: &[Visit]) -> Result<()> {
+        let pointers: Vec<Pointer> = blocks.iter().map(|v| v.pointer).collect();
+        match self.reader.read_blocks(&pointers).await {
+            Ok(_) => {}
+            Err(error) if error.kind == StoreErrorKind::Corrupt => {
+                for visit in blocks {
+                    match self.reader.read_blocks(&[visit.pointer]).await {
+                        Ok(_) => {}
+                        Err(error) if error.kind == StoreErrorKind::Corrupt => {
+                            self.say(format!("its block {} is damaged: {error}", visit.base));
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+            Err(error) => return Err(error),
+        }
+        self.marks.data_checked += blocks.len() as u64;
+        Ok(())
+    }
+
+    fn say(&mut self, what: String) {
+        let problem = format!("VDI '{}' ({}): {what}.", self.name, self.head.uuid);
+        self.problems.report(problem);
+    }
+}
+
+/// Marks the bits of an extent that its BMap says are allocated.
+pub fn take_page(
+    allocated: &mut Bits,
+    geometry: &Geometry,
+    extent: u32,
+    page: u32,
+    content: &blockstore::format::bitmap::BitmapPage,
+) {
+    let base =
+        geometry.extent_base(extent).0 + u64::from(page) * blockstore::format::bitmap::PAGE_BITS;
+    for bit in 0..geometry.page_bits(page) {
+        if content.get(bit) {
+            allocated.insert(Gba(base + bit));
+        }
+    }
+}

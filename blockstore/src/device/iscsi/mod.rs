@@ -31,7 +31,6 @@ pub use open::open;
 
 use super::{BlockDevice, CawOutcome, DeviceError, DeviceErrorKind, DeviceInfo};
 use crate::buf::AlignedBuf;
-use crate::types::BLOCK_SIZE;
 use async_trait::async_trait;
 use bytes::Bytes;
 use link::{Link, Reply, outcome};
@@ -75,30 +74,16 @@ impl IscsiDevice {
         }
     }
 
-    fn refuse(&self, subject: Subject, kind: DeviceErrorKind, message: &str) -> DeviceError {
-        self.error(subject, Failure::new(kind, message))
-    }
-
-    /// Checks the bounds and the alignment of an operation.
-    fn check(&self, subject: Subject, unit: u64) -> Result<(), DeviceError> {
-        let end = subject.offset.checked_add(subject.len);
-        if end.is_none_or(|end| end > self.info.capacity) {
-            let message = format!("the device ends at {}", self.info.capacity);
-            return Err(self.refuse(subject, DeviceErrorKind::OutOfRange, &message));
-        }
-        if !subject.offset.is_multiple_of(unit) || !subject.len.is_multiple_of(unit) {
-            let message = format!("offset and length must be multiples of {unit}");
-            return Err(self.refuse(subject, DeviceErrorKind::OutOfRange, &message));
-        }
-        Ok(())
-    }
-
     fn check_writable(&self, subject: Subject) -> Result<(), DeviceError> {
         if self.read_only {
             let message = "the device was opened read-only; open it for writing";
-            return Err(self.refuse(subject, DeviceErrorKind::Unsupported, message));
+            return Err(self.unsupported(subject, message));
         }
         Ok(())
+    }
+
+    fn unsupported(&self, subject: Subject, message: &str) -> DeviceError {
+        self.error(subject, Failure::new(DeviceErrorKind::Unsupported, message))
     }
 
     fn lba(&self, offset: u64) -> u64 {
@@ -156,7 +141,7 @@ impl BlockDevice for IscsiDevice {
 
     async fn read(&self, offset: u64, len: usize) -> Result<AlignedBuf, DeviceError> {
         let subject = Subject { operation: "read", offset, len: len as u64 };
-        self.check(subject, BLOCK_SIZE as u64)?;
+        self.info.check_range(subject.operation, offset, subject.len)?;
         let command = |at, len: u64| {
             let cdb = scsi::read16(self.lba(at), self.blocks(len));
             (Class::Read, cdb, vec![], len as usize)
@@ -178,9 +163,8 @@ impl BlockDevice for IscsiDevice {
     }
 
     async fn write(&self, offset: u64, data: Vec<Bytes>) -> Result<(), DeviceError> {
-        let len = data.iter().map(|bytes| bytes.len() as u64).sum();
+        let len = self.info.check_write(offset, &data)?;
         let subject = Subject { operation: "write", offset, len };
-        self.check(subject, BLOCK_SIZE as u64)?;
         self.check_writable(subject)?;
         let mut pieces = Pieces::new(data);
         let command = |at, len: u64| {
@@ -206,18 +190,10 @@ impl BlockDevice for IscsiDevice {
         expected: Bytes,
         new: Bytes,
     ) -> Result<CawOutcome, DeviceError> {
-        let block = u64::from(self.info.logical_block);
-        let subject = Subject { operation: "compare-and-write", offset, len: block };
-        self.check(subject, block)?;
+        let len = u64::from(self.info.logical_block);
+        let subject = Subject { operation: "compare-and-write", offset, len };
         self.check_writable(subject)?;
-        if expected.len() as u64 != block || new.len() as u64 != block {
-            let message = format!("both buffers must be one logical block of {block} bytes");
-            return Err(self.refuse(subject, DeviceErrorKind::OutOfRange, &message));
-        }
-        if !self.info.compare_and_write {
-            let message = "this target has no working COMPARE AND WRITE";
-            return Err(self.refuse(subject, DeviceErrorKind::Unsupported, message));
-        }
+        self.info.check_caw(offset, &expected, &new)?;
         let cdb = scsi::compare_and_write(self.lba(offset));
         match self.link.call(Class::CompareAndWrite, cdb, vec![expected, new], 0).await {
             Ok(Reply { miscompare: true, .. }) => Ok(CawOutcome::Miscompare),
@@ -228,11 +204,10 @@ impl BlockDevice for IscsiDevice {
 
     async fn discard(&self, offset: u64, len: u64) -> Result<(), DeviceError> {
         let subject = Subject { operation: "discard", offset, len };
-        self.check(subject, BLOCK_SIZE as u64)?;
+        self.info.check_discard(offset, len)?;
         self.check_writable(subject)?;
         if !self.info.discard {
-            let message = "this target has no UNMAP";
-            return Err(self.refuse(subject, DeviceErrorKind::Unsupported, message));
+            return Err(self.unsupported(subject, "this LUN has no UNMAP: make it thin"));
         }
         let command = |at, len| {
             let list = scsi::unmap_list(&[(self.lba(at), self.blocks(len))]);

@@ -5,7 +5,8 @@
 //! ever; a second one meanwhile is turned away, unless the first has hung up and is only being cleaned up after.
 //!
 //! [`DiskServer::stop`] finishes what is under way, shows it to the guest, cuts the front end off and hands the disk
-//! back. Dropping a server does the same.
+//! back. Dropping a server does the same. If the worker fails, the front end is cut off and the socket removed at once,
+//! rather than leave a guest waiting on rings that nobody serves.
 
 use crate::config::{ID_LEN, device_features};
 use crate::error::ServerError;
@@ -74,7 +75,7 @@ impl ServerOptions {
             return refuse(format!("{} queues; choose 1 to {QUEUES_MAX}", self.queues));
         }
         let size = self.queue_size_max;
-        if size < 2 || size > QUEUE_SIZE_MAX || !size.is_power_of_two() {
+        if !(2..=QUEUE_SIZE_MAX).contains(&size) || !size.is_power_of_two() {
             return refuse(format!(
                 "queues of {size} entries; choose a power of two from 2 to {QUEUE_SIZE_MAX}"
             ));
@@ -125,8 +126,10 @@ impl Listening {
             id: options.id(),
             poll: Duration::from_micros(options.poll_us.into()),
         };
+        // Closed when the worker's thread ends, however it does.
+        let (alive, worker_ended) = UnixStream::pair().map_err(failed("socketpair"))?;
         let (worker, thread) =
-            spawn(worker_options, disk, Arc::clone(&shared)).map_err(failed("start"))?;
+            spawn(worker_options, disk, Arc::clone(&shared), alive).map_err(failed("start"))?;
         let context = SessionContext {
             worker: worker.clone(),
             shared: Arc::clone(&shared),
@@ -134,9 +137,10 @@ impl Listening {
             queue_size_max: options.queue_size_max,
             read_only: options.read_only,
         };
-        let listener = std::thread::Builder::new()
-            .name(format!("{name}:listen"))
-            .spawn(move || Listener { socket, context, stopped, session: None }.run());
+        let listener =
+            std::thread::Builder::new().name(format!("{name}:listen")).spawn(move || {
+                Listener { socket, context, stopped, worker_ended, session: None }.run()
+            });
         let listener = match listener {
             Ok(listener) => listener,
             Err(source) => {
@@ -235,6 +239,8 @@ struct Listener {
     context: SessionContext,
     /// Readable (at its end) when the server stops.
     stopped: UnixStream,
+    /// Readable (at its end) when the worker has ended.
+    worker_ended: UnixStream,
     session: Option<RunningSession>,
 }
 
@@ -250,6 +256,7 @@ impl Listener {
             let flags = PollFlags::POLLIN;
             let mut polled = [
                 PollFd::new(self.stopped.as_fd(), flags),
+                PollFd::new(self.worker_ended.as_fd(), flags),
                 PollFd::new(self.socket.listener.as_fd(), flags),
             ];
             if let Err(errno) = poll(&mut polled, PollTimeout::NONE)
@@ -259,10 +266,10 @@ impl Listener {
                 break;
             }
             let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
-            if ready(&polled[0]) {
+            if ready(&polled[0]) || ready(&polled[1]) {
                 break;
             }
-            if ready(&polled[1]) {
+            if ready(&polled[2]) {
                 self.accept();
             }
         }
@@ -319,5 +326,31 @@ impl Listener {
             let _ = closing.shutdown(Shutdown::Both);
         })?;
         Ok(RunningSession { stream: second, thread })
+    }
+}
+
+#[cfg(test)]
+#[path = "../tests/serve/rig.rs"]
+#[allow(dead_code)]
+mod rig;
+
+#[cfg(test)]
+mod tests {
+    use super::rig::Rig;
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn a_panic_in_the_worker_costs_this_disk_only_and_the_disk_is_handed_back() {
+        let mut rig = Rig::start(1 << 20, 64 << 20);
+        let mut front_end = UnixStream::connect(rig.socket()).unwrap();
+        rig.wait_until("connected", |rig| rig.server().stats().connected);
+        let answer = rig.server().worker.call(Request::Panic);
+        assert!(answer.is_err());
+        assert_eq!(front_end.read(&mut [0; 1]).unwrap(), 0, "the front end is cut off");
+        rig.wait_until("socket removed", |rig| !rig.socket().exists());
+        assert!(rig.server().stats().worker_failed);
+        let disk = rig.stop();
+        assert_eq!(disk.disk.size_bytes(), 1 << 20);
     }
 }

@@ -55,7 +55,11 @@ impl Chain {
             let flags = descriptor.flags();
             if flags & FLAG_INDIRECT != 0 {
                 let len = descriptor.len() as usize;
-                if indirect || flags & FLAG_NEXT != 0 || len == 0 || len % DESCRIPTOR_LEN != 0 {
+                if indirect
+                    || flags & FLAG_NEXT != 0
+                    || len == 0
+                    || !len.is_multiple_of(DESCRIPTOR_LEN)
+                {
                     return false;
                 }
                 let Ok(inner) = memory.get_slice(descriptor.addr(), len) else { return false };

@@ -35,6 +35,7 @@ use serve::SWITCH_TAG;
 use slots::Slots;
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -56,15 +57,17 @@ pub(crate) struct WorkerOptions {
     pub poll: Duration,
 }
 
-/// Starts a worker for `disk`. The thread's result is the disk, as far as it got.
+/// Starts a worker for `disk`. The thread's result is the disk, as far as it got; `alive` is closed when it ends.
 pub(crate) fn spawn(
     options: WorkerOptions,
     disk: AttachedDisk,
     shared: Arc<Shared>,
+    alive: UnixStream,
 ) -> std::io::Result<(Handle, JoinHandle<AttachedDisk>)> {
     let (handle, requests, wake) = Handle::new()?;
     let (ready, started) = bounded(1);
     let thread = std::thread::Builder::new().name(options.name.clone()).spawn(move || {
+        let _alive = alive;
         // io_uring's single-issuer mode wants the ring made by the thread that uses it.
         let legs: Vec<_> = disk.legs.iter().map(AsRawFd::as_raw_fd).collect();
         match Uring::new(&legs) {
@@ -199,9 +202,10 @@ impl Worker {
             }
             let more = self.take_requests();
             self.drive();
+            // Before the guest sees its completions, so that whoever saw them finds them counted.
+            self.publish_counters();
             self.queues.publish(&mut self.io.uring);
             self.answer_quiesce();
-            self.publish_counters();
             self.rest(more);
         }
     }

@@ -197,7 +197,12 @@ impl Queues {
 
     /// Asks the guest to kick; true if requests came meanwhile that can be taken at once.
     pub(super) fn want_kicks(&mut self) -> bool {
-        self.taking().fold(false, |more, running| running.ring.want_kicks() || more)
+        let mut more = false;
+        // Each of them is asked, whatever the others say.
+        for running in self.taking() {
+            more |= running.ring.want_kicks();
+        }
+        more
     }
 
     /// There are requests that can be taken.

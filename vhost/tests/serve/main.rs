@@ -1,0 +1,6 @@
+//! The server as a front end sees it: real sockets, real shared memory, a real cache on a file.
+
+mod data;
+mod guest;
+mod rig;
+mod sessions;

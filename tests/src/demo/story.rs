@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use bench::agent::{Agent, AgentConfig, VdiInfo, find_binary};
 
 use crate::guest::process::{POLL, check_interrupted};
-use crate::guest::workload::{Promises, Writer, carries_on, verifier};
+use crate::guest::workload::{Promises, Writer, await_service, verifier};
 use crate::guest::{Accelerator, Guest, GuestImage, GuestOptions, QemuVersion, San, StorePlace};
 
 use super::report::{Report, size, time};
@@ -21,10 +21,12 @@ const SYNCS_BEFORE_KILL: u64 = 8;
 /// Files the guest writes in all.
 const FILES: u32 = 24;
 const FILE_KIB: u32 = 4096;
-/// How long the guest may take to carry on after the agent is back; then it is booted again.
+/// How long the guest may take to carry on after the agent is back.
 const CARRY_ON_LIMIT: Duration = Duration::from_secs(20);
 /// How long to look for a moment at which the log holds what the store does not.
 const DIRTY_LIMIT: Duration = Duration::from_secs(5);
+/// How long the recovery of a log this small may take.
+const RECOVERY_LIMIT: Duration = Duration::from_secs(30);
 const TERMINATE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs the demo in `folder`.
@@ -58,6 +60,7 @@ struct Stage {
     socket: PathBuf,
     accelerator: Accelerator,
     report: Report,
+    committed_at_restart: u64,
 }
 
 impl Stage {
@@ -79,17 +82,25 @@ impl Stage {
             core: None,
         };
         config.format_store(place.bytes)?;
+        report.event(format_args!("formatted a store of {}: {}", size(place.bytes), place.url));
         let agent = Agent::start(&config)?;
         let (cache, disk) = (size(CACHE_BYTES), size(DISK_BYTES));
-        report
-            .event(format_args!("the agent runs: store {}, cache of {cache} in a file", place.url));
+        report.event(format_args!("the agent runs, with a cache of {cache} in a file"));
         agent.create(DISK, DISK_BYTES)?;
         let socket = agent.attach(DISK)?;
         report.event(format_args!(
             "disk '{DISK}' of {disk}: guests reach it at {}",
             socket.display()
         ));
-        Ok(Stage { folder: folder.to_owned(), config, agent, socket, accelerator, report })
+        Ok(Stage {
+            folder: folder.to_owned(),
+            config,
+            agent,
+            socket,
+            accelerator,
+            report,
+            committed_at_restart: 0,
+        })
     }
 
     fn boot(&self, name: &str, job: String, files: Vec<(String, Vec<u8>)>) -> Result<Guest> {
@@ -133,9 +144,12 @@ impl Stage {
             size(before.dirty_bytes),
         ));
         self.agent = Agent::start(&self.config)?;
-        let recovered = self.agent.info(DISK)?;
-        self.report
-            .event(format_args!("the agent is back and answers after {}", time(killed.elapsed())));
+        let recovered = self.wait_until_recovered(before.flushed_lsn)?;
+        self.committed_at_restart = recovered.committed_lsn;
+        self.report.event(format_args!(
+            "the agent is back, with the log recovered, after {}",
+            time(killed.elapsed())
+        ));
         self.report.detail(format_args!(
             "it found the log up to write {}; the store is at write {}, so {} are to be replayed",
             recovered.last_lsn,
@@ -143,6 +157,25 @@ impl Stage {
             size(recovered.dirty_bytes),
         ));
         Ok(())
+    }
+
+    /// State of the disk once its log was read again. The agent answers before that; what had been
+    /// flushed before must be there.
+    fn wait_until_recovered(&self, flushed_lsn: u64) -> Result<VdiInfo> {
+        let deadline = Instant::now() + RECOVERY_LIMIT;
+        loop {
+            let info = self.agent.info(DISK)?;
+            if info.last_lsn >= flushed_lsn {
+                return Ok(info);
+            }
+            let found = info.last_lsn;
+            ensure!(
+                Instant::now() < deadline,
+                "the log ends at write {found}, though write {flushed_lsn} had been flushed"
+            );
+            check_interrupted()?;
+            std::thread::sleep(POLL);
+        }
     }
 
     /// State of the disk when the log holds what the store does not; as it is, if that does not
@@ -161,13 +194,9 @@ impl Stage {
 
     /// The first guest's end. Returns what it was promised.
     fn carry_on(&self, mut guest: Guest) -> Result<Promises> {
-        let results = if carries_on(&mut guest, CARRY_ON_LIMIT)? {
-            self.report.event("the guest ran all the while, saw a pause, and carries on");
-            guest.finish().context("the first guest")?.results
-        } else {
-            self.report.event("the guest is not served again: its plug is pulled");
-            guest.pull_the_plug()?
-        };
+        await_service(&mut guest, CARRY_ON_LIMIT)?;
+        self.report.event("the guest ran all the while, saw a pause, and carries on");
+        let results = guest.finish().context("the first guest")?.results;
         let mut promises = Promises::default();
         promises.record(&results)?;
         let (syncs, bytes) = (promises.syncs, size(promises.bytes_synced));
@@ -177,16 +206,16 @@ impl Stage {
         Ok(promises)
     }
 
+    /// Everything that was acknowledged goes to the store.
     fn drain(&self) -> Result<()> {
-        let before = self.agent.info(DISK)?;
         let started = Instant::now();
         self.agent.drain()?;
         let after = self.agent.info(DISK)?;
         self.report.event(format_args!(
-            "drained: the last {} writes of the log, {}, were replayed to the store in {}",
-            after.committed_lsn.saturating_sub(before.committed_lsn),
-            size(before.dirty_bytes),
+            "drained in {}: the store is at write {}, {} were replayed since the agent is back",
             time(started.elapsed()),
+            after.committed_lsn,
+            after.committed_lsn.saturating_sub(self.committed_at_restart),
         ));
         Ok(())
     }

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use anyhow::{Result, bail};
 
+use crate::targets::IstgtTarget;
+
 /// The choice; the demo takes it from the environment variable `SAN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum San {
@@ -37,6 +39,7 @@ pub struct StorePlace {
     pub environment: Vec<(String, String)>,
     /// For people.
     pub what: String,
+    _target: Option<IstgtTarget>,
 }
 
 impl StorePlace {
@@ -48,8 +51,18 @@ impl StorePlace {
                 bytes,
                 environment: Vec::new(),
                 what: "a file".into(),
+                _target: None,
             }),
-            San::Iscsi => bail!("SAN=iscsi: not there yet"),
+            San::Iscsi => {
+                let target = IstgtTarget::start(folder, bytes)?;
+                Ok(StorePlace {
+                    url: target.url(),
+                    bytes,
+                    environment: Vec::new(),
+                    what: "an iSCSI LUN".into(),
+                    _target: Some(target),
+                })
+            }
         }
     }
 }

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 
 use super::run::Guest;
 
@@ -113,16 +113,18 @@ impl Writer {
     }
 }
 
-/// Whether the guest of a [`Writer`] is served again after its agent was killed and started. Call
-/// [`Guest::skip_reported`] while the agent is dead. One more `fsync` may have returned before the
-/// kill and be reported late: only the second one counts. Gives up after `patience` for each.
-pub fn carries_on(guest: &mut Guest, patience: Duration) -> Result<bool> {
+/// Waits until the guest of a [`Writer`] is served again after its agent was killed and started.
+/// Call [`Guest::skip_reported`] while the agent is dead. One more `fsync` may have returned before
+/// the kill and be reported late: only the second one counts.
+/// Errors: none comes within `patience`.
+pub fn await_service(guest: &mut Guest, patience: Duration) -> Result<()> {
     for _ in 0..2 {
         if guest.wait_for_at_most("synced", patience)?.is_none() {
-            return Ok(false);
+            let seconds = patience.as_secs();
+            bail!("the guest was not served again within {seconds} s after the agent was back");
         }
     }
-    Ok(true)
+    Ok(())
 }
 
 /// A job that mounts disk 0 (which lets ext4 replay its journal), checks every promise in the

@@ -45,18 +45,36 @@ impl Host {
 
     /// Serves a disk. One that is served already stays as it is; one that failed is tried again.
     pub async fn attach(&self, name: &str) -> Result<Attached> {
-        let (disk, is_new) = match self.find_served(name) {
-            Some(disk) => (disk, false),
-            None => (self.enter(name).await?, true),
-        };
-        if let Err(failure) = disk.bring_up(&self.parts, None, false).await {
-            if is_new {
-                self.leave_if_untouched(&disk, &failure).await;
+        loop {
+            let (disk, is_new) = match self.find_served(name) {
+                Some(disk) => (disk, false),
+                None => (self.enter(name).await?, true),
+            };
+            match disk.bring_up(&self.parts, None, false).await {
+                Ok(()) => {
+                    let socket = disk.socket.clone().unwrap_or_default();
+                    return Ok(Attached { name: disk.name.clone(), uuid: disk.uuid, socket });
+                }
+                // It waited for a detach to end.
+                Err(_) if disk.is_gone() => self.remove(&disk),
+                Err(failure) => {
+                    if is_new {
+                        self.leave_if_untouched(&disk, &failure).await;
+                    }
+                    return Err(
+                        failure.within(format_args!("disk '{}' cannot be attached", disk.name))
+                    );
+                }
             }
-            return Err(failure.within(format_args!("disk '{}' cannot be attached", disk.name)));
         }
-        let socket = disk.socket.clone().unwrap_or_default();
-        Ok(Attached { name: disk.name.clone(), uuid: disk.uuid, socket })
+    }
+
+    fn remove(&self, gone: &Arc<Served>) {
+        let mut served = self.served.lock();
+        // A new one may have taken its place.
+        if served.get(&gone.uuid).is_some_and(|disk| Arc::ptr_eq(disk, gone)) {
+            served.remove(&gone.uuid);
+        }
     }
 
     /// Notes a disk of the store as one of this host.
@@ -79,7 +97,7 @@ impl Host {
     /// answer is unknown stays, with its log, so that trying again is safe.
     async fn leave_if_untouched(&self, disk: &Arc<Served>, failure: &Failure) {
         if failure.kind != Kind::Unavailable && disk.give_up(&self.parts).await {
-            self.served.lock().remove(&disk.uuid);
+            self.remove(disk);
         }
     }
 
@@ -101,7 +119,7 @@ impl Host {
             return Err(Failure::new(Kind::Conflict, words));
         };
         disk.take_down(&self.parts, force).await?;
-        self.served.lock().remove(&disk.uuid);
+        self.remove(&disk);
         Ok(Done { name: disk.name.clone(), uuid: disk.uuid })
     }
 

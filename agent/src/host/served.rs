@@ -250,8 +250,13 @@ impl Served {
         )
     }
 
+    /// True once it was detached: look the disk up anew.
+    pub fn is_gone(&self) -> bool {
+        self.view.lock().gone
+    }
+
     fn refuse_gone(&self) -> Result<()> {
-        if !self.view().gone {
+        if !self.is_gone() {
             return Ok(());
         }
         let words = format!("disk '{}' was detached a moment ago: try again", self.name);

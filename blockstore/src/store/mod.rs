@@ -3,7 +3,7 @@
 mod format;
 mod hosts;
 mod info;
-mod open;
+pub(crate) mod open;
 mod registry;
 mod verify;
 

@@ -157,7 +157,7 @@ async fn take_up_vdis(core: &Core, io: &Io, owner: Owner) -> Result<()> {
     Ok(())
 }
 
-pub(super) async fn scan_extents(
+pub(crate) async fn scan_extents(
     io: &Io,
     records: &Records,
     g: &Geometry,

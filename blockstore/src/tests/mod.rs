@@ -2,4 +2,6 @@
 
 mod basics;
 mod crash;
+mod model;
 mod rules;
+mod space;

@@ -1,7 +1,13 @@
 //! What the demo prints: one line per event, with the time since the start.
 
 use std::fmt::Display;
+use std::io::Write;
 use std::time::{Duration, Instant};
+
+/// Prints a line. A reader who has gone (`make demo | head`) does not end the demo halfway.
+pub fn line(text: impl Display) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
 
 /// Prints the events of one run.
 #[derive(Debug)]
@@ -12,18 +18,19 @@ pub struct Report {
 impl Report {
     /// Starts the clock and prints the title.
     pub fn new(title: impl Display) -> Report {
-        println!("{title}\n");
+        line(format_args!("{title}\n"));
         Report { started: Instant::now() }
     }
 
     /// Something happened.
     pub fn event(&self, text: impl Display) {
-        println!("{:6.1} s  {text}", self.started.elapsed().as_secs_f64());
+        let seconds = self.started.elapsed().as_secs_f64();
+        line(format_args!("{seconds:6.1} s  {text}"));
     }
 
     /// More about the event before.
     pub fn detail(&self, text: impl Display) {
-        println!("{:8}  {text}", "");
+        line(format_args!("{:8}  {text}", ""));
     }
 
     /// Since the start.

@@ -10,7 +10,7 @@ use crate::guest::process::{POLL, check_interrupted};
 use crate::guest::workload::{Promises, Writer, await_service, verifier};
 use crate::guest::{Accelerator, Guest, GuestImage, GuestOptions, QemuVersion, San, StorePlace};
 
-use super::report::{Report, size, time};
+use super::report::{Report, line, size, time};
 
 const DISK: &str = "demo";
 const DISK_BYTES: u64 = 4 << 30;
@@ -48,7 +48,7 @@ pub fn tell(folder: &Path, san: San) -> Result<()> {
     stage.agent.process_mut().terminate(TERMINATE_LIMIT)?;
     stage.config.command(&["store", "check", &place.url])?;
     stage.report.event("the agent ended on SIGTERM; 'ballast store check' finds the store sound");
-    println!("\nAll of it held, in {}.\n", time(stage.report.elapsed()));
+    line(format_args!("\nAll of it held, in {}.\n", time(stage.report.elapsed())));
     print_by_hand(&stage.config)
 }
 
@@ -240,24 +240,21 @@ impl Stage {
 
 fn print_by_hand(config: &AgentConfig) -> Result<()> {
     let program = config.binary.display();
-    println!("To use a disk by hand:");
-    println!("  {program} store format file:/tmp/b/store.img --size 64GiB");
-    println!(
-        "  {program} agent --store file:/tmp/b/store.img --cache /tmp/b/cache.img --cache-size 2GiB --run-dir /tmp/b &"
-    );
-    println!("  {program} --run-dir /tmp/b vdi create vm1 --size 20GiB");
-    println!("  SOCKET=$({program} --run-dir /tmp/b vdi attach vm1)");
-    println!("  qemu-system-x86_64 -m 2G -object memory-backend-memfd,id=mem,size=2G,share=on \\");
-    println!(
-        "    -machine q35,memory-backend=mem -chardev socket,id=disk,path=$SOCKET,{} \\",
-        QemuVersion::detect()?.reconnect_option(Duration::from_secs(1))
-    );
-    println!(
-        "    -device vhost-user-blk-pci,chardev=disk,num-queues=1 …your kernel, cdrom or other disks…"
-    );
-    println!("or");
-    println!(
-        "  cloud-hypervisor --memory size=2G,shared=on --disk vhost_user=true,socket=$SOCKET,num_queues=1 …your kernel…"
-    );
+    let reconnect = QemuVersion::detect()?.reconnect_option(Duration::from_secs(1));
+    line(format_args!(
+        "To use a disk by hand:
+  {program} store format file:/var/tmp/store.img --size 64GiB
+  {program} agent --store file:/var/tmp/store.img --cache /var/tmp/cache.img \\
+    --cache-size 2GiB --run-dir /tmp/ballast &
+  {program} --run-dir /tmp/ballast vdi create vm1 --size 20GiB
+  SOCKET=$({program} --run-dir /tmp/ballast vdi attach vm1)
+then, with QEMU:
+  qemu-system-x86_64 -m 2G -object memory-backend-memfd,id=mem,size=2G,share=on \\
+    -machine q35,memory-backend=mem -chardev socket,id=disk,path=$SOCKET,{reconnect} \\
+    -device vhost-user-blk-pci,chardev=disk,num-queues=1 …
+or with cloud-hypervisor:
+  cloud-hypervisor --memory size=2G,shared=on \\
+    --disk vhost_user=true,socket=$SOCKET,num_queues=1 --kernel …"
+    ));
     Ok(())
 }

@@ -2,15 +2,31 @@
 
 use crate::types::BLOCK_SIZE;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-/// An owned, zero-initialised byte buffer whose address is a multiple of 4096.
+/// Large buffers are kept for reuse up to so many bytes in all: their page faults cost more than their copying.
+const KEPT_BYTES_MAX: usize = 32 << 20;
+/// Smallest buffer that is kept.
+const KEPT_LEN_MIN: usize = 128 << 10;
+
+/// Buffers kept for reuse.
+static KEPT: Mutex<Kept> = Mutex::new(Kept { bytes: 0, buffers: Vec::new() });
+
+struct Kept {
+    bytes: usize,
+    buffers: Vec<AlignedBuf>,
+}
+
+/// An owned, initialised byte buffer whose address is a multiple of 4096.
 pub struct AlignedBuf {
     ptr: NonNull<u8>,
     len: usize,
+    /// Bytes allocated, at least `len`.
+    capacity: usize,
 }
 
 // SAFETY: AlignedBuf owns its memory exclusively, as Box<[u8]> does.
@@ -23,13 +39,33 @@ impl AlignedBuf {
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
         if len == 0 {
-            return Self { ptr: NonNull::dangling(), len };
+            return Self { ptr: NonNull::dangling(), len, capacity: 0 };
         }
         let layout = Self::layout(len);
         // SAFETY: the layout has a non-zero size.
         let raw = unsafe { alloc_zeroed(layout) };
         let Some(ptr) = NonNull::new(raw) else { handle_alloc_error(layout) };
-        Self { ptr, len }
+        Self { ptr, len, capacity: len }
+    }
+
+    /// `len` bytes of any content, for overwriting: large ones come from buffers used before.
+    #[must_use]
+    pub fn scratch(len: usize) -> Self {
+        if len < KEPT_LEN_MIN {
+            return Self::zeroed(len);
+        }
+        let capacity = len.next_power_of_two();
+        let mut kept = KEPT.lock();
+        let found = kept.buffers.iter().rposition(|buffer| buffer.capacity == capacity);
+        let mut buffer = match found {
+            Some(at) => {
+                kept.bytes -= capacity;
+                kept.buffers.swap_remove(at)
+            }
+            None => Self::zeroed(capacity),
+        };
+        buffer.len = len;
+        buffer
     }
 
     /// A copy of `bytes`.
@@ -53,10 +89,20 @@ impl AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        if self.len != 0 {
-            // SAFETY: allocated in `zeroed` with this very layout, freed once.
-            unsafe { dealloc(self.ptr.as_ptr(), Self::layout(self.len)) }
+        if self.capacity == 0 {
+            return;
         }
+        if self.capacity >= KEPT_LEN_MIN && self.capacity.is_power_of_two() {
+            let mut kept = KEPT.lock();
+            if kept.bytes + self.capacity <= KEPT_BYTES_MAX {
+                let (ptr, capacity) = (self.ptr, self.capacity);
+                kept.bytes += capacity;
+                kept.buffers.push(Self { ptr, len: capacity, capacity });
+                return;
+            }
+        }
+        // SAFETY: allocated in `zeroed` with this very layout, freed once: a buffer that is kept moved on above.
+        unsafe { dealloc(self.ptr.as_ptr(), Self::layout(self.capacity)) }
     }
 }
 
@@ -102,5 +148,22 @@ mod tests {
         assert_eq!(frozen.as_ptr() as usize, address);
         assert_eq!(frozen[5], 7);
         assert!(AlignedBuf::zeroed(0).is_empty());
+    }
+
+    #[test]
+    fn scratch_buffers_have_the_length_asked_for_and_never_overlap() {
+        let mut held: Vec<AlignedBuf> = Vec::new();
+        for round in 0..200usize {
+            let len = (round * 37 % 90 + 1) * BLOCK_SIZE;
+            let mut buf = AlignedBuf::scratch(len);
+            assert_eq!(buf.len(), len);
+            assert_eq!(buf.as_ptr() as usize % BLOCK_SIZE, 0);
+            buf.fill(round as u8);
+            held.push(buf);
+            if held.len() > 6 {
+                let old = held.remove(0);
+                assert!(old.iter().all(|&b| b == old[0]));
+            }
+        }
     }
 }

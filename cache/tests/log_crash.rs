@@ -383,7 +383,8 @@ impl Rig {
             return;
         }
         let backing = StoreHandle(Arc::clone(&self.store));
-        let lsn = flusher::commit(&self.local, VDI, &backing, Lsn(committed), batch).await.unwrap();
+        let drafted = flusher::draft(&self.local, VDI, Lsn(committed), batch).await.unwrap();
+        let lsn = flusher::commit(VDI, &backing, drafted).await.unwrap();
         let image = self.store.image.lock().unwrap().0.clone();
         assert_eq!(image, self.image_at(lsn.0), "P2: the store's image is the disk at LSN {lsn}");
         // Sometimes the news reaches nobody before the crash.

@@ -16,8 +16,13 @@ use crate::format::summary::{self, Summary};
 use crate::image::SegmentImage;
 use crate::local::Local;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
+use futures_util::{StreamExt, TryStreamExt};
 use std::sync::Arc;
+use std::time::Instant;
 use uuid::Uuid;
+
+/// Segments read at once.
+const READ_AHEAD: usize = 4;
 
 /// A sealed segment to be replayed.
 #[derive(Clone, Debug)]
@@ -50,30 +55,53 @@ pub enum FlushError {
     Backing(#[from] BackingError),
 }
 
-/// Commits everything after `committed` in `segments`, which follow each other without a gap. Returns the LSN that the
-/// store's durable image has reached.
-pub async fn commit(
+/// A batch that needs but the store: everything local was read and coalesced.
+#[derive(Debug)]
+pub struct Drafted {
+    /// The cut.
+    pub lsn: Lsn,
+    draft: Draft,
+}
+
+/// Reads and coalesces what comes after `committed` in `segments`, which follow each other without a gap (at least one).
+pub async fn draft(
     local: &Local,
     vdi: Uuid,
-    backing: &dyn Backing,
     committed: Lsn,
     segments: Vec<Replay>,
-) -> Result<Lsn, FlushError> {
-    let Some(lsn) = segments.last().map(|segment| segment.last_lsn) else { return Ok(committed) };
-    let mut sources = Vec::with_capacity(segments.len());
-    for segment in segments {
-        sources.push(read_source(local, vdi, segment).await?);
-    }
+) -> Result<Drafted, FlushError> {
+    let started = Instant::now();
+    let lsn = segments.last().map_or(committed, |segment| segment.last_lsn);
+    let count = segments.len();
+    let sources: Vec<Source> = futures_util::stream::iter(segments)
+        .map(|segment| read_source(local, vdi, segment))
+        .buffered(READ_AHEAD)
+        .try_collect()
+        .await?;
     let geometry = local.geometry;
+    let read_ms = started.elapsed().as_millis() as u64;
     // Coalescing a large batch takes milliseconds of pure computing: not on the threads that serve everyone.
     let draft = tokio::task::spawn_blocking(move || Draft::new(&geometry, committed, &sources))
         .await
         .map_err(|error| BackingError::Failed(format!("coalescing a batch: {error}")))??;
+    let total_ms = started.elapsed().as_millis() as u64;
+    tracing::debug!(%vdi, lsn = lsn.0, segments = count, read_ms, total_ms, "batch drafted");
+    Ok(Drafted { lsn, draft })
+}
+
+/// Commits a draft to the store. Returns the LSN that the store's durable image has reached.
+pub async fn commit(vdi: Uuid, backing: &dyn Backing, drafted: Drafted) -> Result<Lsn, FlushError> {
+    let started = Instant::now();
+    let Drafted { lsn, draft } = drafted;
     let mut bases = Vec::new();
     for lba in draft.wanted() {
         bases.extend(backing.read(lba, 1).await?);
     }
-    backing.commit(draft.finish(lsn, &bases)).await?;
+    let batch = draft.finish(lsn, &bases);
+    let changes = batch.changes.len();
+    backing.commit(batch).await?;
+    let ms = started.elapsed().as_millis() as u64;
+    tracing::debug!(%vdi, lsn = lsn.0, changes, ms, "batch committed");
     Ok(lsn)
 }
 

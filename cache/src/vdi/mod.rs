@@ -5,6 +5,7 @@
 //! store's head durable → slot with the committed LSN durable → worker told → segments clean → evictable.
 //! An evicted segment is free only once the slot that names it dead is durable.
 
+mod admission;
 mod state;
 mod task;
 

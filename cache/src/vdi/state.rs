@@ -198,6 +198,11 @@ impl Segments {
         })
     }
 
+    /// Segments with something after `committed`.
+    pub fn dirty_count(&self, committed: Lsn) -> usize {
+        self.list.iter().filter(|s| s.last_lsn > committed).count()
+    }
+
     /// Last LSN in any of them.
     pub fn last_lsn(&self) -> Option<Lsn> {
         self.list.back().map(|segment| segment.last_lsn)

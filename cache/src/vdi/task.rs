@@ -1,17 +1,18 @@
 //! The loop, see the module above.
 
+use super::admission::{Admission, Pressure};
 use super::state::{Phase, Segments, VdiStatus};
 use crate::backing::{Backing, BackingError};
 use crate::disk::AttachedDisk;
 use crate::disk::plan::SegmentId;
 use crate::error::CacheError;
-use crate::flusher::{self, FlushError, FlushOptions, Situation};
+use crate::flusher::{self, Drafted, FlushError, FlushOptions, Situation};
 use crate::format::slot::{SlotVdi, VdiSlot};
 use crate::link::{DiskSender, FetchError, FromDisk, ToDisk};
 use crate::local::Local;
 use crate::pool::{Pool, PoolMessage};
 use crate::release;
-use blockstore::types::{Lba, Lsn};
+use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -26,6 +27,8 @@ const TICK: Duration = Duration::from_millis(250);
 const TICKS_PER_MARKER: u32 = 4;
 /// How long a commit under way may still take when the task stops.
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
+/// A commit that takes longer means that the store is away, or as good as that.
+const STORE_SLOW_AFTER: Duration = Duration::from_secs(2);
 /// After a commit failed for good, how long until it is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -77,10 +80,22 @@ struct CommitUnderWay {
     bytes: u64,
 }
 
+/// A batch being read and coalesced.
+#[derive(Debug)]
+struct Drafting {
+    task: JoinHandle<Result<Drafted, FlushError>>,
+    /// Where it ends.
+    lsn: Lsn,
+    /// Bytes of log in it.
+    bytes: u64,
+}
+
 pub(crate) struct VdiTask {
     p: VdiTaskParts,
     commands: mpsc::Receiver<Command>,
     commit: Option<CommitUnderWay>,
+    /// The batch after the one under way.
+    drafting: Option<Drafting>,
     not_before: Instant,
     /// First record of the open segment.
     open_since: Option<Instant>,
@@ -90,6 +105,7 @@ pub(crate) struct VdiTask {
     evicting: Vec<SegmentId>,
     evicted: Vec<(SegmentId, u64)>,
     starving: bool,
+    admission: Admission,
     /// The slot on the device does not say yet what was committed: nothing may turn clean (rule L2).
     checkpoint_due: bool,
     /// The worker is gone: nothing can be rolled or evicted.
@@ -104,6 +120,7 @@ impl VdiTask {
             p: parts,
             commands,
             commit: None,
+            drafting: None,
             not_before: Instant::now(),
             open_since: None,
             roll_under_way: None,
@@ -112,6 +129,7 @@ impl VdiTask {
             evicting: Vec::new(),
             evicted: Vec::new(),
             starving: false,
+            admission: Admission::default(),
             checkpoint_due: false,
             released: false,
             ticks: 0,
@@ -233,6 +251,7 @@ impl VdiTask {
         if self.ticks.is_multiple_of(TICKS_PER_MARKER) && !self.released {
             self.p.sender.send(ToDisk::Tick);
         }
+        self.feed();
         let aged = self.open_since.is_some_and(|since| since.elapsed() >= self.max_age());
         if aged && self.roll_under_way.is_none() {
             self.roll();
@@ -287,10 +306,21 @@ impl VdiTask {
     /// Passes a segment on to a worker that wants one, if there is one.
     fn feed(&mut self) {
         if self.starving
+            && self.admission.admit(self.pressure())
             && let Some(grant) = self.p.pool.grant(self.p.vdi)
         {
             self.starving = false;
             self.p.sender.send(ToDisk::Segment(grant));
+        }
+    }
+
+    fn pressure(&self) -> Pressure {
+        let stuck = self.commit.as_ref().is_some_and(|c| c.started.elapsed() >= STORE_SLOW_AFTER);
+        Pressure {
+            fill: self.fill(),
+            dirty_bytes: self.p.segments.bytes(self.p.record.committed).0,
+            target_bytes: self.p.images_max as u64 / 4 * 3,
+            store_answers: !stuck && self.failure.is_none(),
         }
     }
 
@@ -328,15 +358,32 @@ impl VdiTask {
         if !flusher::should_start(&self.p.options, situation) {
             return;
         }
-        let batch = self.p.segments.batch(committed, self.p.options.batch_bytes);
-        let bytes = batch.iter().map(|s| u64::from(s.used_blocks) * 4096).sum();
-        let (local, backing, vdi) =
-            (Arc::clone(&self.p.local), Arc::clone(&self.p.backing), self.p.vdi);
-        let task =
-            tokio::spawn(
-                async move { flusher::commit(&local, vdi, &*backing, committed, batch).await },
-            );
+        let Some(ready) = self.drafting.take().or_else(|| self.start_draft(committed)) else {
+            return;
+        };
+        let (vdi, backing) = (self.p.vdi, Arc::clone(&self.p.backing));
+        let Drafting { task: draft, lsn, bytes } = ready;
+        let task = tokio::spawn(async move {
+            let drafted = draft.await.unwrap_or_else(|error| {
+                Err(BackingError::Failed(format!("coalescing a batch: {error}")).into())
+            })?;
+            flusher::commit(vdi, &*backing, drafted).await
+        });
         self.commit = Some(CommitUnderWay { task, started: Instant::now(), bytes });
+        // While this one is on its way to the store, the next is read and coalesced.
+        if situation.urgent || situation.fill >= self.p.options.start_fill {
+            self.drafting = self.start_draft(lsn);
+        }
+    }
+
+    /// Starts reading and coalescing what comes after `after`; none if nothing does.
+    fn start_draft(&self, after: Lsn) -> Option<Drafting> {
+        let batch = self.p.segments.batch(after, self.p.options.batch_bytes);
+        let lsn = batch.last()?.last_lsn;
+        let bytes = batch.iter().map(|s| u64::from(s.used_blocks) * BLOCK_SIZE as u64).sum();
+        let (local, vdi) = (Arc::clone(&self.p.local), self.p.vdi);
+        let task = tokio::spawn(async move { flusher::draft(&local, vdi, after, batch).await });
+        Some(Drafting { task, lsn, bytes })
     }
 
     async fn committed(&mut self, result: Result<Lsn, FlushError>) {
@@ -346,9 +393,13 @@ impl VdiTask {
             Err(error) => return self.commit_failed(&error),
         };
         self.failure = None;
+        let before = self.p.segments.dirty_count(self.p.record.committed);
         self.p.record.committed = lsn;
+        let after = self.p.segments.dirty_count(lsn);
+        self.admission.committed((before - after) as u64);
         self.checkpoint_due = true;
         self.checkpoint().await;
+        self.feed();
         {
             let mut status = self.p.status.lock();
             status.commits += 1;
@@ -360,6 +411,8 @@ impl VdiTask {
     }
 
     fn commit_failed(&mut self, error: &FlushError) {
+        // The next batch continued this one.
+        self.drafting = None;
         let why = error.to_string();
         let closing = matches!(error, FlushError::Backing(BackingError::Closing));
         if !closing {

@@ -48,7 +48,7 @@ impl Request {
     }
 
     pub(super) fn read(offset: u64, len: usize) -> Self {
-        Self::new(What::Read { offset, buf: AlignedBuf::zeroed(len) })
+        Self::new(What::Read { offset, buf: AlignedBuf::scratch(len) })
     }
 
     /// Pieces whose address is not a multiple of `align` are copied.

@@ -1,0 +1,111 @@
+//! Who may append, and when: burst freely, then keep to the store's pace. Pure.
+//!
+//! A writer that outruns the store fills the ring. From there on it can only go at the store's pace; the question is at which
+//! fill. Held at a full ring, everything is read back from the cache device before it is replayed, and nothing is left for
+//! an outage or another disk's burst. So once the ring was nearly full, the writer gets less than the store takes until
+//! the backlog is small enough to be replayed from memory, and then exactly what the store takes. It bursts again once
+//! its demand has fallen below that pace. With the store away none of this applies: the ring is there to be filled.
+
+/// Share of the ring at which a writer is held.
+const HOLD_FROM: f64 = 0.85;
+
+/// What the decision depends on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pressure {
+    /// Share of the ring that is dirty, over all disks.
+    pub fill: f64,
+    /// Bytes of log of this disk that are not committed.
+    pub dirty_bytes: u64,
+    /// Dirty bytes that a held disk comes down to: what can be replayed from memory.
+    pub target_bytes: u64,
+    /// Commits get through.
+    pub store_answers: bool,
+}
+
+/// The state of one disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Admission {
+    held: bool,
+    /// Segments that may be granted while the backlog shrinks.
+    credit: u64,
+}
+
+impl Admission {
+    /// Whether the disk may have another segment now.
+    pub fn admit(&mut self, now: Pressure) -> bool {
+        if !now.store_answers {
+            return true;
+        }
+        if now.fill >= HOLD_FROM {
+            self.held = true;
+        } else if self.held && now.dirty_bytes <= now.target_bytes / 4 {
+            self.held = false;
+        }
+        if !self.held || now.dirty_bytes <= now.target_bytes {
+            return true;
+        }
+        let granted = self.credit > 0;
+        self.credit = self.credit.saturating_sub(1);
+        granted
+    }
+
+    /// So many segments of the disk were committed: half as many may follow.
+    pub fn committed(&mut self, segments: u64) {
+        self.credit = segments.div_ceil(2);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEGMENT: u64 = 1 << 20;
+    const RING: u64 = 1000 * SEGMENT;
+    const TARGET: u64 = 50 * SEGMENT;
+
+    fn pressure(dirty: u64) -> Pressure {
+        Pressure {
+            fill: dirty as f64 / RING as f64,
+            dirty_bytes: dirty,
+            target_bytes: TARGET,
+            store_answers: true,
+        }
+    }
+
+    #[test]
+    fn a_burst_passes_and_a_siege_is_held_at_the_target() {
+        let (mut admission, mut dirty) = (Admission::default(), 0);
+        let mut highest = 0;
+        // The writer takes whatever it gets; each step the store commits up to 30 segments.
+        for step in 0..1000 {
+            for _ in 0..100 {
+                if dirty + SEGMENT <= RING && admission.admit(pressure(dirty)) {
+                    dirty += SEGMENT;
+                }
+            }
+            highest = highest.max(dirty);
+            let committed = dirty.min(30 * SEGMENT);
+            dirty -= committed;
+            admission.committed(committed / SEGMENT);
+            assert!(step < 100 || dirty <= TARGET, "the backlog has come down and stays down");
+        }
+        assert!(highest >= RING / 10 * 8, "the ring absorbed the burst");
+    }
+
+    #[test]
+    fn nothing_is_held_while_the_store_is_away() {
+        let mut admission = Admission::default();
+        admission.admit(pressure(RING));
+        let away = Pressure { store_answers: false, ..pressure(RING / 2) };
+        assert!((0..100).all(|_| admission.admit(away)));
+    }
+
+    #[test]
+    fn a_held_disk_bursts_again_after_its_demand_fell() {
+        let mut admission = Admission::default();
+        admission.admit(pressure(RING / 10 * 9));
+        assert!(!admission.admit(pressure(RING / 2)));
+        assert!(admission.admit(pressure(TARGET / 5)));
+        assert!(admission.admit(pressure(RING / 2)));
+    }
+}

@@ -13,7 +13,7 @@ mod served;
 pub mod store;
 
 use crate::config::AgentConfig;
-use crate::error::{Failure, Result};
+use crate::error::{Failure, Kind, Result};
 use crate::notify;
 use blockstore::{OpenOptions, StoreErrorKind};
 use cache::{AttachedRecord, Cache, CacheIdentity, CacheOptions};
@@ -55,6 +55,13 @@ impl Host {
     ) -> Result<Arc<Self>> {
         let name = host_name();
         progress(&format!("opening the cache {}", config.cache.display()));
+        if config.cache.is_dir() {
+            let words = format!(
+                "cache {} is a folder: give a file or a block device",
+                config.cache.display()
+            );
+            return Err(Failure::new(Kind::Usage, words));
+        }
         let mut options = CacheOptions {
             path: config.cache.clone(),
             create_size: config.cache_size,

@@ -14,7 +14,7 @@ use crate::names::socket_path;
 use ballast_vhost::{DiskServer, Listening, ServerOptions, Stats};
 use blockstore::types::Lsn;
 use blockstore::{AttachOptions, Vdi};
-use cache::VdiIdentity;
+use cache::{CacheError, VdiIdentity};
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -299,7 +299,15 @@ impl Served {
             self.refuse_gone()?;
             return Err(self.log_not_open());
         }
-        Ok(parts.cache.drain(self.uuid).await?)
+        match parts.cache.drain(self.uuid).await {
+            Ok(lsn) => Ok(lsn),
+            Err(CacheError::NotAttached { .. }) => {
+                let words = "the agent stopped, or the disk was detached, before the end; \
+                             what is not in the store yet is safe in the log";
+                Err(Failure::new(Kind::Unavailable, words))
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn set(&self, state: VdiState, error: Option<String>) {

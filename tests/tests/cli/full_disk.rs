@@ -2,7 +2,7 @@
 //!
 //! Needs a small file system of its own, hence root; without, each test says so and passes.
 
-use super::{FAILED, Good, NO_AGENT, Scratch, ballast};
+use super::{FAILED, Good, Scratch, UNAVAILABLE, ballast};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -106,7 +106,7 @@ fn a_full_store_makes_commits_wait_and_nothing_else() {
     client.runner.run(|counts| counts.mutations >= 1000).unwrap();
     client.runner.verify().unwrap();
     rig.shut_down().unwrap();
-    super::finish(drain).refused(NO_AGENT, &["went away"]);
+    super::finish(drain).refused(UNAVAILABLE, &["'disk-1'", "safe in the log"]);
     rig.start().unwrap();
     client.reconnect(&mut rig).unwrap();
     client.runner.verify().unwrap();

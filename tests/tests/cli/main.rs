@@ -35,6 +35,7 @@ const NOT_FOUND: i32 = 3;
 const NO_AGENT: i32 = 4;
 const PROBLEMS: i32 = 5;
 const CONFLICT: i32 = 6;
+const UNAVAILABLE: i32 = 7;
 
 /// What a command left behind.
 #[derive(Debug)]

@@ -2,18 +2,20 @@
 
 use crate::alloc::runs::Run;
 use crate::alloc::{Allocator, Purpose};
+use crate::buf::AlignedBuf;
 use crate::commit::decide::{Decision, decide};
 use crate::commit::plan::{NewTree, TreePlan, check_changes};
 use crate::commit::{Batch, Change, Committed};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::extent::ExtentType;
+use crate::format::node::Node;
 use crate::format::pointer::Pointer;
 use crate::format::vdi::VdiHead;
 use crate::io::Write;
 use crate::root::{Garbage, Root};
 use crate::slot::{Content, Swap, View};
 use crate::tree::RUN_BLOCKS_MAX;
-use crate::types::{Birth, Gba};
+use crate::types::{BLOCK_SIZE, Birth, Gba};
 use crate::vdi::{Control, VdiInner};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -149,8 +151,7 @@ impl VdiInner {
     /// Steps 2 and 3: nodes, and a flush that is known to cover every write since the first.
     async fn barrier(&self, prepared: &Prepared, tree: &NewTree) -> Result<()> {
         let io = &self.core.io;
-        let blocks = tree.nodes.iter().map(|(p, n)| (p.gba, Bytes::copy_from_slice(n.bytes())));
-        let nodes = gather(blocks);
+        let nodes = gather_nodes(&tree.nodes);
         if nodes.is_empty() && prepared.writes.is_empty() {
             return Ok(());
         }
@@ -248,6 +249,23 @@ fn gather(blocks: impl Iterator<Item = (Gba, Bytes)>) -> Vec<Write> {
             }
             _ => writes.push((gba, vec![block])),
         }
+    }
+    writes
+}
+
+/// As [`gather`], with each run copied into one aligned buffer.
+fn gather_nodes(nodes: &[(Pointer, Arc<Node>)]) -> Vec<Write> {
+    let mut writes = Vec::new();
+    let mut rest = nodes;
+    while let Some((first, _)) = rest.first() {
+        let neighbours = (first.gba.0..).zip(rest).take(RUN_BLOCKS_MAX as usize);
+        let run = neighbours.take_while(|(gba, (pointer, _))| pointer.gba.0 == *gba).count();
+        let mut buf = AlignedBuf::zeroed(run * BLOCK_SIZE);
+        for (block, (_, node)) in buf.chunks_exact_mut(BLOCK_SIZE).zip(rest) {
+            block.copy_from_slice(node.bytes());
+        }
+        writes.push((first.gba, vec![buf.freeze()]));
+        rest = &rest[run..];
     }
     writes
 }

@@ -14,6 +14,7 @@ use tests::client::on_agent::{Client, DiskSpec, FrontEnd, seed_from};
 use tests::client::ring_port::RingPort;
 use tests::client::runner::RunOptions;
 use tests::client::{BlockPort, End, Identity, Mix, Oracle, Runner, SECTOR, Workload};
+use tests::targets::{IstgtTarget, TgtOptions, TgtTarget};
 
 const MIB: u64 = 1 << 20;
 const SEED_VARIABLE: &str = "BALLAST_VERIFY_SEED";
@@ -23,7 +24,7 @@ fn with_seed(name: &str, test: impl FnOnce(u64) -> Result<()>) {
     let seed = seed_from(SEED_VARIABLE);
     if let Err(error) = test(seed) {
         panic!(
-            "{error:?}\n\nto repeat: {SEED_VARIABLE}={seed} cargo test -p tests --test verify {name}"
+            "{error:#}\n\nto repeat: {SEED_VARIABLE}={seed} cargo test -p tests --test verify {name}"
         );
     }
 }
@@ -112,5 +113,24 @@ fn file_store_own_front_end() {
 fn file_store_independent_driver() {
     with_seed("file_store_independent_driver", |seed| {
         on_ballast(seed, &StoreSpec::file(1024 * MIB), FrontEnd::VirtioDriver)
+    });
+}
+
+#[test]
+fn iscsi_store_with_compare_and_write() {
+    with_seed("iscsi_store_with_compare_and_write", |seed| {
+        let dir = tempfile::tempdir()?;
+        let target = IstgtTarget::start(dir.path(), 1024 * MIB)?;
+        on_ballast(seed, &StoreSpec::url(target.url(), 1024 * MIB), FrontEnd::Own)
+    });
+}
+
+#[test]
+fn iscsi_store_without_compare_and_write() {
+    with_seed("iscsi_store_without_compare_and_write", |seed| {
+        let dir = tempfile::tempdir()?;
+        let target = TgtTarget::start(dir.path(), 1024 * MIB, TgtOptions::default())?;
+        let store = StoreSpec::url(target.url(), 1024 * MIB);
+        on_ballast(seed, &store, FrontEnd::VirtioDriver)
     });
 }

@@ -66,6 +66,14 @@ struct Request {
     dead: bool,
 }
 
+impl Request {
+    /// A discard of less than a block changes nothing, so it has no place in the order: its
+    /// completion may come at any time and says nothing of earlier requests.
+    fn is_void(&self) -> bool {
+        effect(self.kind, &self.sectors).is_empty()
+    }
+}
+
 /// A read that was submitted: what it covers and when.
 #[derive(Debug, Clone)]
 pub struct ReadTicket {
@@ -180,17 +188,22 @@ impl Oracle {
     pub fn acknowledge(&mut self, sequence: Sequence) -> Result<(), Violation> {
         self.clock += 1;
         let now = self.clock;
+        self.advance_first_open();
         let request = &mut self.requests[sequence as usize - 1];
         assert!(request.acknowledged.is_none() && !request.dead, "request {sequence} ended twice");
         request.acknowledged = Some(now);
-        let skipped = self.first_open + 1 < sequence as usize;
+        if request.is_void() {
+            return Ok(());
+        }
+        let first_open = self.first_open as Sequence + 1;
         self.advance_first_open();
         self.acknowledged = self.acknowledged.max(sequence);
         if self.write_through {
             self.flushed = self.flushed.max(sequence);
         }
-        if skipped && self.in_order {
-            return Err(Violation::order(sequence, &self.describe(sequence)));
+        if first_open < sequence && self.in_order {
+            let (early, late) = (self.describe(sequence), self.describe(first_open));
+            return Err(Violation::order(&early, &late));
         }
         Ok(())
     }
@@ -278,7 +291,9 @@ impl Oracle {
     }
 
     fn advance_first_open(&mut self) {
-        let settled = |request: &&Request| request.dead || request.acknowledged.is_some();
+        let settled = |request: &&Request| {
+            request.dead || request.acknowledged.is_some() || request.is_void()
+        };
         self.first_open += self.requests[self.first_open..].iter().take_while(settled).count();
     }
 

@@ -251,3 +251,19 @@ fn completions_out_of_order_are_told() {
     relaxed.submit(Mutation::Write, 8..16);
     relaxed.acknowledge(2).unwrap();
 }
+
+#[test]
+fn a_discard_of_nothing_has_no_place_in_the_order() {
+    let mut world = World::new();
+    world.write(0..8);
+    let void = world.submit(Mutation::Discard, 1..9);
+    world.oracle.acknowledge(void).unwrap();
+    assert_eq!(world.oracle.acknowledged(), 0, "nothing earlier is promised by it");
+    world.oracle.check_store(&world.image(0)).unwrap();
+    world.oracle.acknowledge(1).unwrap();
+    let late = world.submit(Mutation::Discard, 1..9);
+    let next = world.write(8..16);
+    world.oracle.acknowledge(next).unwrap();
+    world.oracle.acknowledge(late).unwrap();
+    world.oracle.recover(&world.image(next), Loss::AgentDied).unwrap();
+}

@@ -51,11 +51,11 @@ impl std::error::Error for Violation {}
 
 impl Violation {
     /// A completion out of order.
-    pub(super) fn order(sequence: Sequence, what: &str) -> Self {
+    pub(super) fn order(early: &str, late: &str) -> Self {
         Self {
             sector: 0,
             kind: Kind::OutOfOrder,
-            detail: format!("{what} completed before an earlier request than {sequence} did"),
+            detail: format!("{early} completed before {late}"),
         }
     }
 }

@@ -68,6 +68,12 @@ pub struct AgentArgs {
     /// Poll this many microseconds for new requests before sleeping [default: 0]
     #[arg(long, value_name = "MICROSECONDS")]
     pub poll_us: Option<u32>,
+    /// Memory for the store's tree nodes [default: 32MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    pub node_memory: Option<usize>,
+    /// Memory for log segments that wait for their replay [default: 64MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    pub segment_memory: Option<usize>,
     /// Commit a write to the store at the latest this long after it was acknowledged
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub flush_max_age: Option<Duration>,
@@ -93,7 +99,18 @@ struct FileConfig {
     #[serde(default)]
     disks: DiskSection,
     #[serde(default)]
+    memory: MemorySection,
+    #[serde(default)]
     flush: FlushSection,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MemorySection {
+    #[serde(default, deserialize_with = "memory")]
+    nodes: Option<usize>,
+    #[serde(default, deserialize_with = "memory")]
+    segments: Option<usize>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -159,6 +176,10 @@ pub struct AgentConfig {
     pub queue_size: u16,
     /// Adaptive polling, microseconds.
     pub poll_us: u32,
+    /// Bytes for the store's tree nodes.
+    pub node_memory: usize,
+    /// Bytes for log segments that wait for their replay.
+    pub segment_memory: usize,
     /// Longest age of an uncommitted write while the store answers; `None` leaves it to the flusher.
     pub flush_max_age: Option<Duration>,
 }
@@ -234,6 +255,8 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         queues,
         queue_size,
         poll_us: args.poll_us.or(file.disks.poll_us).unwrap_or(0),
+        node_memory: args.node_memory.or(file.memory.nodes).unwrap_or(32 << 20),
+        segment_memory: args.segment_memory.or(file.memory.segments).unwrap_or(64 << 20),
         flush_max_age: args.flush_max_age.or(file.flush.max_age),
     })
 }
@@ -264,6 +287,11 @@ fn check_queue_size(size: u16) -> Result<u16, String> {
 
 fn parse_queue_size(text: &str) -> Result<u16, String> {
     check_queue_size(text.parse().map_err(|_| format!("'{text}' is not a number up to 4096"))?)
+}
+
+fn parse_memory(text: &str) -> Result<usize, String> {
+    usize::try_from(parse_size(text)?)
+        .map_err(|_| format!("'{text}' is more memory than there can be"))
 }
 
 fn parse_mode(text: &str) -> Result<u32, String> {
@@ -323,6 +351,11 @@ fn size<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
 fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
     let text = TextOrNumber::deserialize(from)?.into_text();
     parse_duration(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn memory<'de, D: Deserializer<'de>>(from: D) -> Result<Option<usize>, D::Error> {
+    let text = TextOrNumber::deserialize(from)?.into_text();
+    parse_memory(&text).map(Some).map_err(serde::de::Error::custom)
 }
 
 /// A mode must be text: a bare 0660 is no TOML, and a bare 660 would be decimal.

@@ -31,6 +31,9 @@ const FULL: &str = r#"
     queues = 2
     queue_size = 256
     poll_us = 50
+    [memory]
+    nodes = "8MiB"
+    segments = 16777216
     [flush]
     max_age = "500ms"
 "#;
@@ -53,6 +56,8 @@ fn a_file_alone_is_enough() {
         queues: 2,
         queue_size: 256,
         poll_us: 50,
+        node_memory: 8 << 20,
+        segment_memory: 16 << 20,
         flush_max_age: Some(Duration::from_millis(500)),
     };
     assert_eq!(config, expected);

@@ -2,7 +2,7 @@
 //!
 //! `agent.lock` carries a lock that the kernel drops with the process, and the process id in words; whoever holds it owns
 //! every socket in the directory, so what an agent that was killed left behind may be replaced. `agent.toml`
-//! remembers which store and cache the agent used, for commands that run while it is down.
+//! remembers which cache the agent used, for commands that run while it is down.
 
 use crate::error::{Failure, Kind, Result};
 use crate::names::{CONTROL_SOCKET, SOCKET_PATH_LEN_MAX};
@@ -28,8 +28,6 @@ pub struct RunDir {
 /// What the last agent in a run directory used.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Remembered {
-    /// URL of the store.
-    pub store: String,
     /// The cache's files.
     pub caches: Vec<PathBuf>,
 }
@@ -223,8 +221,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert!(recall(dir.path()).is_none());
         let run_dir = RunDir::claim(dir.path()).unwrap();
-        run_dir.remember(&Remembered { store: "file:/s".into(), caches: vec!["/c \"x\"".into()] });
+        run_dir.remember(&Remembered { caches: vec!["/c \"x\"".into()] });
         let found = recall(dir.path()).unwrap();
-        assert_eq!((found.store.as_str(), found.caches[0].to_str()), ("file:/s", Some("/c \"x\"")));
+        assert_eq!(found.caches[0].to_str(), Some("/c \"x\""));
     }
 }

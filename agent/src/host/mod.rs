@@ -27,8 +27,6 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-/// Bytes of segment images kept in memory for the flusher.
-const IMAGE_BYTES: usize = 64 << 20;
 /// How often this host tells the store that it is alive.
 const HEARTBEAT_PERIOD: Duration = Duration::from_secs(10);
 
@@ -66,18 +64,19 @@ impl Host {
             path: config.cache.clone(),
             create_size: config.cache_size,
             flush: cache::flusher::FlushOptions::default(),
-            image_bytes: IMAGE_BYTES,
+            image_bytes: config.segment_memory,
         };
         if let Some(age) = config.flush_max_age {
             options.flush.max_age_ms = age.as_millis() as u64;
         }
         let cache = Cache::open(options).await?;
         let identity = cache.identity().await;
-        progress(&format!("opening the store {}", config.store));
+        progress(&format!("opening the store {}", store::without_secrets(&config.store)));
         let options = OpenOptions {
             host_uuid: identity.host,
             host_name: name.clone(),
             take_over_host: config.take_over_host,
+            node_cache_bytes: config.node_memory,
             ..OpenOptions::default()
         };
         let patience = config.store_wait;

@@ -21,6 +21,15 @@ pub enum Access {
     Exclusive,
 }
 
+/// The URL without what stands between `://` and `@`.
+#[must_use]
+pub fn without_secrets(url: &str) -> String {
+    match url.split_once("://").map(|(scheme, rest)| (scheme, rest.rsplit_once('@'))) {
+        Some((scheme, Some((_, place)))) => format!("{scheme}://…@{place}"),
+        _ => url.to_owned(),
+    }
+}
+
 /// Opens the device of a store. `create_size` creates a file that does not exist.
 pub async fn open_device(
     url: &str,

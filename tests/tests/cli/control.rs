@@ -65,7 +65,7 @@ fn garbage_is_answered_with_words_or_a_closed_connection() {
     let answer = request(&socket, "POST /v1/vdis", &large);
     assert!(answer.is_empty() || answer.contains("error"), "{answer}");
     assert_eq!(good.ask(&["vdi", "list", "--json"]).json().as_array().unwrap().len(), 1);
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]
@@ -75,7 +75,7 @@ fn many_idle_connections_do_not_lock_the_operator_out() {
     let idle: Vec<_> = (0..200).map(|_| UnixStream::connect(&socket).unwrap()).collect();
     good.ask(&["status"]).done();
     drop(idle);
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn only_the_owner_may_use_the_control_socket() {
     };
     assert_eq!(mode("control.sock"), 0o600);
     assert_eq!(mode("disk-1.sock"), 0o600);
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]
@@ -112,7 +112,7 @@ fn what_is_in_the_way_of_a_disks_socket_stays_and_is_named() {
     good.ask(&["vdi", "detach", "blocked"]).done();
     assert!(!std::path::Path::new(&path).exists());
     good.ask(&["vdi", "delete", "blocked"]).done();
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]

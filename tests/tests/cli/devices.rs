@@ -1,7 +1,11 @@
 //! Wrong, damaged, foreign and busy stores and caches.
 
-use super::{CONFLICT, FAILED, Good, NOT_FOUND, PROBLEMS, Scratch, USAGE, ballast};
+use super::{
+    CONFLICT, FAILED, Good, NOT_FOUND, PROBLEMS, Said, Scratch, UNAVAILABLE, USAGE, ballast,
+};
 use bench::agent::find_binary;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
@@ -151,7 +155,7 @@ fn a_cache_of_another_store_is_refused_with_both_identities() {
     // The right store takes it back, and the other one can be used.
     good.rig.start().unwrap();
     good.client.reconnect(&mut good.rig).unwrap();
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]
@@ -173,7 +177,7 @@ fn a_truncated_cache_is_refused_and_good_again_when_restored() {
     good.rig.start().unwrap();
     // kill -9 of the agent loses nothing that it had acknowledged.
     good.client.reconnect(&mut good.rig).unwrap();
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]
@@ -195,28 +199,82 @@ fn a_second_agent_is_refused_and_the_first_goes_on() {
     good.ask(&["cache", "check"]).refused(CONFLICT, &["in use", "stop"]);
     // Looking is allowed.
     ballast(["store", "info", &store]).done();
-    good.is_unharmed();
+    good.assert_unharmed();
+}
+
+/// A daemon that is to be stopped by a signal, by process id, and reaped.
+struct Daemon {
+    child: std::process::Child,
+}
+
+impl Daemon {
+    fn spawn(arguments: &[&str]) -> Self {
+        let mut command = Command::new(find_binary().unwrap());
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self { child: command.spawn().unwrap() }
+    }
+
+    /// Asks for its status until the exit code is as expected.
+    fn wait_for(&mut self, run_dir: &str, code: i32) -> Said {
+        for _ in 0..1000 {
+            let said = ballast(["--run-dir", run_dir, "status"]);
+            if said.code == Some(code) {
+                return said;
+            }
+            assert!(self.child.try_wait().unwrap().is_none(), "the daemon ended: {said:?}");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        panic!("status never ended with {code}");
+    }
+
+    fn stop(mut self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{signal}: {status}");
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 #[test]
 fn a_start_that_was_refused_leaves_nothing_that_hinders_the_next() {
     let scratch = Scratch::new();
+    let (store, cache, run) = (scratch.store(), scratch.path("cache"), scratch.path("run"));
     scratch.agent("cache", &["--cache-size", "32MiB", "--queues", "0"]).refused(USAGE, &["queues"]);
     scratch.agent("none", &[]).refused(NOT_FOUND, &["/none"]);
-    let fixed = ["agent", "--store", &scratch.store(), "--cache", &scratch.path("cache")];
-    let mut child = Command::new(find_binary().unwrap())
-        .args(fixed)
-        .args(["--cache-size", "32MiB", "--run-dir", &scratch.path("run")])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let ready = (0..1000).any(|_| {
-        std::thread::sleep(std::time::Duration::from_millis(20));
-        ballast(["--run-dir", &scratch.path("run"), "status"]).code == Some(0)
-    });
-    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
-    let status = child.wait().unwrap();
-    assert!(ready && status.success(), "ready: {ready}, {status}");
+    let fixed =
+        ["agent", "--store", &store, "--cache", &cache, "--cache-size", "32MiB", "--run-dir", &run];
+    let mut daemon = Daemon::spawn(&fixed);
+    daemon.wait_for(&run, 0);
+    daemon.stop(Signal::SIGINT);
+}
+
+#[test]
+fn an_agent_waits_for_a_store_that_is_away_and_says_so() {
+    let scratch = Scratch::new();
+    let (cache, run) = (scratch.path("cache"), scratch.path("run"));
+    // A device node that is missing may come with its session; so may a target that does not answer.
+    for url in ["file:/dev/no-such-lun", "iscsi://127.0.0.1:1/iqn.2024-01.example:none/0"] {
+        let fixed = [
+            "agent",
+            "--store",
+            url,
+            "--cache",
+            &cache,
+            "--cache-size",
+            "32MiB",
+            "--run-dir",
+            &run,
+        ];
+        let said = ballast(fixed.iter().chain(&["--store-wait", "1s"]));
+        said.refused(UNAVAILABLE, &[url, "--store-wait"]);
+        let mut daemon = Daemon::spawn(&fixed);
+        daemon.wait_for(&run, UNAVAILABLE).refused(UNAVAILABLE, &["not ready yet"]);
+        daemon.stop(Signal::SIGTERM);
+    }
 }

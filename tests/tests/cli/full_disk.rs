@@ -70,7 +70,7 @@ fn an_export_that_does_not_fit_leaves_no_file() {
     ballast(["store", "export", &good.store(), "disk-1", out.to_str().unwrap()])
         .refused(FAILED, &["space"]);
     assert_eq!(std::fs::read_dir(small.dir.path()).unwrap().count(), 0, "something was left");
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 /// Goal: a store whose thin device is full makes commits wait, never fail: the guest goes on from the log, status says what

@@ -24,7 +24,7 @@ fn a_disk_comes_back_after_stop_and_after_kill_without_being_asked() {
             );
         }
     }
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn detaching_takes_a_disk_away_with_all_its_data_in_the_store() {
     good.ask(&["vdi", "detach", "disk-1"]).refused(CONFLICT, &["not attached"]);
     good.ask(&["vdi", "attach", "disk-1"]).done();
     good.client.reconnect(&mut good.rig).unwrap();
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn a_disk_that_cannot_come_back_does_not_stop_the_others() {
     good.ask(&["vdi", "attach", "second"]).done();
     assert_eq!(good.ask(&["vdi", "info", "second", "--json"]).json()["state"], "running");
     good.ask(&["vdi", "detach", "second"]).done();
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn odd_names_live_a_whole_life() {
         assert_eq!(good.ask(&["vdi", "info", name, "--json"]).json()["size"], 32 << 20);
         good.ask(&["vdi", "delete", name]).done();
     }
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 /// Goal: requests that cross each other end in a defined state, whatever their order.
@@ -116,7 +116,7 @@ fn crossing_requests_leave_a_defined_state() {
     assert_eq!(good.ask(&["vdi", "info", "busy", "--json"]).json()["state"], "running");
     good.ask(&["vdi", "detach", "busy"]).done();
     good.ask(&["vdi", "delete", "busy"]).done();
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 /// Goal: Ctrl-C of a command leaves the daemon's work whole.
@@ -138,7 +138,7 @@ fn interrupted_commands_are_carried_to_their_end_or_never_began() {
         good.ask(&["vdi", "detach", &name]).done();
         good.ask(&["vdi", "delete", &name]).done();
     }
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]
@@ -164,7 +164,7 @@ fn drain_and_status_tell_the_same_story() {
     assert_eq!(status["vdis"][0]["front_end_connected"], true);
     let one: Said = good.ask(&["cache", "drain", "disk-1", "--json"]);
     assert_eq!(one.json()["drained"].as_array().unwrap().len(), 1);
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn a_hangup_is_ignored() {
     let pid = Pid::from_raw(good.rig.agent().unwrap().process().pid() as i32);
     kill(pid, Signal::SIGHUP).unwrap();
     good.works().unwrap();
-    good.is_unharmed();
+    good.assert_unharmed();
 }
 
 #[test]
@@ -190,5 +190,5 @@ fn an_export_does_not_overwrite() {
     ballast(["store", "export", &store, "disk-1", &folder]).refused(CONFLICT, &["regular file"]);
     ballast(["store", "export", &store, "disk-1", out, "--force"]).done();
     assert_eq!(std::fs::metadata(out).unwrap().len(), 32 << 20);
-    good.is_unharmed();
+    good.assert_unharmed();
 }

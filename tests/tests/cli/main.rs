@@ -209,7 +209,7 @@ impl Good {
     }
 
     /// The agent goes on, stops in good order, and has left a sound store and cache.
-    fn is_unharmed(mut self) {
+    fn assert_unharmed(mut self) {
         self.works().unwrap();
         let cache = self.cache();
         drop(self.client);

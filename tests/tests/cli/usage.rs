@@ -101,5 +101,5 @@ fn bad_names_and_sizes_are_refused_and_harm_nothing() {
     good.ask(&["cache", "drain", "nix"]).refused(NOT_FOUND, &["'nix'"]);
     let list = good.ask(&["vdi", "list", "--json"]).json();
     assert_eq!(list.as_array().unwrap().len(), 1, "{list}");
-    good.is_unharmed();
+    good.assert_unharmed();
 }

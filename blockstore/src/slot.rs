@@ -18,6 +18,9 @@ use uuid::Uuid;
 /// How often a device may say "miscompare" about bytes that a read shows to be as expected.
 const CONTRADICTIONS_MAX: u32 = 5;
 
+/// How often a record that seems damaged is read.
+const READ_TRIES: u32 = 3;
+
 /// Where a record lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot {
@@ -107,14 +110,21 @@ pub struct Records {
 }
 
 impl Records {
-    /// Reads a record.
+    /// Reads a record. One that seems damaged is read again: the fault may be on the way.
     ///
     /// # Errors
     /// Only the device's; damage is content.
     pub async fn read<T: Record>(&self, io: &Io, slot: Slot) -> Result<View<T>> {
         let blocks = if self.uses_pair(slot) { 2 } else { 1 };
-        let buf = io.read(slot.first, blocks).await?;
-        Ok(self.view(slot, &buf))
+        let mut tries = READ_TRIES;
+        loop {
+            let buf = io.read(slot.first, blocks).await?;
+            let (view, all_whole) = self.view(slot, &buf);
+            tries -= 1;
+            if all_whole || tries == 0 {
+                return Ok(view);
+            }
+        }
     }
 
     /// Reads a run of equal slots that lie one after the other, `first` being the first of them.
@@ -130,25 +140,35 @@ impl Records {
         let stride = if first.paired { 2 } else { 1 };
         let buf = io.read(first.first, count * stride).await?;
         let bytes = stride as usize * BLOCK_SIZE;
-        let views = buf.chunks_exact(bytes).zip(0..).map(|(chunk, index)| {
+        let mut views = Vec::with_capacity(count as usize);
+        for (chunk, index) in buf.chunks_exact(bytes).zip(0..) {
             let slot = Slot { first: first.first.plus(index * stride), ..first };
-            self.view(slot, chunk)
-        });
-        Ok(views.collect())
+            views.push(match self.view(slot, chunk) {
+                (view, true) => view,
+                (_, false) => self.read(io, slot).await?,
+            });
+        }
+        Ok(views)
     }
 
-    /// Judges the bytes of a slot: one block, or two if it is paired.
-    fn view<T: Record>(&self, slot: Slot, bytes: &[u8]) -> View<T> {
+    /// Judges the bytes of a slot: one block, or two if it is paired. The flag says that no copy is
+    /// damaged.
+    fn view<T: Record>(&self, slot: Slot, bytes: &[u8]) -> (View<T>, bool) {
         let copy = |index: usize| {
             let block = &bytes[index * BLOCK_SIZE..(index + 1) * BLOCK_SIZE];
             let raw = Bytes::copy_from_slice(&block[..self.logical_block]);
             let content = self.judge(block, slot.first.plus(index as u64));
             View { slot, content, raw }
         };
+        let whole = |view: &View<T>| !matches!(view.content, Content::Damaged(_));
+        let a = copy(0);
+        let a_whole = whole(&a);
         if !self.uses_pair(slot) {
-            return copy(0);
+            return (a, a_whole);
         }
-        newest(copy(0), copy(1))
+        let b = copy(1);
+        let b_whole = whole(&b);
+        (newest(a, b), a_whole && b_whole)
     }
 
     fn judge<T: Record>(&self, block: &[u8], address: Gba) -> Content<T> {

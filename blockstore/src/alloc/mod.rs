@@ -42,6 +42,9 @@ const SPACE_POLL: Duration = Duration::from_secs(1);
 /// Most blocks claimed ahead of need at once (thesis, section 3.4.3).
 const CLAIM_MAX: u64 = 10_000;
 
+/// Free blocks kept in memory, if claims are not larger themselves.
+const POOL_MAX: u64 = 65_536;
+
 /// What an allocation is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
@@ -272,8 +275,10 @@ impl Allocator {
         self.free(runs.iter().flat_map(|run| run.iter()).collect());
     }
 
+    /// Above this, free blocks are released to the BMap: a few claims, or what a large commit needs.
     fn high_water(&self) -> u64 {
-        self.claim_blocks() * 8
+        let share = self.territory.geometry.total_blocks() / 16;
+        (self.claim_blocks() * 8).max(share.min(POOL_MAX))
     }
 
     /// True if the pool holds more than it should.
@@ -296,7 +301,7 @@ impl Allocator {
         for kind in [ExtentType::Data, ExtentType::Metadata] {
             let total = self.pools.lock().of(kind).total();
             if total > self.high_water() {
-                self.release(io, kind, self.claim_blocks() * 4).await?;
+                self.release(io, kind, self.high_water() / 2).await?;
             } else if total < self.claim_blocks() / 2 && self.owns_any(kind) {
                 self.refill(io, kind, self.claim_blocks(), Purpose::GivesBack).await?;
             }

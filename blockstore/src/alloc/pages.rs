@@ -186,13 +186,18 @@ impl Pages {
             return Ok(());
         }
         let address = territory.geometry.bmap_page(extent, page);
-        let bytes = io.read(address, 1).await?;
         let store = territory.records.store;
-        let content = BitmapPage::decode(&bytes, BitmapKind::Allocation, store, address)
-            .unwrap_or_else(|damage| {
-                tracing::warn!(extent, page, %damage, "damaged BMap page: its free blocks leak");
-                BitmapPage::full()
-            });
+        let bytes = io.read(address, 1).await?;
+        let mut content = BitmapPage::decode(&bytes, BitmapKind::Allocation, store, address);
+        if content.is_err() {
+            // The fault may be on the way.
+            let bytes = io.read(address, 1).await?;
+            content = BitmapPage::decode(&bytes, BitmapKind::Allocation, store, address);
+        }
+        let content = content.unwrap_or_else(|damage| {
+            tracing::warn!(extent, page, %damage, "damaged BMap page: its free blocks leak");
+            BitmapPage::full()
+        });
         let free = content.clear_bits(territory.geometry.page_bits(page));
         if let Some(owned) = self.extents.get_mut(&extent) {
             owned.free[page as usize] = Some(free);

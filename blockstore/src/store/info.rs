@@ -143,12 +143,22 @@ impl Store {
     pub async fn read_bmap(&self, extent: u32) -> Result<Vec<Result<BitmapPage, Damage>>> {
         let g = &self.core.superblock.geometry;
         let first = g.bmap_page(extent, 0);
-        let bytes = self.control_io.read(first, u64::from(g.bmap_pages())).await?;
-        let pages = bytes.chunks_exact(BLOCK_SIZE).zip(0..).map(|(block, page)| {
+        let decode = |block: &[u8], page| {
             let address = g.bmap_page(extent, page);
             BitmapPage::decode(block, BitmapKind::Allocation, self.uuid(), address)
-        });
-        Ok(pages.collect())
+        };
+        let bytes = self.control_io.read(first, u64::from(g.bmap_pages())).await?;
+        let mut pages = Vec::new();
+        for (block, page) in bytes.chunks_exact(BLOCK_SIZE).zip(0..) {
+            let mut content = decode(block, page);
+            if content.is_err() {
+                // Being written at this moment, or a fault on the way: look again.
+                let block = self.control_io.read(g.bmap_page(extent, page), 1).await?;
+                content = decode(&block, page);
+            }
+            pages.push(content);
+        }
+        Ok(pages)
     }
 
     /// Everything `store info` shows.

@@ -175,7 +175,11 @@ pub(crate) async fn scan_extents(
 
 /// Reads the superblock, or its copy if the first is damaged.
 async fn read_superblock(io: &Io) -> Result<Head<Superblock>> {
-    let block = io.read(Gba(0), 1).await?;
+    let mut block = io.read(Gba(0), 1).await?;
+    if matches!(Head::<Superblock>::decode(&block, Gba(0)), Err(Damage::Crc { .. })) {
+        // The fault may be on the way.
+        block = io.read(Gba(0), 1).await?;
+    }
     let damage = match Head::<Superblock>::decode(&block, Gba(0)) {
         Ok(head) => return Ok(head),
         Err(Damage::Newer(version)) => return Err(newer(io, version)),

@@ -5,7 +5,7 @@ use crate::device::sim::{Fault, OpKind, Reach, SimDevice};
 use crate::format::head::Head;
 use crate::format::vdi::{Owner, VdiHead};
 use crate::testing::{
-    HOST, MIB, Model, attach, batch, check_blocks, open, sim, stamp, store_with_disk, write,
+    HOST, MIB, Model, attach, batch, check_blocks, open, sim, stamp, store_with_disk, write, zero,
 };
 use crate::types::{Gba, Generation, Lba, Lsn};
 use crate::{Change, Store, StoreErrorKind, Vdi};
@@ -229,6 +229,39 @@ async fn a_version_that_is_read_is_not_reused_however_many_follow() {
         vdi.commit(batch(lsn, all(lsn))).await.expect("commit");
     }
     check_blocks(&store).await;
+}
+
+/// P5, C4: what was born at or before the last snapshot is not freed when it is replaced.
+#[tokio::test(start_paused = true)]
+async fn blocks_that_a_snapshot_may_hold_are_left_to_gc() {
+    let sim = sim(64 * MIB, 13);
+    let (store, vdi) = store_with_disk(&sim, 16 * MIB).await;
+    let all = |version| (0..300).map(|lba| write(lba, version)).collect::<Vec<_>>();
+    vdi.commit(batch(1, all(1))).await.expect("commit");
+    let snapshot = vdi.inner.root.load().head.clone();
+    meddle(&sim, &store, |head| {
+        head.sequence += 1;
+        head.record.last_snapshot_birth = head.record.birth;
+    })
+    .await;
+    for lsn in 2..=6 {
+        vdi.commit(batch(lsn, all(lsn))).await.expect("commit");
+    }
+    vdi.commit(batch(7, vec![zero(0, 4096)])).await.expect("discard");
+    store.reclaimed().await;
+    for lsn in 8..=30 {
+        vdi.commit(batch(lsn, all(lsn))).await.expect("commit");
+    }
+    vdi.detach(Lsn(30)).await.expect("detach");
+    drop(vdi);
+    store.delete_vdi("d").await.expect("delete");
+    store.reclaimed().await;
+    store.create_vdi("d", 16 * MIB).await.expect("create");
+    attach(&store, "d").await.commit(batch(1, all(99))).await.expect("commit");
+    let reader = store.reader();
+    let pointers = reader.resolve(&snapshot, Lba(0), 300).await.expect("nodes are whole");
+    let blocks = reader.read_blocks(&pointers).await.expect("data is whole");
+    assert!((0..).zip(&blocks).all(|(lba, block)| block == &stamp(lba, 1)));
 }
 
 /// C5: without compare-and-write, an earlier head that lands late does not count.

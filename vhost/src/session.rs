@@ -9,7 +9,7 @@
 
 use crate::config::{self, Geometry, MEM_SLOTS_MAX, WRITEBACK_OFFSET, feature};
 use crate::memory::{MemoryTable, Region, RegionPlace};
-use crate::ring::Layout;
+use crate::ring::{InflightRegion, Layout};
 use crate::stats::Shared;
 use crate::worker::{DriverFeatures, Handle, Reply, Request, StartRing, gone};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -65,6 +65,8 @@ struct Session {
     features: u64,
     memory: MemoryTable,
     queues: Vec<QueueSetup>,
+    /// Used by rings that start from now on.
+    inflight: Option<Arc<InflightRegion>>,
 }
 
 /// Serves a front end until it leaves or is cut off. Blocks.
@@ -106,6 +108,7 @@ impl Session {
             features: 0,
             memory: MemoryTable::default(),
             queues,
+            inflight: None,
             context,
         })
     }
@@ -154,7 +157,9 @@ impl Session {
         let layout = self.layout(size, addresses)?;
         let Some(kick) = self.queue(index)?.kick.take() else { return Ok(()) };
         let queue = index as u16;
-        let start = StartRing { queue, layout, next_avail, event_idx, kick, call, enabled };
+        let inflight = self.inflight.clone();
+        let start =
+            StartRing { queue, layout, next_avail, event_idx, kick, call, enabled, inflight };
         self.ask(Request::Start(start))?;
         self.queue(index)?.running = true;
         Ok(())
@@ -187,6 +192,14 @@ impl Session {
         let map = self.memory.snapshot().map_err(handler)?;
         self.ask(Request::Memory(Arc::new(map)))?;
         (0..u32::from(self.context.queues)).try_for_each(|index| self.try_start(index))
+    }
+
+    fn check_inflight(&self, region: &VhostUserInflight) -> Result<(u16, u16)> {
+        let (queues, size) = (region.num_queues, region.queue_size);
+        if queues > self.context.queues || size > self.context.queue_size_max {
+            return Err(Error::InvalidParam);
+        }
+        Ok((queues, size))
     }
 
     fn geometry(&self) -> Geometry {
@@ -375,12 +388,20 @@ impl VhostUserBackendReqHandlerMut for Session {
         Err(Error::InvalidOperation("SHARED_OBJECT was not offered"))
     }
 
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidOperation("INFLIGHT_SHMFD was not offered"))
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (queues, size) = self.check_inflight(wanted)?;
+        let (region, file) = InflightRegion::create(queues, size).map_err(handler)?;
+        self.inflight = Some(Arc::new(region));
+        let len = InflightRegion::len(queues, size) as u64;
+        Ok((VhostUserInflight::new(len, 0, queues, size), file))
     }
 
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        Err(Error::InvalidOperation("INFLIGHT_SHMFD was not offered"))
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        let (queues, size) = self.check_inflight(given)?;
+        let (offset, len) = (given.mmap_offset, given.mmap_size);
+        let region = InflightRegion::map(file, offset, len, queues, size).map_err(handler)?;
+        self.inflight = Some(Arc::new(region));
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

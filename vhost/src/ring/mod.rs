@@ -11,11 +11,16 @@
 //! Order: an element is written before the index that covers it (release), the index before the event fields are read
 //! (full fence), and the available index is read (acquire) before the entries that it covers.
 
+mod inflight;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use inflight::InflightRegion;
+
 use crate::memory::GuestMap;
 use crate::request::Chain;
+use inflight::{Found, InflightQueue};
+use std::collections::VecDeque;
 use std::io;
 use std::num::Wrapping;
 use std::sync::Arc;
@@ -70,6 +75,10 @@ pub(crate) struct SplitRing {
     published: Wrapping<u16>,
     /// What the guest was last told about its kicks.
     kicks: Kicks,
+    /// Where the front end remembers what was taken.
+    inflight: Option<InflightQueue>,
+    /// Heads that a process before this one took and never gave back: to be served first.
+    replay: VecDeque<u16>,
 }
 
 /// Whether the guest was asked to kick when it adds a chain.
@@ -108,10 +117,25 @@ impl SplitRing {
             next_used: Wrapping(0),
             published: Wrapping(0),
             kicks: Kicks::Unknown,
+            inflight: None,
+            replay: VecDeque::new(),
         };
         ring.next_used = Wrapping(ring.used_word(2).load(Ordering::Acquire));
         ring.published = ring.next_used;
         Ok(ring)
+    }
+
+    /// Tracks requests in part `queue` of `region`, if it has one for this ring, and serves again what that says was
+    /// under way. With such a part in use the front end's base is not believed: one front end says the used index, another
+    /// the available index, and only the region knows.
+    pub(crate) fn track(&mut self, region: &Arc<InflightRegion>, queue: u16) {
+        let Some(mut part) = InflightQueue::attach(region, queue, self.layout.size) else { return };
+        if let Found::Live(heads) = part.recover(self.published.0) {
+            self.next_avail = self.published + Wrapping(heads.len() as u16);
+            self.seen_avail = self.next_avail;
+            self.replay = heads.into();
+        }
+        self.inflight = Some(part);
     }
 
     /// The same ring over another snapshot of the guest's memory.
@@ -120,6 +144,8 @@ impl SplitRing {
         moved.seen_avail = self.seen_avail;
         moved.next_used = self.next_used;
         moved.published = self.published;
+        moved.inflight = self.inflight.take();
+        moved.replay = std::mem::take(&mut self.replay);
         *self = moved;
         Ok(())
     }
@@ -141,6 +167,9 @@ impl SplitRing {
 
     /// Takes the next chain, if the guest added one.
     pub(crate) fn pop(&mut self) -> Result<Option<Chain>, Broken> {
+        if let Some(head) = self.replay.pop_front() {
+            return Ok(Some(self.chain(head)));
+        }
         if self.next_avail == self.seen_avail {
             let index = Wrapping(self.avail_word(2).load(Ordering::Acquire));
             if (index - self.next_avail).0 > self.layout.size {
@@ -161,7 +190,14 @@ impl SplitRing {
             return Err(Broken::Head { head, size: self.layout.size });
         }
         self.next_avail += 1;
-        Ok(Some(Chain { table: self.layout.descriptors, entries: self.layout.size, head }))
+        if let Some(inflight) = &mut self.inflight {
+            inflight.taken(head);
+        }
+        Ok(Some(self.chain(head)))
+    }
+
+    fn chain(&self, head: u16) -> Chain {
+        Chain { table: self.layout.descriptors, entries: self.layout.size, head }
     }
 
     /// Gives chain `head` back with `written` bytes in it; the guest sees it after [`Self::publish`].
@@ -172,6 +208,9 @@ impl SplitRing {
         // multiple of 4 only, hence unaligned. The guest may read it at any time but has no business to.
         unsafe { self.used.add(4 + 8 * slot).cast::<u64>().write_unaligned(element) };
         self.next_used += 1;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.link(head);
+        }
     }
 
     /// Lets the guest see what was given back since the last call; true if it wants an interrupt for it.
@@ -181,6 +220,9 @@ impl SplitRing {
         }
         let before = std::mem::replace(&mut self.published, self.next_used);
         self.used_word(2).store(self.next_used.0.to_le(), Ordering::Release);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(self.next_used.0);
+        }
         // The index must be visible before the guest's wish is read: it sets its wish, then looks at the index.
         fence(Ordering::SeqCst);
         if self.event_idx {
@@ -207,8 +249,11 @@ impl SplitRing {
         self.has_more()
     }
 
-    /// The guest added a chain that was not taken yet.
+    /// There is a chain that was not taken yet.
     pub(crate) fn has_more(&self) -> bool {
+        if !self.replay.is_empty() {
+            return true;
+        }
         Wrapping(u16::from_le(self.avail_word(2).load(Ordering::Acquire))) != self.next_avail
     }
 

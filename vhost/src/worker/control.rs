@@ -1,7 +1,7 @@
 //! What the session and the server ask of a worker. Each request is answered once it has taken effect.
 
 use crate::memory::GuestMap;
-use crate::ring::Layout;
+use crate::ring::{InflightRegion, Layout};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::fs::File;
 use std::io;
@@ -26,7 +26,7 @@ pub(crate) enum Request {
     Enable { queue: u16, enabled: bool },
     /// Writes complete when durable.
     WriteThrough(bool),
-    /// The front end is gone: forget its rings and requests.
+    /// The front end is gone: forget its rings and requests. Answered when nothing reaches into its memory any more.
     EndSession,
     /// Take no more requests from any ring; answer when nothing local is under way.
     Quiesce,
@@ -55,6 +55,7 @@ pub(crate) struct StartRing {
     pub kick: File,
     pub call: Option<File>,
     pub enabled: bool,
+    pub inflight: Option<Arc<InflightRegion>>,
 }
 
 /// A request and the way back.

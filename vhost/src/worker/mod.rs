@@ -121,6 +121,8 @@ struct Worker {
     /// No requests are taken; who waits for quiet.
     quiescing: Option<Option<Sender<Reply>>>,
     shutdown: bool,
+    /// Who waits for the end of a session.
+    ending: Vec<Sender<Reply>>,
     /// Who waits for a switch to write-through, in order.
     switched: VecDeque<Sender<Reply>>,
     // Reused from turn to turn.
@@ -163,6 +165,7 @@ impl Worker {
             progress: false,
             quiescing: None,
             shutdown: false,
+            ending: Vec::new(),
             switched: VecDeque::new(),
             actions: Vec::new(),
             fetches: Vec::new(),
@@ -206,6 +209,7 @@ impl Worker {
             self.publish_counters();
             self.queues.publish(&mut self.io.uring);
             self.answer_quiesce();
+            self.answer_end();
             self.rest(more);
         }
     }
@@ -377,7 +381,8 @@ impl Worker {
                 }
                 Request::EndSession => {
                     self.end_session();
-                    Ok(None)
+                    self.ending.push(reply);
+                    continue;
                 }
                 Request::Quiesce => {
                     self.quiescing = Some(Some(reply));
@@ -400,6 +405,17 @@ impl Worker {
             && self.attached.disk.is_quiet()
             && let Some(reply) = waiting.take()
         {
+            let _ = reply.send(Ok(None));
+        }
+    }
+
+    /// A read on its way into memory of a session that ended must not arrive during the next, when the guest may have
+    /// other things there.
+    fn answer_end(&mut self) {
+        if self.ending.is_empty() || self.slots.any_orphan_read() {
+            return;
+        }
+        for reply in self.ending.drain(..) {
             let _ = reply.send(Ok(None));
         }
     }

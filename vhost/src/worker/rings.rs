@@ -27,6 +27,8 @@ struct Running {
     enabled: bool,
     /// The guest broke the ring: nothing more is taken from it.
     broken: bool,
+    /// The memory table leaves the ring out for now: front ends take regions away and give them back in other cuts.
+    unmapped: bool,
     /// Requests taken and not given back.
     in_flight: u16,
     /// Who waits for `in_flight` to become 0.
@@ -70,8 +72,11 @@ impl Queues {
         map: &Arc<GuestMap>,
         uring: &mut Uring,
     ) -> std::io::Result<()> {
-        let ring =
+        let mut ring =
             SplitRing::new(start.layout, Arc::clone(map), start.event_idx, start.next_avail)?;
+        if let Some(region) = &start.inflight {
+            ring.track(region, start.queue);
+        }
         let queue = &mut self.queues[usize::from(start.queue)];
         queue.arming = queue.arming.wrapping_add(1);
         let token = Token::Kick { queue: start.queue, arming: queue.arming };
@@ -84,6 +89,7 @@ impl Queues {
             call: start.call,
             enabled: start.enabled,
             broken: false,
+            unmapped: false,
             in_flight: 0,
             stopping: None,
         });
@@ -132,13 +138,15 @@ impl Queues {
         }
     }
 
-    /// Moves all rings to another snapshot of the guest's memory. A ring that does not lie in it is broken.
+    /// Moves all rings to another snapshot of the guest's memory. A ring that does not lie in it rests, on the former
+    /// snapshot, until one comes that it lies in.
     pub(super) fn remap(&mut self, map: &Arc<GuestMap>) {
         for (index, queue) in self.queues.iter_mut().enumerate() {
             let Some(running) = &mut queue.running else { continue };
-            if let Err(error) = running.ring.remap(Arc::clone(map)) {
-                tracing::warn!(queue = index, %error, "the new memory table leaves out a running ring: ring stopped");
-                running.broken = true;
+            let moved = running.ring.remap(Arc::clone(map));
+            running.unmapped = moved.is_err();
+            if let Err(error) = moved {
+                tracing::info!(queue = index, %error, "the new memory table leaves out a running ring: it rests");
             }
         }
     }

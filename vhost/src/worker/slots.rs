@@ -105,6 +105,11 @@ impl Slots {
         (0u32..).zip(&self.slots).filter(|(_, slot)| slot.in_use).map(|(index, _)| index)
     }
 
+    /// Local reads for a session that has ended are under way.
+    pub(super) fn any_orphan_read(&self) -> bool {
+        self.slots.iter().any(|slot| slot.in_use && slot.orphan && slot.read.local > 0)
+    }
+
     pub(super) fn at(&mut self, index: u32) -> &mut Slot {
         &mut self.slots[index as usize]
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{
@@ -309,9 +309,24 @@ impl Guest {
         self.front_end.set_vring_enable(index, true).unwrap();
     }
 
+    /// Reconnects with an inflight region kept from before.
+    pub fn reconnect_tracked(
+        self,
+        path: &Path,
+        region: &VhostUserInflight,
+        file: &File,
+        base: u16,
+    ) -> Self {
+        let mut guest = self.reconnect(path, &[]);
+        guest.front_end.set_inflight_fd(region, file.as_raw_fd()).unwrap();
+        guest.start_queue(0, base);
+        guest
+    }
+
     /// Brings this guest's memory and rings to a new connection of the same disk, as a front end that reconnects does.
     pub fn reconnect(mut self, path: &Path, bases: &[u16]) -> Self {
-        self.socket.shutdown(std::net::Shutdown::Both).expect("shutdown");
+        // The server may have cut the connection before.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
         let fresh = Self::negotiate(path, self.features).expect("reconnect");
         self.front_end = fresh.front_end;
         self.socket = fresh.socket;

@@ -2,5 +2,6 @@
 
 mod data;
 mod guest;
+mod replay;
 mod rig;
 mod sessions;

@@ -2,7 +2,7 @@
 //!
 //! Layers, from the wire up: `ffi` (bindings), `context` (one connection, safe), `worker` (the thread that
 //! owns it) with the pure parts `session` (when to connect), `prepare` (what a fresh login says to the
-//! LUN), `outcome` (what an ending means) and `scsi` (bytes); `link` leads from callers to the thread;
+//! LUN), `queue` (fate of each command), `outcome` (what an ending means) and `scsi` (bytes); `link` leads from callers to the thread;
 //! `open` and this file are the callers' side.
 //!
 //! What the store relies on:
@@ -20,6 +20,7 @@ mod open;
 mod outcome;
 mod prepare;
 mod probe;
+mod queue;
 mod reinstate;
 mod scsi;
 mod secret;

@@ -1,40 +1,25 @@
-//! The session thread: owns the libiscsi context, turns commands into SCSI tasks and answers each once.
-//!
-//! When a session is lost, commands that it left open part ways: reads are sent again on the next one;
-//! a flush fails at once; a write, compare-and-write or discard is *withheld*: its caller hears
-//! `Unreachable` only after a login under the same ISID has made the target drop the old session
-//! and everything it still had in flight. So no caller can overwrite or reuse a block that an old
-//! write may yet reach. The epoch rises before any of these answers is given.
-//!
-//! Bounds: [`DEPTH_MAX`] commands under way, [`WAITING_MAX`] waiting, the rest in the channel.
+//! The session thread: owns the libiscsi context, carries out what [`Session`] says, and moves commands
+//! between their [`Queue`] and the wire. The epoch rises before any answer is given that came after a
+//! lost session.
 
 use super::context::{Context, Login, Notice, Payload};
-use super::link::{Command, Reply, Request, Shared};
-use super::outcome::{Class, Ending, Failure, Verdict, judge};
+use super::link::{Request, Shared};
+use super::outcome::{Ending, Failure};
 use super::prepare::{Facts, Preparation, Progress};
+use super::queue::Queue;
 use super::reinstate::{Rival, Stage};
 use super::session::{Action, Event, Session, State, Timing};
 use crate::buf::AlignedBuf;
 use crate::device::DeviceErrorKind;
 use bytes::Bytes;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
-/// Commands under way at a target at most.
-const DEPTH_MAX: usize = 64;
-/// Fewest commands under way, however small the target's command window is.
-const DEPTH_MIN: usize = 2;
-/// Commands taken from the channel that wait for their turn or for a session.
-const WAITING_MAX: usize = 128;
-/// A read is given up after this many sessions were lost under it.
-const ATTEMPTS_MAX: u32 = 5;
-/// Pause after the target said that it is busy.
-const BUSY_PAUSE: Duration = Duration::from_millis(50);
 /// For what is under way when the device is closed.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// Id of the commands of a [`Preparation`]; callers' commands come after it.
@@ -71,30 +56,10 @@ pub struct Worker {
     adopted: Option<Stage>,
     preparation: Option<Preparation>,
     facts: Option<Facts>,
-    waiting: VecDeque<Waiting>,
-    running: HashMap<usize, Running>,
-    /// Cut-off commands that may still land, until the next login.
-    withheld: Vec<Command>,
-    next_id: usize,
+    queue: Queue,
     /// Why there is no session.
     down: Failure,
-    depth: usize,
-    busy_until: Duration,
     closing_since: Option<Duration>,
-}
-
-struct Waiting {
-    command: Command,
-    since: Duration,
-    first_sent: Option<Duration>,
-    attempts: u32,
-}
-
-struct Running {
-    command: Command,
-    first_sent: Duration,
-    attempts: u32,
-    deadline: Duration,
 }
 
 impl Worker {
@@ -107,6 +72,7 @@ impl Worker {
     ) -> Self {
         Self {
             session: Session::new(config.timing.clone()),
+            queue: Queue::new(PREPARATION + 1, config.command_max),
             config,
             requests,
             shared,
@@ -118,13 +84,7 @@ impl Worker {
             adopted: None,
             preparation: None,
             facts: None,
-            waiting: VecDeque::new(),
-            running: HashMap::new(),
-            withheld: Vec::new(),
-            next_id: PREPARATION + 1,
             down: Failure::new(DeviceErrorKind::Unreachable, "not connected yet"),
-            depth: DEPTH_MAX,
-            busy_until: Duration::ZERO,
             closing_since: None,
         }
     }
@@ -146,17 +106,14 @@ impl Worker {
     }
 
     fn receive(&mut self) {
-        while self.waiting.len() < WAITING_MAX
+        while self.queue.has_room()
             && let Ok(request) = self.requests.try_recv()
         {
-            let since = self.now();
+            let now = self.now();
             match request {
-                Request::Command(command) => {
-                    let waiting = Waiting { command, since, first_sent: None, attempts: 0 };
-                    self.waiting.push_back(waiting);
-                }
+                Request::Command(command) => self.queue.push(now, command),
                 Request::Proof(reply) => {
-                    self.rival = Rival::start(&self.config.login, reply, since);
+                    self.rival = Rival::start(&self.config.login, reply, now);
                 }
             }
         }
@@ -220,14 +177,7 @@ impl Worker {
         if let Some(proof) = self.proof.take() {
             let _ = proof.send(Ok(true));
         }
-        for command in self.withheld.drain(..) {
-            let message = format!(
-                "the session was lost ({}) before the target answered; the outcome is unknown, but \
-                 the command can no longer take effect",
-                self.down.message
-            );
-            answer(command, Err(Failure::new(DeviceErrorKind::Unreachable, message)));
-        }
+        self.queue.tell_withheld(&self.down.message);
     }
 
     /// The first session ended while the rival logged in, as it should: go on with the rival.
@@ -257,7 +207,6 @@ impl Worker {
         self.context = None;
         self.preparation = None;
         self.adopted = None;
-        self.depth = DEPTH_MAX;
         if let Some(proof) = self.proof.take() {
             let _ = proof.send(Err(self.down.message.clone()));
         }
@@ -267,7 +216,7 @@ impl Worker {
             tracing::warn!(
                 target = ?self.config.login.target,
                 reason = self.down.message,
-                commands = self.running.len(),
+                commands = self.queue.running(),
                 "iSCSI session ended"
             );
         }
@@ -276,58 +225,24 @@ impl Worker {
             let _ = opened.send(Err(self.down.clone()));
             self.session.handle(self.now(), Event::Close);
         }
-        let mut cut_off: Vec<_> = self.running.drain().collect();
-        cut_off.sort_unstable_by_key(|(id, _)| std::cmp::Reverse(*id));
-        for (_, running) in cut_off {
-            self.cut_off(running);
-        }
-    }
-
-    fn cut_off(&mut self, running: Running) {
-        let Running { command, attempts, first_sent, .. } = running;
-        let since = self.now();
-        if command.class.alters_medium() {
-            self.withheld.push(command);
-        } else if command.class.is_repeatable() && attempts < ATTEMPTS_MAX {
-            let first_sent = Some(first_sent);
-            self.waiting.push_front(Waiting { command, since, first_sent, attempts });
-        } else {
-            answer(command, Err(self.lost()));
-        }
-    }
-
-    fn lost(&self) -> Failure {
-        let message =
-            format!("the session was lost ({}); it is being set up again", self.down.message);
-        Failure::new(DeviceErrorKind::Unreachable, message)
+        self.queue.cut_off(self.now(), &self.down.message);
     }
 
     /// Fails what waited too long for a session, and gives a session up that lets a command wait.
     fn watch_deadlines(&mut self) {
         let now = self.now();
-        if let Some(overdue) = self.running.values().find(|running| now >= running.deadline) {
-            let message =
-                format!("a command got no answer for {} s", (now - overdue.first_sent).as_secs());
-            self.down = Failure::new(DeviceErrorKind::Unreachable, message);
-            self.handle(Event::Broken);
+        if let Some(silence) = self.queue.overdue(now) {
+            self.broken(format!("a command got no answer for {} s", silence.as_secs()));
         }
         if self.session.is_up() {
             return;
         }
-        let permanent = self.down.kind != DeviceErrorKind::Unreachable;
-        let patience = if permanent { Duration::ZERO } else { self.config.wait_max };
-        let expired = |waiting: &Waiting| now.saturating_sub(waiting.since) >= patience;
-        let (expired, waiting) = self.waiting.drain(..).partition::<VecDeque<_>, _>(expired);
-        self.waiting = waiting;
-        for waiting in expired {
-            let failure = match permanent {
-                true => self.down.clone(),
-                false => Failure::new(
-                    DeviceErrorKind::Unreachable,
-                    format!("no session with the target: {}", self.down.message),
-                ),
-            };
-            answer(waiting.command, Err(failure));
+        if self.down.kind == DeviceErrorKind::Unreachable {
+            let message = format!("no session with the target: {}", self.down.message);
+            let failure = Failure::new(DeviceErrorKind::Unreachable, message);
+            self.queue.expire(now, self.config.wait_max, &failure);
+        } else {
+            self.queue.expire(now, Duration::ZERO, &self.down);
         }
     }
 
@@ -337,9 +252,7 @@ impl Worker {
         }
         let since = *self.closing_since.get_or_insert(self.start.elapsed());
         self.requests.close();
-        // Callers that wait hold the device, so these have gone.
-        self.waiting.retain(|waiting| !waiting.command.reply.is_closed());
-        let idle = self.running.is_empty() && self.waiting.is_empty();
+        let idle = self.queue.is_idle();
         if idle || !self.session.is_up() || self.now().saturating_sub(since) >= DRAIN_MAX {
             self.handle(Event::Close);
         }
@@ -348,26 +261,13 @@ impl Worker {
     fn submit(&mut self) {
         let now = self.now();
         while self.session.is_up()
-            && self.running.len() < self.depth
-            && now >= self.busy_until
             && let Some(context) = self.context.as_mut()
             && !context.is_congested()
-            && let Some(Waiting { command, first_sent, attempts, .. }) = self.waiting.pop_front()
+            && let Some((id, command)) = self.queue.next(now)
         {
-            if command.class.is_repeatable() && command.reply.is_closed() {
-                continue;
-            }
-            let id = self.next_id;
-            self.next_id += 1;
-            let submitted =
-                context.submit(id, &command.cdb, payload(command.out.clone(), command.in_len));
-            let first_sent = first_sent.unwrap_or(now);
-            let deadline = now + self.config.command_max;
-            let running = Running { command, first_sent, attempts: attempts + 1, deadline };
-            self.running.insert(id, running);
-            if let Err(message) = submitted {
-                self.down = Failure::new(DeviceErrorKind::Unreachable, message);
-                self.handle(Event::Broken);
+            let payload = payload(command.out.clone(), command.in_len);
+            if let Err(message) = context.submit(id, &command.cdb, payload) {
+                self.broken(message);
             }
         }
     }
@@ -400,11 +300,8 @@ impl Worker {
         let now = self.now();
         let mut until = now + Duration::from_secs(1);
         until = until.min(self.session.next_tick().unwrap_or(until));
-        if !self.waiting.is_empty() {
-            let busy = self.busy_until > now && self.session.is_up();
-            until =
-                until.min(if busy { self.busy_until } else { now + Duration::from_millis(100) });
-        }
+        let up = self.session.is_up();
+        until = until.min(self.queue.next_tick(now, up).unwrap_or(until));
         // Rounded up, as poll counts in milliseconds.
         until.saturating_sub(now) + Duration::from_millis(1)
     }
@@ -414,7 +311,7 @@ impl Worker {
         let serviced = context.service(revents);
         let notices = context.notices();
         let blocked = context.window_blocked();
-        self.follow_window(blocked);
+        self.queue.follow_window(blocked);
         for notice in notices {
             self.notice(notice);
         }
@@ -422,14 +319,6 @@ impl Worker {
             && self.context.is_some()
         {
             self.broken(message);
-        }
-    }
-
-    /// Keeps the number of commands below the target's window, so that a NOP always finds room.
-    fn follow_window(&mut self, blocked: Option<usize>) {
-        if let Some(queued) = blocked {
-            let sent = self.running.len().saturating_sub(queued);
-            self.depth = sent.saturating_sub(1).clamp(DEPTH_MIN, DEPTH_MAX);
         }
     }
 
@@ -453,14 +342,18 @@ impl Worker {
             }
             Notice::LoggedOut => self.handle(Event::LoggedOut),
             Notice::Nop => {
-                self.depth = (self.depth + 1).min(DEPTH_MAX);
+                self.queue.widen();
                 self.handle(Event::Answered);
             }
             Notice::Command { id: PREPARATION, ending, data, missing } => {
                 self.prepared(ending, data.as_deref().unwrap_or(&[]), missing);
             }
             Notice::Command { id, ending, data, missing } => {
-                self.ended(id, ending, data, missing);
+                let (now, epoch) = (self.now(), &self.shared.epoch);
+                match self.queue.ended(now, id, ending, data, missing, epoch) {
+                    true => self.handle(Event::Answered),
+                    false => self.broken("the connection broke or a command was rejected".into()),
+                }
             }
         }
     }
@@ -500,74 +393,15 @@ impl Worker {
                 );
                 return self.handle(Event::Broken);
             }
-            Some(_) => {}
+            Some(_) => {
+                tracing::info!(target = ?self.config.login.target, "iSCSI session is up again");
+            }
             None => self.facts = Some(facts.clone()),
         }
         self.handle(Event::Prepared);
         if let Some(opened) = self.opened.take() {
             let _ = opened.send(Ok(facts));
         }
-    }
-
-    fn ended(&mut self, id: usize, ending: Ending, data: Option<AlignedBuf>, missing: usize) {
-        let Some(running) = self.running.remove(&id) else { return };
-        let verdict = judge(running.command.class, ending);
-        if verdict == Verdict::SessionBroken {
-            self.running.insert(id, running);
-            return self.broken("the connection broke or the target rejected a command".to_owned());
-        }
-        self.handle(Event::Answered);
-        match verdict {
-            Verdict::Done if running.command.class == Class::Read && missing > 0 => {
-                let message = format!("the target left out {missing} bytes of the data");
-                answer(running.command, Err(Failure::new(DeviceErrorKind::Io, message)));
-            }
-            Verdict::Done => {
-                answer(running.command, Ok(Reply { data, missing, miscompare: false }));
-            }
-            Verdict::Miscompare => {
-                let reply = Reply { miscompare: true, ..Reply::default() };
-                answer(running.command, Ok(reply));
-            }
-            Verdict::Again => self.again(running),
-            Verdict::AgainLater => {
-                self.busy_until = self.now() + BUSY_PAUSE;
-                self.depth = (self.depth / 2).max(DEPTH_MIN);
-                self.again(running);
-            }
-            Verdict::Reset => {
-                self.shared.epoch.fetch_add(1, Ordering::AcqRel);
-                if running.command.class.is_repeatable() {
-                    self.again(running);
-                } else {
-                    let message = "the target was reset and may have lost writes that were not \
-                                   flushed; the command was not carried out";
-                    answer(
-                        running.command,
-                        Err(Failure::new(DeviceErrorKind::Unreachable, message)),
-                    );
-                }
-            }
-            Verdict::Failed(failure) => answer(running.command, Err(failure)),
-            Verdict::SessionBroken => {}
-        }
-    }
-
-    /// Queues a command again that the target did not carry out.
-    fn again(&mut self, running: Running) {
-        let Running { command, first_sent, attempts, .. } = running;
-        let now = self.now();
-        if now.saturating_sub(first_sent) >= self.config.command_max {
-            let failure = Failure::new(
-                DeviceErrorKind::Unreachable,
-                "the target keeps answering that it is busy",
-            );
-            return answer(command, Err(failure));
-        }
-        // Not cut off by a loss: does not count as an attempt.
-        let attempts = attempts.saturating_sub(1);
-        let first_sent = Some(first_sent);
-        self.waiting.push_front(Waiting { command, since: now, first_sent, attempts });
     }
 }
 
@@ -583,11 +417,6 @@ fn payload(out: Vec<Bytes>, in_len: usize) -> Payload {
     } else {
         Payload::None
     }
-}
-
-fn answer(command: Command, outcome: Result<Reply, Failure>) {
-    // A caller that went away does not care.
-    let _ = command.reply.send(outcome);
 }
 
 /// Says what to do about a refused login. libiscsi ends its text with the status in parentheses.

@@ -292,7 +292,7 @@ async fn a_short_stop_of_the_target_is_sat_out() {
         let device = device.clone();
         async move { device.write(0, vec![block(9)]).await }
     });
-    tokio::time::sleep(Duration::from_millis(1500)).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
     target.cont().expect("continue");
     write.await.expect("task").expect("the write");
     assert_eq!((read_fill(&device, 0).await, device.epoch()), (9, epoch));

@@ -236,7 +236,8 @@ impl Store {
     }
 
     /// Closes in an orderly way: releases unused claims and marks this host down. Attached disks stay
-    /// attached to this host. Operations still under way fail with `Closing`.
+    /// attached to this host. Operations still under way fail with `Closing`; what was cut off and is
+    /// not freed yet leaks until GC, unless [`reclaimed`](Self::reclaimed) was awaited before.
     ///
     /// # Errors
     /// The device's; the store is closed all the same, and what could not be written leaks until the

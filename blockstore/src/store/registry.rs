@@ -175,19 +175,31 @@ impl Store {
     pub(super) async fn all_vdis(&self) -> Result<Vec<Found>> {
         let mut all = Vec::new();
         for (slot, view) in self.scan_vdis().await? {
-            let head = match &view.content {
-                Content::Valid(head) => head.record.clone(),
-                Content::Unused => continue,
+            match &view.content {
+                Content::Valid(head) if head.record.state != VdiState::Tombstone => {
+                    let head = head.record.clone();
+                    all.push(Found { view, head, name: String::new() });
+                }
+                Content::Valid(_) | Content::Unused => {}
                 Content::Damaged(damage) => {
                     tracing::error!(slot, %damage, "damaged VDI record");
-                    continue;
                 }
-            };
-            if head.state == VdiState::Tombstone {
-                continue;
             }
-            let name = self.read_name(&head).await?;
-            all.push(Found { view, head, name });
+        }
+        let metas = all.iter().map(|found| found.head.meta).filter(|meta| !meta.is_sparse());
+        let metas: Vec<Pointer> = metas.collect();
+        // All at once; if one of them is damaged, one by one.
+        let mut blocks = match self.control_reader().read_blocks(&metas).await {
+            Ok(blocks) => blocks.into_iter(),
+            Err(error) if error.kind == StoreErrorKind::Corrupt => Vec::new().into_iter(),
+            Err(error) => return Err(error),
+        };
+        for found in &mut all {
+            let block = if found.head.meta.is_sparse() { None } else { blocks.next() };
+            found.name = match block.and_then(|block| VdiMeta::decode(&block).ok()) {
+                Some(meta) if meta.uuid == found.head.uuid => meta.name,
+                _ => self.read_name(&found.head).await?,
+            };
         }
         Ok(all)
     }

@@ -240,3 +240,52 @@ async fn a_read_only_opening_changes_nothing() {
     assert_eq!((counts.writes, counts.compare_and_writes), (0, 0));
     drop(store);
 }
+
+#[tokio::test]
+async fn a_disk_with_a_damaged_name_can_still_be_handled() {
+    let sim = sim(64 * MIB, 11);
+    format(&sim).await;
+    let store = open(&sim).await;
+    let info = store.create_vdi("a", MIB).await.expect("create");
+    store.create_vdi("b", MIB).await.expect("create");
+    let meta = store.read_vdi_slot(0).await.expect("slot").record().expect("head").meta;
+    sim.corrupt(meta.gba.byte_offset() + 41, 1);
+    let names: Vec<String> =
+        store.list_vdis().await.expect("list").into_iter().map(|v| v.name).collect();
+    assert_eq!(names, [format!("unnamed-{}", info.uuid), "b".to_owned()]);
+    store.delete_vdi(&info.uuid.to_string()).await.expect("delete");
+    store.lookup_vdi("b").await.expect("the other is whole");
+}
+
+/// A second incarnation of the same host makes the first one's attachments void.
+#[tokio::test]
+async fn only_the_last_incarnation_of_a_host_commits() {
+    let sim = sim(64 * MIB, 12);
+    let (old_store, old) = store_with_disk(&sim, 16 * MIB).await;
+    old.commit(batch(1, vec![write(1, 1)])).await.expect("commit");
+    let store = open(&sim.connect()).await;
+    let vdi = attach(&store, "d").await;
+    vdi.commit(batch(2, vec![write(2, 2)])).await.expect("commit");
+    let error = old.commit(batch(2, vec![write(1, 9)])).await.expect_err("void");
+    assert_eq!(error.kind, StoreErrorKind::NotOwner);
+    let mut model = Model::default();
+    model.apply(&[write(1, 1)], 1);
+    model.apply(&[write(2, 2)], 2);
+    model.check(&store, "d").await;
+    drop(old_store);
+}
+
+/// Larger than one scan of the registry, and the largest name.
+#[tokio::test]
+async fn many_disks_are_listed_in_few_reads() {
+    let sim = sim(1 << 30, 13);
+    format(&sim).await;
+    let store = open(&sim).await;
+    for n in 0..100 {
+        store.create_vdi(&format!("{n:0>255}"), 1 << 40).await.expect("create");
+    }
+    let reads = sim.counts().reads;
+    assert_eq!(store.list_vdis().await.expect("list").len(), 100);
+    assert!(sim.counts().reads - reads < 20);
+    assert_eq!(store.info().await.expect("info").vdis.len(), 100);
+}

@@ -42,8 +42,8 @@ fn changes(rng: &mut StdRng, version: u64) -> Vec<Change> {
 async fn run(seed: u64) {
     let mut rng = StdRng::seed_from_u64(seed);
     let options = SimOptions {
-        compare_and_write: seed % 3 != 0,
-        logical_block: if seed % 2 == 0 { 512 } else { 4096 },
+        compare_and_write: !seed.is_multiple_of(3),
+        logical_block: if seed.is_multiple_of(2) { 512 } else { 4096 },
         ..SimOptions::new(64 * MIB, seed)
     };
     let mut sim = SimDevice::with_options(options);

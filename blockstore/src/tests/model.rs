@@ -47,7 +47,8 @@ async fn run(seed: u64) {
     let mut rng = StdRng::seed_from_u64(seed);
     let sizes = [MIB, 16 * MIB, 1 << 30, 64 << 30, 1 << 40, 16 << 40, 256 << 40];
     let mut size = sizes[seed as usize % sizes.len()];
-    let sim = if seed % 3 == 0 { sim_without_caw(64 * MIB, seed) } else { sim(64 * MIB, seed) };
+    let sim =
+        if seed.is_multiple_of(3) { sim_without_caw(64 * MIB, seed) } else { sim(64 * MIB, seed) };
     let (mut store, mut vdi) = store_with_disk(&sim, size).await;
     let mut model = Model::default();
     let mut lsn = 0;

@@ -43,7 +43,20 @@ const SPACE_POLL: Duration = Duration::from_secs(1);
 const CLAIM_MAX: u64 = 10_000;
 
 /// Free blocks kept in memory, if claims are not larger themselves.
-const POOL_MAX: u64 = 65_536;
+const POOL_MAX: u64 = 16_384;
+/// From so many blocks on an allocation looks for room where they lie together.
+const LARGE: u64 = 256;
+/// Blocks in a run, on average, that make an allocation good enough.
+const RUN_WANTED: u64 = 32;
+
+/// How to claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Claim {
+    /// What the pool lacks for an allocation, wherever it is.
+    Missing(Purpose),
+    /// As much as asked for, from emptier places only; nothing if there are none.
+    Roomy,
+}
 
 /// What an allocation is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,12 +164,15 @@ impl Allocator {
     ) -> Result<Vec<Run>> {
         let started = tokio::time::Instant::now();
         let mut waiting = None;
+        if self.wants_fresh(kind, blocks) {
+            self.refill(io, kind, blocks, Claim::Roomy).await?;
+        }
         loop {
             let freed = self.freed.notified();
             if let Some(runs) = self.try_take(kind, blocks, purpose) {
                 return Ok(runs);
             }
-            if self.refill(io, kind, blocks, purpose).await? {
+            if self.refill(io, kind, blocks, Claim::Missing(purpose)).await? {
                 continue;
             }
             if let Patience::Limited(limit) = io.patience()
@@ -188,6 +204,12 @@ impl Allocator {
         )
     }
 
+    /// A large allocation for which the pool has only fragments: one write for each costs more than a claim.
+    fn wants_fresh(&self, kind: ExtentType, blocks: u64) -> bool {
+        blocks >= LARGE
+            && self.pools.lock().of(kind).is_scattered(blocks, (blocks / RUN_WANTED) as usize)
+    }
+
     /// Takes from the pool; `None` if it holds too little.
     fn try_take(&self, kind: ExtentType, blocks: u64, purpose: Purpose) -> Option<Vec<Run>> {
         let mut pools = self.pools.lock();
@@ -211,11 +233,11 @@ impl Allocator {
         io: &Io,
         kind: ExtentType,
         blocks: u64,
-        purpose: Purpose,
+        claim: Claim,
     ) -> Result<bool> {
         let (this, patient) = (Arc::clone(self), io.with_patience(Patience::Forever));
         let task =
-            tokio::spawn(async move { this.refill_now(&patient, kind, blocks, purpose).await });
+            tokio::spawn(async move { this.refill_now(&patient, kind, blocks, claim).await });
         io.await_task(task).await
     }
 
@@ -224,19 +246,27 @@ impl Allocator {
         io: &Io,
         kind: ExtentType,
         blocks: u64,
-        purpose: Purpose,
+        claim: Claim,
     ) -> Result<bool> {
         let mut pages = tokio::select! {
             () = io.closed() => return Err(io.closing_error()),
             pages = self.pages.lock() => pages,
         };
-        let wanted = blocks + self.reserve(kind, purpose);
-        let missing = wanted.saturating_sub(self.pools.lock().of(kind).total());
-        if missing == 0 {
-            return Ok(true);
-        }
-        let ahead = missing.max(self.claim_blocks());
-        let claimed = pages.claim(io, &self.territory, kind, ahead).await?;
+        let (wanted, claimed) = match claim {
+            Claim::Missing(purpose) => {
+                let wanted = blocks + self.reserve(kind, purpose);
+                let missing = wanted.saturating_sub(self.pools.lock().of(kind).total());
+                if missing == 0 {
+                    return Ok(true);
+                }
+                let ahead = missing.max(self.claim_blocks());
+                (wanted, pages.claim(io, &self.territory, kind, ahead).await?)
+            }
+            Claim::Roomy => {
+                let ahead = blocks.max(self.claim_blocks());
+                (blocks, pages.claim_roomy(io, &self.territory, kind, ahead).await?)
+            }
+        };
         self.refresh_owned(&pages);
         let mut pools = self.pools.lock();
         let pool = pools.of(kind);
@@ -277,8 +307,8 @@ impl Allocator {
 
     /// Above this, free blocks are released to the BMap: a few claims, or what a large commit needs.
     fn high_water(&self) -> u64 {
-        let share = self.territory.geometry.total_blocks() / 16;
-        (self.claim_blocks() * 8).max(share.min(POOL_MAX))
+        let share = self.territory.geometry.total_blocks() / 64;
+        (self.claim_blocks() * 2).max(share.min(POOL_MAX))
     }
 
     /// True if the pool holds more than it should.
@@ -303,7 +333,8 @@ impl Allocator {
             if total > self.high_water() {
                 self.release(io, kind, self.high_water() / 2).await?;
             } else if total < self.claim_blocks() / 2 && self.owns_any(kind) {
-                self.refill(io, kind, self.claim_blocks(), Purpose::GivesBack).await?;
+                let claim = Claim::Missing(Purpose::GivesBack);
+                self.refill(io, kind, self.claim_blocks(), claim).await?;
             }
         }
         Ok(())
@@ -341,7 +372,8 @@ impl Allocator {
     /// Makes sure that data cannot take the last extent: this host always has one for metadata.
     async fn ensure_metadata(&self, io: &Io) -> Result<()> {
         if !self.owns_any(ExtentType::Metadata) {
-            self.refill_now(io, ExtentType::Metadata, 1, Purpose::GivesBack).await?;
+            let claim = Claim::Missing(Purpose::GivesBack);
+            self.refill_now(io, ExtentType::Metadata, 1, claim).await?;
         }
         Ok(())
     }

@@ -19,6 +19,10 @@ use std::collections::BTreeMap;
 
 /// Pages kept in memory between operations.
 const LOADED_MAX: usize = 64;
+/// Pages of unknown content that one search for room reads.
+const LOOKED_AT_MAX: usize = 16;
+/// Unused extents are plentiful if they are at least one in so many.
+const UNUSED_PLENTY: usize = 4;
 
 #[derive(Debug)]
 pub(super) struct Pages {
@@ -144,6 +148,62 @@ impl Pages {
         }
         self.trim();
         Ok(claimed)
+    }
+
+    /// As [`claim`](Self::claim), but only from pages that are at least half empty, emptiest first, and from unused extents
+    /// while those are plentiful: for allocations that should lie together.
+    pub(super) async fn claim_roomy(
+        &mut self,
+        io: &Io,
+        territory: &Territory,
+        kind: ExtentType,
+        wanted: u64,
+    ) -> Result<Vec<Run>> {
+        let Some((extent, page)) = self.roomiest_page(io, territory, kind).await? else {
+            let unused = self.catalogue.iter().filter(|k| **k == ExtentType::Unused).count();
+            if unused * UNUSED_PLENTY < self.catalogue.len()
+                || !self.claim_extent(io, territory, kind).await?
+            {
+                return Ok(Vec::new());
+            }
+            return self.claim(io, territory, kind, wanted).await;
+        };
+        let cursor = if kind == ExtentType::Data {
+            &mut self.data_cursor
+        } else {
+            &mut self.metadata_cursor
+        };
+        *cursor = (extent, page);
+        self.claim(io, territory, kind, wanted).await
+    }
+
+    /// The page with most clear bits, if that is at least half of them.
+    async fn roomiest_page(
+        &mut self,
+        io: &Io,
+        territory: &Territory,
+        kind: ExtentType,
+    ) -> Result<Option<(u32, u32)>> {
+        let of_kind = self.extents.iter().filter(|(_, e)| e.kind == kind);
+        let places: Vec<(u32, u32)> = of_kind
+            .flat_map(|(&number, e)| (0..e.free.len() as u32).map(move |page| (number, page)))
+            .collect();
+        let (mut best, mut unknown) = (None, 0);
+        for (extent, page) in places {
+            let known =
+                |pages: &Self| pages.extents.get(&extent).and_then(|e| e.free[page as usize]);
+            if known(self).is_none() && unknown < LOOKED_AT_MAX {
+                unknown += 1;
+                self.load(io, territory, extent, page).await?;
+                self.trim();
+            }
+            let free = known(self).unwrap_or(0);
+            let roomy = free > 0 && free * 2 >= territory.geometry.page_bits(page);
+            if roomy && best.is_none_or(|(most, _)| free > most) {
+                best = Some((free, (extent, page)));
+            }
+        }
+        Ok(best.map(|(_, place)| place))
     }
 
     /// The next page with a clear bit, from the cursor on.

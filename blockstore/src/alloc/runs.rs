@@ -80,6 +80,13 @@ impl FreeRuns {
         Some(taken)
     }
 
+    /// True if [`take`](Self::take) would give `blocks` blocks in more than `runs` runs.
+    #[must_use]
+    pub fn is_scattered(&self, blocks: u64, runs: usize) -> bool {
+        let longest: u64 = self.by_length.iter().rev().take(runs).map(|(length, _)| length).sum();
+        longest < blocks
+    }
+
     /// Takes the shortest runs until at most `keep` blocks are left.
     #[must_use]
     pub fn shed(&mut self, keep: u64) -> Vec<Run> {

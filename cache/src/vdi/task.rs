@@ -172,6 +172,7 @@ impl VdiTask {
             FromDisk::Fetch { id, lba, blocks } => self.fetch(id, lba, blocks),
             FromDisk::WantSegment => {
                 self.starving = true;
+                tracing::trace!(counts = ?self.p.pool.counts(), pressure = ?self.pressure(), "segment wanted");
                 self.feed();
             }
             FromDisk::Opened { .. } => self.open_since = Some(Instant::now()),
@@ -310,6 +311,7 @@ impl VdiTask {
             && let Some(grant) = self.p.pool.grant(self.p.vdi)
         {
             self.starving = false;
+            tracing::trace!(segment = grant.id.0, "granted");
             self.p.sender.send(ToDisk::Segment(grant));
         }
     }
@@ -457,6 +459,7 @@ impl VdiTask {
         match flusher::lbas_of(&self.p.local, self.p.vdi, id, seq).await {
             Ok(lbas) => {
                 self.evicting.push(id);
+                tracing::trace!(segment = id.0, blocks = lbas.len(), "evicting");
                 self.p.sender.send(ToDisk::Evict { segment: id, lbas });
             }
             // It stays: without its list the index cannot be cleaned.
@@ -472,6 +475,7 @@ impl VdiTask {
         self.evicting.retain(|evicting| *evicting != id);
         let Some(seq) = self.p.segments.remove(id) else { return };
         self.evicted.push((id, seq));
+        tracing::trace!(segment = id.0, "evicted");
         if !self.evicting.is_empty() && self.evicted.len() < 16 {
             return;
         }

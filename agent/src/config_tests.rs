@@ -132,3 +132,16 @@ proptest::proptest! {
         let _ = load(minimal(), &text);
     }
 }
+
+/// The example and the runbook name what there is.
+#[test]
+fn example_and_runbook_keep_up_with_the_settings() {
+    use clap::Args;
+    let example = parse_file(include_str!("../../dist/ballast.toml")).unwrap();
+    assert_eq!(merge(AgentArgs::default(), example, None).unwrap().socket_mode, 0o660);
+    let runbook = include_str!("../../docs/operations.md");
+    for argument in AgentArgs::augment_args(clap::Command::new("agent")).get_arguments() {
+        let flag = format!("--{}", argument.get_long().unwrap());
+        assert!(runbook.contains(&flag), "{flag} is not in docs/operations.md");
+    }
+}

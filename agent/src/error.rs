@@ -170,6 +170,9 @@ mod tests {
         for (i, kind) in kinds.into_iter().enumerate() {
             assert_eq!(usize::from(kind.exit_code()), i + 1);
             assert!(EXIT_CODES.contains(&format!("\n  {}  ", i + 1)));
+            let name = serde_json::to_string(&kind).unwrap().replace('"', "`");
+            let row = format!("| {} | {name} |", i + 1);
+            assert!(include_str!("../../docs/operations.md").contains(&row), "{row}");
         }
     }
 

@@ -1,9 +1,12 @@
 //! Attach, detach, restart, interrupted commands: every state is defined, and every promise of the runbook kept.
 
-use super::{CONFLICT, Good, Said, ballast, finish, spawn};
+use super::{CONFLICT, Good, NOT_FOUND, Said, ballast, finish, spawn};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 #[test]
 fn a_disk_comes_back_after_stop_and_after_kill_without_being_asked() {
@@ -83,7 +86,7 @@ fn odd_names_live_a_whole_life() {
         assert_eq!(attached["name"], name);
         let socket = Path::new(attached["socket"].as_str().unwrap()).to_owned();
         assert_eq!(socket.parent().unwrap().to_str().unwrap(), good.run_dir());
-        std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        UnixStream::connect(&socket).unwrap();
         let uuid = attached["uuid"].as_str().unwrap();
         assert_eq!(good.ask(&["vdi", "info", uuid, "--json"]).json()["name"], name, "by UUID");
         good.ask(&["vdi", "resize", name, "--size", "32MiB"]).done();
@@ -120,25 +123,84 @@ fn crossing_requests_leave_a_defined_state() {
 }
 
 /// Goal: Ctrl-C of a command leaves the daemon's work whole.
+/// Method: send the command's request and hang up at once, or a moment later; the disk must settle by itself.
 #[test]
 fn interrupted_commands_are_carried_to_their_end_or_never_began() {
     let mut good = Good::start();
-    let run_dir = good.run_dir();
-    for round in 0..10 {
-        let name = format!("cut-{round}");
-        good.ask(&["vdi", "create", &name, "--size", "16MiB"]).done();
+    let socket = format!("{}/control.sock", good.run_dir());
+    good.ask(&["vdi", "create", "cut", "--size", "16MiB"]).done();
+    for round in 0..40 {
         for action in ["attach", "detach"] {
-            let mut child = spawn(&run_dir, &["vdi", action, &name]);
-            std::thread::sleep(std::time::Duration::from_millis(round));
-            let _ = child.kill();
-            let _ = child.wait();
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            let request = format!("POST /v1/vdis/cut/{action} HTTP/1.1\r\nhost: x\r\n\r\n");
+            stream.write_all(request.as_bytes()).unwrap();
+            std::thread::sleep(Duration::from_micros(round * 100));
+            drop(stream);
+            settled(&mut good);
         }
         // Whatever took hold is followed by what is asked for now.
-        good.ask(&["vdi", "attach", &name]).done();
-        good.ask(&["vdi", "detach", &name]).done();
-        good.ask(&["vdi", "delete", &name]).done();
+        good.ask(&["vdi", "attach", "cut"]).done();
+        good.ask(&["vdi", "detach", "cut"]).done();
     }
+    good.ask(&["vdi", "delete", "cut"]).done();
     good.assert_unharmed();
+}
+
+/// Goal: an agent that is killed amid a change of the registry, at any point of it, comes back with the change made or not
+/// made; never with a disk that can be neither attached nor detached (rule L6).
+/// Method: kill -9 at a growing delay after the request; then ask for everything again.
+#[test]
+fn a_kill_amid_a_change_leaves_it_made_or_not_made() {
+    let mut good = Good::start();
+    let socket = format!("{}/control.sock", good.run_dir());
+    let steps = [
+        ("POST /v1/vdis", r#"{"name":"cut","size":16777216}"#),
+        ("POST /v1/vdis/cut/attach", ""),
+        ("POST /v1/vdis/cut/resize", r#"{"size":33554432}"#),
+        ("POST /v1/vdis/cut/detach", ""),
+        ("DELETE /v1/vdis/cut", ""),
+    ];
+    for round in 0..30 {
+        let (line, body) = steps[round as usize % steps.len()];
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        let length = body.len();
+        let head = format!("{line} HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n");
+        stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+        std::thread::sleep(Duration::from_micros(round * 97));
+        good.rig.kill().unwrap();
+        good.rig.check_store().unwrap();
+        good.rig.start().unwrap();
+        // Made or not made: the next step must be possible after making sure of this one.
+        let again: &[&str] = match round as usize % steps.len() {
+            0 => &["vdi", "create", "cut", "--size", "16MiB"],
+            1 => &["vdi", "attach", "cut"],
+            2 => &["vdi", "resize", "cut", "--size", "32MiB"],
+            3 => &["vdi", "detach", "cut"],
+            _ => &["vdi", "delete", "cut"],
+        };
+        let said = good.ask(again);
+        assert!(matches!(said.code, Some(0 | NOT_FOUND | CONFLICT)), "{again:?}: {said:#?}");
+        let list = good.ask(&["vdi", "list", "--json"]).json();
+        let left = list.as_array().unwrap().iter().find(|vdi| vdi["name"] == "cut");
+        let left = left.map(|vdi| (vdi["attached"] == true, vdi["size"].as_u64().unwrap() >> 20));
+        let expected =
+            [Some((false, 16)), Some((true, 16)), Some((true, 32)), Some((false, 32)), None];
+        assert_eq!(left, expected[round as usize % steps.len()], "round {round}: {list}");
+    }
+    good.client.reconnect(&mut good.rig).unwrap();
+    good.assert_unharmed();
+}
+
+#[track_caller]
+fn settled(good: &mut Good) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let info = good.ask(&["vdi", "info", "cut", "--json"]).json();
+        if info["state"] == "running" || info["state"] == "detached" {
+            return;
+        }
+        assert!(Instant::now() < deadline, "left half-way: {info}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod data;
 mod guest;
+mod load;
 mod replay;
 mod rig;
 mod sessions;

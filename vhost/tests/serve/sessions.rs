@@ -195,6 +195,24 @@ fn a_front_end_may_go_with_requests_under_way() {
 }
 
 #[test]
+fn a_late_answer_to_a_former_server_reaches_nobody() {
+    let mut rig = Rig::start(MIB, 64 * MIB);
+    (0..2).for_each(|lba| rig.backing.put(lba, pattern(lba, BLOCK)));
+    rig.backing.plug(false);
+    let mut guest = Guest::simple(&rig.socket());
+    guest.queues[0].submit(0, 0, &[(DATA, 4096, true)]);
+    rig.wait_until("the first block is asked for", |rig| rig.server().stats().fetching > 0);
+    let disk = rig.stop();
+    rig.serve(disk);
+    let mut guest = Guest::simple(&rig.socket());
+    let head = guest.queues[0].submit(0, 8, &[(DATA, 4096, true)]);
+    rig.wait_until("the second block is asked for", |rig| rig.server().stats().fetching > 0);
+    rig.backing.plug(true);
+    assert_eq!(guest.queues[0].next_used(), (head, 4097, OK));
+    assert_eq!(guest.peek(DATA, BLOCK), pattern(1, BLOCK));
+}
+
+#[test]
 fn stopping_removes_the_socket_and_ends_the_session() {
     let mut rig = Rig::start(MIB, 64 * MIB);
     let mut guest = Guest::simple(&rig.socket());

@@ -3,17 +3,22 @@
 //! Paths live in one directory: the control socket and the disks' sockets in `run`, the agent's log
 //! in `agent.log`. Killing the agent keeps all of them, so that it can be started again.
 
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::path::PathBuf;
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::process::Process;
 
 /// How long the agent may take to answer after its start.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long a command may take before it counts as hung.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// What the agent is started with.
 #[derive(Debug, Clone)]
@@ -48,21 +53,32 @@ impl AgentConfig {
     /// # Errors
     /// When the command fails; the message carries its error output.
     pub fn command(&self, arguments: &[&str]) -> Result<String> {
-        let output = Command::new(&self.binary)
+        let what = format!("ballast {}", arguments.join(" "));
+        let mut out = tempfile::tempfile().context("make a file for the output")?;
+        let mut err = tempfile::tempfile().context("make a file for the errors")?;
+        let mut child = Command::new(&self.binary)
             .args(arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
-            .output()
+            .stdin(Stdio::null())
+            .stdout(out.try_clone().context("share the output file")?)
+            .stderr(err.try_clone().context("share the error file")?)
+            .spawn()
             .with_context(|| format!("run {}", self.binary.display()))?;
-        if !output.status.success() {
-            bail!(
-                "ballast {} ended with {}:\n{}{}",
-                arguments.join(" "),
-                output.status,
-                String::from_utf8_lossy(&output.stdout),
-                String::from_utf8_lossy(&output.stderr)
-            );
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        let deadline = Instant::now() + COMMAND_TIMEOUT;
+        let status = loop {
+            if let Some(status) = child.try_wait().context("look after the command")? {
+                break status;
+            }
+            if Instant::now() > deadline {
+                child.kill().context("end a hung command")?;
+                child.wait().context("reap a hung command")?;
+                bail!("{what} did not end within {COMMAND_TIMEOUT:?}");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        let text = read_back(&mut out)?;
+        ensure!(status.success(), "{what} ended with {status}:\n{text}{}", read_back(&mut err)?);
+        Ok(text)
     }
 
     /// Formats the store, `bytes` large.
@@ -236,6 +252,13 @@ impl Agent {
         };
         Ok((field("dirty_bytes")?, field("clean_bytes")?, field("capacity")?))
     }
+}
+
+fn read_back(file: &mut File) -> Result<String> {
+    file.rewind().context("go back to the start of the output")?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).context("read the output")?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// The binary beside the running program's (`target/PROFILE/ballast`), or `BALLAST_BIN`.

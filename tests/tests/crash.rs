@@ -21,7 +21,8 @@ use tests::client::{End, Loss, Mix};
 use tests::targets::{IstgtTarget, TgtOptions, TgtTarget};
 
 const MIB: u64 = 1 << 20;
-const STORE_BYTES: u64 = 1024 * MIB;
+/// Sparse, and large: what a killed agent had claimed and not used stays claimed until it is collected.
+const STORE_BYTES: u64 = 16 * 1024 * MIB;
 const CACHE_BYTES: u64 = 64 * MIB;
 const DISK_BYTES: [u64; 2] = [64 * MIB, 32 * MIB];
 const SEED_VARIABLE: &str = "BALLAST_CRASH_SEED";

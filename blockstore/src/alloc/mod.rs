@@ -46,8 +46,8 @@ const CLAIM_MAX: u64 = 10_000;
 const POOL_MAX: u64 = 16_384;
 /// From so many blocks on an allocation looks for room where they lie together.
 const LARGE: u64 = 256;
-/// Blocks in a run, on average, that make an allocation good enough.
-const RUN_WANTED: u64 = 32;
+/// Blocks in a run, on average, that make an allocation good enough, and twice the least that a claim for one takes.
+const RUN_WANTED: u64 = 16;
 
 /// How to claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -264,7 +264,7 @@ impl Allocator {
             }
             Claim::Roomy => {
                 let ahead = blocks.max(self.claim_blocks());
-                (blocks, pages.claim_roomy(io, &self.territory, kind, ahead).await?)
+                (blocks, pages.claim_roomy(io, &self.territory, kind, ahead, RUN_WANTED / 2).await?)
             }
         };
         self.refresh_owned(&pages);

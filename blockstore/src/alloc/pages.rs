@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 /// Pages kept in memory between operations.
 const LOADED_MAX: usize = 64;
 /// Pages of unknown content that one search for room reads.
-const LOOKED_AT_MAX: usize = 16;
+const LOOKED_AT_MAX: usize = 48;
 /// Unused extents are plentiful if they are at least one in so many.
 const UNUSED_PLENTY: usize = 4;
 
@@ -128,7 +128,7 @@ impl Pages {
                     break;
                 };
                 self.take_up(io, territory, extent).await?;
-                let runs = self.mark(territory, extent, page, wanted - total);
+                let runs = self.mark(territory, extent, page, wanted - total, 1);
                 total += runs.iter().map(|run| run.blocks).sum::<u64>();
                 claimed.extend(runs);
                 changed.push((extent, page));
@@ -150,60 +150,78 @@ impl Pages {
         Ok(claimed)
     }
 
-    /// As [`claim`](Self::claim), but only from pages that are at least half empty, emptiest first, and from unused extents
-    /// while those are plentiful: for allocations that should lie together.
+    /// Marks up to `wanted` free blocks that lie in runs of at least `run_min`, durably: from the emptiest pages, then from
+    /// unused extents while those are plentiful. For allocations that should lie together; fewer blocks, or none, if there are
+    /// no such runs.
     pub(super) async fn claim_roomy(
         &mut self,
         io: &Io,
         territory: &Territory,
         kind: ExtentType,
         wanted: u64,
+        run_min: u64,
     ) -> Result<Vec<Run>> {
-        let Some((extent, page)) = self.roomiest_page(io, territory, kind).await? else {
-            let unused = self.catalogue.iter().filter(|k| **k == ExtentType::Unused).count();
-            if unused * UNUSED_PLENTY < self.catalogue.len()
-                || !self.claim_extent(io, territory, kind).await?
-            {
-                return Ok(Vec::new());
+        let mut claimed: Vec<Run> = Vec::new();
+        let mut changed: Vec<(u32, u32)> = Vec::new();
+        let mut total = 0;
+        let outcome = async {
+            if self.unused_are_plenty() && !self.has_room_for(territory, kind, wanted) {
+                self.claim_extent(io, territory, kind).await?;
             }
-            return self.claim(io, territory, kind, wanted).await;
-        };
-        let cursor = if kind == ExtentType::Data {
-            &mut self.data_cursor
-        } else {
-            &mut self.metadata_cursor
-        };
-        *cursor = (extent, page);
-        self.claim(io, territory, kind, wanted).await
+            for (extent, page) in self.pages_by_room(kind) {
+                if total >= wanted || changed.len() >= LOADED_MAX / 2 {
+                    break;
+                }
+                self.load(io, territory, extent, page).await?;
+                let runs = self.mark(territory, extent, page, wanted - total, run_min);
+                if runs.is_empty() {
+                    self.loaded.remove(&(extent, page));
+                    continue;
+                }
+                self.take_up(io, territory, extent).await?;
+                total += runs.iter().map(|run| run.blocks).sum::<u64>();
+                claimed.extend(runs);
+                changed.push((extent, page));
+            }
+            io.write_durable(&self.encode(territory, &changed)).await
+        }
+        .await;
+        if let Err(error) = outcome {
+            self.unmark(territory, &claimed);
+            return Err(error);
+        }
+        self.trim();
+        Ok(claimed)
     }
 
-    /// The page with most clear bits, if that is at least half of them.
-    async fn roomiest_page(
-        &mut self,
-        io: &Io,
-        territory: &Territory,
-        kind: ExtentType,
-    ) -> Result<Option<(u32, u32)>> {
+    /// Enough extents are unused to take one more only to keep blocks together.
+    fn unused_are_plenty(&self) -> bool {
+        let unused = self.catalogue.iter().filter(|k| **k == ExtentType::Unused).count();
+        unused * UNUSED_PLENTY >= self.catalogue.len()
+    }
+
+    /// Some page of a kind is mostly empty, as far as is known.
+    fn has_room_for(&self, territory: &Territory, kind: ExtentType, wanted: u64) -> bool {
+        let of_kind = self.extents.values().filter(|e| e.kind == kind);
+        let mut pages = of_kind.flat_map(|e| (0..).zip(&e.free));
+        pages.any(|(page, free)| {
+            let bits = territory.geometry.page_bits(page);
+            free.is_none_or(|free| free >= wanted.min(bits) && free * 4 >= bits * 3)
+        })
+    }
+
+    /// Pages of a kind that may have room, emptiest first; those never looked at count as empty.
+    fn pages_by_room(&self, kind: ExtentType) -> Vec<(u32, u32)> {
         let of_kind = self.extents.iter().filter(|(_, e)| e.kind == kind);
-        let places: Vec<(u32, u32)> = of_kind
-            .flat_map(|(&number, e)| (0..e.free.len() as u32).map(move |page| (number, page)))
+        let mut pages: Vec<(u64, (u32, u32))> = of_kind
+            .flat_map(|(&number, e)| {
+                let free = (0..).zip(&e.free);
+                free.map(move |(page, free)| (free.unwrap_or(PAGE_BITS), (number, page)))
+            })
+            .filter(|(free, _)| *free > 0)
             .collect();
-        let (mut best, mut unknown) = (None, 0);
-        for (extent, page) in places {
-            let known =
-                |pages: &Self| pages.extents.get(&extent).and_then(|e| e.free[page as usize]);
-            if known(self).is_none() && unknown < LOOKED_AT_MAX {
-                unknown += 1;
-                self.load(io, territory, extent, page).await?;
-                self.trim();
-            }
-            let free = known(self).unwrap_or(0);
-            let roomy = free > 0 && free * 2 >= territory.geometry.page_bits(page);
-            if roomy && best.is_none_or(|(most, _)| free > most) {
-                best = Some((free, (extent, page)));
-            }
-        }
-        Ok(best.map(|(_, place)| place))
+        pages.sort_by_key(|(free, place)| (std::cmp::Reverse(*free), *place));
+        pages.into_iter().take(LOOKED_AT_MAX).map(|(_, place)| place).collect()
     }
 
     /// The next page with a clear bit, from the cursor on.
@@ -266,8 +284,15 @@ impl Pages {
         Ok(())
     }
 
-    /// Sets up to `wanted` clear bits of a loaded page.
-    fn mark(&mut self, territory: &Territory, extent: u32, page: u32, wanted: u64) -> Vec<Run> {
+    /// Sets up to `wanted` clear bits of a loaded page, in runs of at least `run_min`.
+    fn mark(
+        &mut self,
+        territory: &Territory,
+        extent: u32,
+        page: u32,
+        wanted: u64,
+        run_min: u64,
+    ) -> Vec<Run> {
         let limit = territory.geometry.page_bits(page);
         let base = page_base(territory, extent, page);
         let mut runs = Vec::new();
@@ -275,13 +300,16 @@ impl Pages {
         let Some(content) = self.loaded.get_mut(&(extent, page)) else { return runs };
         while missing > 0 {
             let Some((first, len)) = content.next_clear_run(from, limit) else { break };
+            from = first + len;
+            if len < run_min {
+                continue;
+            }
             let blocks = len.min(missing);
             for bit in first..first + blocks {
                 content.set(bit, true);
             }
             runs.push(Run { start: base.plus(first), blocks });
             missing -= blocks;
-            from = first + blocks;
         }
         if let Some(owned) = self.extents.get_mut(&extent) {
             owned.free[page as usize] = Some(content.clear_bits(limit));

@@ -81,8 +81,11 @@ impl VdiInner {
         });
         let written = written.collect();
         let epoch = io.device().epoch();
+        let started = std::time::Instant::now();
         // Cut off or failed here, the writes' outcome is unknown: their blocks leak until GC.
         io.write_all(&writes).await?;
+        let ms = started.elapsed().as_millis() as u64;
+        tracing::debug!(vdi = %self.name, blocks, writes = writes.len(), ms, "data written");
         Ok(Prepared { batch, written, writes, epoch, runs, allocator })
     }
 
@@ -104,9 +107,13 @@ impl VdiInner {
                 return Ok(Committed { lsn: head.committed, pointers: Vec::new() });
             }
             let birth = head.birth.plus(1);
+            let started = std::time::Instant::now();
             let tree = self.build_tree(head, &prepared, birth).await?;
             prepared.disarm();
+            let tree_ms = started.elapsed().as_millis() as u64;
             self.barrier(&prepared, &tree).await?;
+            let ms = started.elapsed().as_millis() as u64;
+            tracing::debug!(vdi = %self.name, nodes = tree.nodes.len(), tree_ms, ms, "tree written");
             let next = VdiHead { root: tree.root, committed: lsn, birth, ..head.clone() };
             if self.swap_head(&mut control, next).await? {
                 let next = Root::new(self.head_of(&control)?, Arc::clone(&self.sink));

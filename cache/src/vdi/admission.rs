@@ -49,6 +49,11 @@ impl Admission {
         granted
     }
 
+    /// The writer waits for the store: replay has priority.
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
     /// So many segments of the disk were committed: half as many may follow.
     pub fn committed(&mut self, segments: u64) {
         self.credit = segments.div_ceil(2);

@@ -344,7 +344,7 @@ impl VdiTask {
     }
 
     fn is_urgent(&self) -> bool {
-        !self.waiters.is_empty() || self.starving || self.released
+        !self.waiters.is_empty() || self.starving || self.released || self.admission.is_held()
     }
 
     fn start_commit(&mut self) {

@@ -177,6 +177,8 @@ pub struct Figures {
     pub latency_median_us: f64,
     /// Median of the rounds' 99th percentiles, in microseconds.
     pub latency_99_us: f64,
+    /// Median share of one core that neither server nor client used, in percent.
+    pub other_percent: f64,
 }
 
 impl Figures {
@@ -291,6 +293,7 @@ fn figures(server: &str, metric: Metric, samples: &[Sample]) -> Figures {
         rounds: samples.iter().map(|sample| metric.of(sample)).collect(),
         latency_median_us: quantile(0.5),
         latency_99_us: quantile(0.99),
+        other_percent: median(&samples.iter().map(Sample::other_percent).collect::<Vec<_>>()),
     }
 }
 
@@ -316,6 +319,7 @@ mod tests {
             rounds: rounds.to_vec(),
             latency_median_us: 0.0,
             latency_99_us: 0.0,
+            other_percent: 0.0,
         };
         let figures = vec![figures(ours), figures(peer)];
         Line { title: "t".into(), mode: Mode::Burst, metric, target, figures }

@@ -33,18 +33,20 @@ pub struct Memory {
     pub filled: Vec<Reading>,
 }
 
+/// Memory that the agent may hold whatever it caches.
+const FIXED_MAX_BYTES: u64 = 64 << 20;
+
+/// Memory per GiB of dirty and clean data that it may hold on top.
+const PER_GIB_MAX_BYTES: u64 = 3 << 20;
+
+/// Size of each of the agent's two configurable caches in this measurement.
+const CONFIGURED_MIB: [(&str, u64); 2] = [("--node-memory", 32), ("--segment-memory", 64)];
+
 impl Memory {
-    /// Steepest growth over idle seen, in MiB of private memory per GiB of dirty and clean data.
+    /// Whether the agent stayed within its promise at every reading.
     #[must_use]
-    pub fn mib_per_gib_max(&self) -> f64 {
-        self.filled
-            .iter()
-            .filter(|reading| reading.cached() > 0)
-            .map(|reading| {
-                let grown = reading.anonymous_bytes.saturating_sub(self.idle.anonymous_bytes);
-                (grown as f64 / f64::from(1 << 20)) / (reading.cached() as f64 / f64::from(1 << 30))
-            })
-            .fold(0.0, f64::max)
+    pub fn is_within_limits(&self) -> bool {
+        self.filled.iter().all(|reading| reading.anonymous_bytes <= reading.allowed_bytes())
     }
 }
 
@@ -53,6 +55,15 @@ impl Reading {
     #[must_use]
     pub fn cached(&self) -> u64 {
         self.dirty_bytes + self.clean_bytes
+    }
+
+    /// Private memory that is promised not to be exceeded: a fixed part, the configured caches, and
+    /// what the index may take for the data held.
+    #[must_use]
+    pub fn allowed_bytes(&self) -> u64 {
+        let configured = CONFIGURED_MIB.iter().map(|(_, mib)| mib << 20).sum::<u64>();
+        let index = (u128::from(self.cached()) * u128::from(PER_GIB_MAX_BYTES)) >> 30;
+        FIXED_MAX_BYTES + configured + index as u64
     }
 }
 
@@ -63,7 +74,10 @@ impl Reading {
 pub fn run(settings: &Settings) -> Result<Memory> {
     let binary = settings.ballast.as_ref().context("no `ballast` binary to measure")?;
     let dir = tempfile::tempdir_in(&settings.dir).context("make a directory")?;
-    let config = settings.agent_config(binary, dir.path(), settings.cache_bytes)?;
+    let mut config = settings.agent_config(binary, dir.path(), settings.cache_bytes)?;
+    for (flag, mib) in CONFIGURED_MIB {
+        config.arguments.extend([flag.to_owned(), format!("{mib}MiB")]);
+    }
     let ballast = Ballast::create(&config, settings.disk_bytes)?;
     let idle = read(&ballast)?;
     let mut filled = Vec::new();

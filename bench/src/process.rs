@@ -101,10 +101,7 @@ impl Process {
     pub fn cpu(&self) -> Result<Duration> {
         let path = format!("/proc/{}/stat", self.pid());
         let stat = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-        let ticks = cpu_ticks(&stat).with_context(|| format!("understand {path}"))?;
-        // SAFETY: a query without side effects.
-        let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-        Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
+        Ok(ticks_to_time(cpu_ticks(&stat).with_context(|| format!("understand {path}"))?))
     }
 
     /// The value in KiB of a line of `/proc/PID/status` such as `RssAnon`, in bytes.
@@ -167,6 +164,40 @@ impl Drop for Process {
     }
 }
 
+/// CPU time that the whole machine has spent so far on anything but idling, time that its host took
+/// away from it included.
+///
+/// # Errors
+/// When `/proc/stat` cannot be read.
+pub fn machine_cpu() -> Result<Duration> {
+    let stat = std::fs::read_to_string("/proc/stat").context("read /proc/stat")?;
+    Ok(ticks_to_time(busy_ticks(&stat).context("understand /proc/stat")?))
+}
+
+/// CPU time of this process so far.
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn own_cpu() -> Result<Duration> {
+    let stat = std::fs::read_to_string("/proc/self/stat").context("read /proc/self/stat")?;
+    Ok(ticks_to_time(cpu_ticks(&stat).context("understand /proc/self/stat")?))
+}
+
+/// Ticks of the first line of `/proc/stat` other than idle and waiting for I/O.
+fn busy_ticks(stat: &str) -> Option<u64> {
+    let line = stat.lines().next()?.strip_prefix("cpu ")?;
+    let ticks: Vec<u64> = line.split_ascii_whitespace().map_while(|n| n.parse().ok()).collect();
+    // user nice system idle iowait irq softirq steal; guest time is counted in user already.
+    let busy = [0, 1, 2, 5, 6, 7].iter().filter_map(|&at| ticks.get(at)).sum();
+    (ticks.len() >= 8).then_some(busy)
+}
+
+fn ticks_to_time(ticks: u64) -> Duration {
+    // SAFETY: a query without side effects.
+    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    Duration::from_secs_f64(ticks as f64 / per_second as f64)
+}
+
 /// Pins the calling thread, and those it starts from now on, to `core`.
 ///
 /// # Errors
@@ -201,6 +232,14 @@ mod tests {
         let stat = "7 (a) b ( c) S 1 7 7 0 -1 4194304 90 0 0 0 30 12 0 0 20 0 1 0 5 6 7";
         assert_eq!(cpu_ticks(stat), Some(42));
         assert_eq!(cpu_ticks("7 a"), None);
+    }
+
+    #[test]
+    fn busy_time_leaves_idling_out() {
+        let stat = "cpu  10 20 30 4000 500 1 2 3 0 0\ncpu0 1 1 1 1\n";
+        assert_eq!(busy_ticks(stat), Some(66));
+        assert_eq!(busy_ticks("cpu  1 2"), None);
+        assert!(machine_cpu().unwrap() >= own_cpu().unwrap());
     }
 
     #[test]

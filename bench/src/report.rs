@@ -89,10 +89,11 @@ pub fn rounds(lines: &[Line]) -> String {
                 format!("{} {}", each.join(", "), line.metric.unit()),
                 format!("{:.0}", figures.latency_median_us),
                 format!("{:.0}", figures.latency_99_us),
+                format!("{:.0}", figures.other_percent),
             ]);
         }
     }
-    table(&["workload", "server", "rounds", "p50 µs", "p99 µs"], &rows)
+    table(&["workload", "server", "rounds", "p50 µs", "p99 µs", "other CPU %"], &rows)
 }
 
 /// fio's limits.

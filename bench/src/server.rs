@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use crate::front_end::{Disk, Options};
 use crate::load::{self, Limit, Measured, Workload};
-use crate::process::Process;
+use crate::process::{Process, machine_cpu, own_cpu};
 
 /// A running vhost-user-blk server with one disk.
 pub trait Server {
@@ -34,6 +34,9 @@ pub struct Sample {
     pub measured: Measured,
     /// CPU time of the server's threads during the run.
     pub server_cpu: Duration,
+    /// CPU time that neither the server nor the client used meanwhile: interrupts, and other work on
+    /// the machine, which spoils figures.
+    pub other_cpu: Duration,
 }
 
 impl Sample {
@@ -41,6 +44,12 @@ impl Sample {
     #[must_use]
     pub fn cpu_seconds_per_million(&self) -> f64 {
         self.server_cpu.as_secs_f64() * 1e6 / self.measured.operations.max(1) as f64
+    }
+
+    /// Share of one core that went to others, in percent.
+    #[must_use]
+    pub fn other_percent(&self) -> f64 {
+        100.0 * self.other_cpu.as_secs_f64() / self.measured.time.as_secs_f64()
     }
 }
 
@@ -61,9 +70,12 @@ pub fn measure(
         ..Options::default()
     };
     let mut disk = Disk::connect(server.socket(), &options)?;
-    let before = server.process().cpu()?;
+    let (server_before, own_before) = (server.process().cpu()?, own_cpu()?);
+    let machine_before = machine_cpu()?;
     let measured = load::run(&mut disk, workload, limit)?;
-    let server_cpu = server.process().cpu()?.saturating_sub(before);
+    let server_cpu = server.process().cpu()?.saturating_sub(server_before);
+    let own = own_cpu()?.saturating_sub(own_before);
+    let other_cpu = machine_cpu()?.saturating_sub(machine_before + server_cpu + own);
     disk.stop()?;
-    Ok(Sample { measured, server_cpu })
+    Ok(Sample { measured, server_cpu, other_cpu })
 }

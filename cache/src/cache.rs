@@ -354,11 +354,11 @@ impl Cache {
     /// Forgets a disk that was released, drained and detached in the store: its slot and segments are free again.
     pub async fn detach(&self, vdi: Uuid) -> Result<(), CacheError> {
         let handle = self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?;
-        handle.stop(vdi, true).await?;
+        let slot = handle.stop(vdi, true).await?;
         let mut inner = self.inner.lock().await;
         self.handles.lock().remove(&vdi);
-        // The task wrote the slot with sequences of its own: read back what is newest.
-        inner.slots = self.local.read_slots().await?;
+        let at = slot.slot as usize;
+        inner.slots[at] = slot;
         Ok(())
     }
 

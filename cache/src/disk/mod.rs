@@ -21,8 +21,6 @@
 mod log;
 pub mod plan;
 mod read;
-#[cfg(test)]
-mod tests;
 mod write;
 
 use crate::format::Geometry;

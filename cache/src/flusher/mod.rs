@@ -2,8 +2,6 @@
 
 mod batch;
 mod pace;
-#[cfg(test)]
-mod tests;
 
 pub use batch::{BatchError, Draft, Source};
 pub use pace::{FlushOptions, Situation, pause_after, should_start};

@@ -18,6 +18,7 @@
 
 use super::FormatError;
 use blockstore::crc::crc32c_keyed;
+use blockstore::format::vdi::VDI_SIZE_MAX;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 
 const MAGIC: [u8; 8] = *b"BLSTRECD";
@@ -34,6 +35,8 @@ pub const PAYLOAD_BLOCKS_MAX: u32 = 256;
 pub const WHOLE: u8 = 0xff;
 /// Most blocks that one zeroing entry covers; longer ones are split.
 pub const ZERO_BLOCKS_MAX: u64 = u32::MAX as u64;
+/// First block that no disk has.
+const LBA_END: u64 = VDI_SIZE_MAX / BLOCK_SIZE as u64;
 
 /// What an entry does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,9 +179,14 @@ fn decode_entry(bytes: &[u8], segment_blocks: u32) -> Result<Entry<'_>, FormatEr
     if blocks == 0 || first_mask == 0 || last_mask == 0 {
         return Err(invalid("it covers nothing"));
     }
+    let lba = u64::from_le_bytes(lba);
+    if lba + u64::from(blocks) > LBA_END {
+        return Err(invalid("it lies beyond the end of the largest disk"));
+    }
     let mut crcs: &[u8] = &[];
     if kind != Kind::Zero {
-        if payload == 0 || u32::from(payload) + blocks > segment_blocks || blocks > segment_blocks {
+        let end = u64::from(payload) + u64::from(blocks);
+        if payload == 0 || end > u64::from(segment_blocks) {
             return Err(invalid("its payload lies outside the segment"));
         }
         let len = blocks as usize * 4;
@@ -187,15 +195,7 @@ fn decode_entry(bytes: &[u8], segment_blocks: u32) -> Result<Entry<'_>, FormatEr
         }
         crcs = &bytes[DESCRIPTOR_LEN..DESCRIPTOR_LEN + len];
     }
-    Ok(Entry {
-        kind,
-        lba: Lba(u64::from_le_bytes(lba)),
-        blocks,
-        payload,
-        first_mask,
-        last_mask,
-        crcs,
-    })
+    Ok(Entry { kind, lba: Lba(lba), blocks, payload, first_mask, last_mask, crcs })
 }
 
 /// The fixed part of a record's header.

@@ -16,6 +16,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 const MAGIC: [u8; 8] = *b"BLSTSEGM";
 const WHAT: &str = "segment header";
+/// No disk lives long enough for more.
+const FIRST_LSN_MAX: u64 = 1 << 63;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -90,13 +92,18 @@ impl SegmentHeader {
         if Uuid::from_bytes(raw.cache) != cache {
             return Err(FormatError::Invalid { what: WHAT, why: "it belongs to another cache" });
         }
+        // Arithmetic on LSNs relies on both ends of this range.
+        let first_lsn = raw.first_lsn.get();
+        if first_lsn == 0 || first_lsn > FIRST_LSN_MAX {
+            return Err(FormatError::Invalid { what: WHAT, why: "its first LSN is impossible" });
+        }
         Ok(Self {
             cache,
             vdi: Uuid::from_bytes(raw.vdi),
             log_id: u128::from_le_bytes(raw.log_id),
             seq: raw.seq.get(),
             nonce: raw.nonce.get(),
-            first_lsn: Lsn(raw.first_lsn.get()),
+            first_lsn: Lsn(first_lsn),
             segment,
             epoch: raw.epoch.get(),
         })

@@ -55,30 +55,39 @@ pub async fn read_segment(local: &Local, header: &SegmentHeader) -> Result<Found
     let tail = u64::from(summary::blocks_max(geometry.segment_blocks())) * BLOCK_SIZE as u64;
     let offset = geometry.segment_offset(header.segment);
     let bytes = local.read(offset + geometry.segment_size - tail, tail as usize).await?;
-    if let Ok(summary) = Summary::decode(&bytes, header.seq, header.nonce)
-        && is_consistent(&summary, header, geometry)
-    {
-        return Ok(Found {
-            first_lsn: summary.first_lsn,
-            last_lsn: summary.last_lsn,
-            used_blocks: summary.used_blocks,
-            flushed: summary.flushed,
-            entries: summary.entries,
-            sealed: true,
-        });
+    if let Some(found) = from_summary(&bytes, header, geometry) {
+        return Ok(found);
     }
     let segment = local.read(offset, geometry.segment_size as usize).await?;
     Ok(scan(&segment, header))
 }
 
-/// A summary whose entries decode and add up to its LSNs.
+/// What the summary in `tail` (the last bytes of a segment) says, if there is a valid one that does not contradict itself.
+#[must_use]
+pub fn from_summary(tail: &[u8], header: &SegmentHeader, geometry: &Geometry) -> Option<Found> {
+    let summary = Summary::decode(tail, header.seq, header.nonce).ok()?;
+    is_consistent(&summary, header, geometry).then_some(Found {
+        first_lsn: summary.first_lsn,
+        last_lsn: summary.last_lsn,
+        used_blocks: summary.used_blocks,
+        flushed: summary.flushed,
+        entries: summary.entries,
+        sealed: true,
+    })
+}
+
+/// A summary whose entries decode, lie in the blocks that it says are used, and add up to its LSNs.
 fn is_consistent(summary: &Summary, header: &SegmentHeader, geometry: &Geometry) -> bool {
     let mut lsns = 0;
-    for entry in record::Entries::new(&summary.entries, geometry.segment_blocks()) {
+    if !(1..=geometry.segment_blocks()).contains(&summary.used_blocks) {
+        return false;
+    }
+    for entry in record::Entries::new(&summary.entries, summary.used_blocks) {
         let Ok(entry) = entry else { return false };
         lsns += entry.lsns();
     }
-    summary.first_lsn == header.first_lsn && summary.last_lsn.0 + 1 == summary.first_lsn.0 + lsns
+    let next = summary.last_lsn.0.checked_add(1);
+    summary.first_lsn == header.first_lsn && next == summary.first_lsn.0.checked_add(lsns)
 }
 
 /// Makes what recovery decided durable, see the module. Afterwards the slot (with the new epoch) may be written.

@@ -15,6 +15,7 @@ pub(crate) use task::{Command, VdiTask, VdiTaskParts};
 
 use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
+use crate::format::slot::VdiSlot;
 use blockstore::types::Lsn;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -53,16 +54,16 @@ impl VdiHandle {
         self.ask(vdi, |reply| Command::Resize { bytes, reply }).await?
     }
 
-    /// Stops the task between two steps; what is not committed stays in the log.
-    pub async fn stop(&self, vdi: uuid::Uuid, forget: bool) -> Result<(), CacheError> {
-        let result = self.ask(vdi, |reply| Command::Stop { forget, reply }).await?;
+    /// Stops the task between two steps; what is not committed stays in the log. Returns the slot as it was written last.
+    pub async fn stop(&self, vdi: uuid::Uuid, forget: bool) -> Result<VdiSlot, CacheError> {
+        let slot = self.ask(vdi, |reply| Command::Stop { forget, reply }).await??;
         let task = self.task.lock().take();
         if let Some(task) = task
             && let Err(error) = task.await
         {
             tracing::error!(vdi = %self.name, %error, "the task that looks after a disk panicked");
         }
-        result
+        Ok(slot)
     }
 
     async fn ask<T>(

@@ -41,8 +41,8 @@ pub(crate) enum Command {
     Released { disk: Box<AttachedDisk>, reply: oneshot::Sender<Result<(), CacheError>> },
     /// The disk grew.
     Resize { bytes: u64, reply: oneshot::Sender<Result<(), CacheError>> },
-    /// End; with `forget`, the drained disk leaves the cache.
-    Stop { forget: bool, reply: oneshot::Sender<Result<(), CacheError>> },
+    /// End; with `forget`, the drained disk leaves the cache. Answers with the slot as it was written last.
+    Stop { forget: bool, reply: oneshot::Sender<Result<VdiSlot, CacheError>> },
 }
 
 /// What a task starts with.
@@ -237,8 +237,10 @@ impl VdiTask {
             }
             Command::Stop { forget, reply } => {
                 let result = if forget { self.forget().await } else { Ok(()) };
-                let _ = reply.send(result);
-                return true;
+                let failed = result.is_err();
+                let _ = reply.send(result.map(|()| self.p.slot.clone()));
+                // A disk that cannot be forgotten yet stays looked after.
+                return !failed;
             }
         }
         false

@@ -377,6 +377,9 @@ impl VhostUserBackendReqHandlerMut for Session {
             _ => return Err(Error::InvalidParam),
         };
         self.context.shared.writeback.store(writeback, Ordering::Relaxed);
+        if let Some(region) = &self.inflight {
+            region.set_write_cache(writeback);
+        }
         self.apply_write_cache()
     }
 
@@ -391,6 +394,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         let (queues, size) = self.check_inflight(wanted)?;
         let (region, file) = InflightRegion::create(queues, size).map_err(handler)?;
+        region.set_write_cache(self.context.shared.writeback.load(Ordering::Relaxed));
         self.inflight = Some(Arc::new(region));
         let len = InflightRegion::len(queues, size) as u64;
         Ok((VhostUserInflight::new(len, 0, queues, size), file))
@@ -400,6 +404,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (queues, size) = self.check_inflight(given)?;
         let (offset, len) = (given.mmap_offset, given.mmap_size);
         let region = InflightRegion::map(file, offset, len, queues, size).map_err(handler)?;
+        if let Some(on) = region.write_cache() {
+            self.context.shared.writeback.store(on, Ordering::Relaxed);
+            self.apply_write_cache()?;
+        }
         self.inflight = Some(Arc::new(region));
         Ok(())
     }

@@ -5,12 +5,17 @@
 //! per queue, 64-byte aligned:
 //!   0  u64 features   8  u16 version   10 u16 desc_num   12 u16 last_batch_head   14 u16 used_idx
 //!  16  desc_num entries of 16 bytes: 0 u8 inflight   6 u16 next   8 u64 counter
+//! behind the last queue, ours alone, 64 bytes:
+//!   0  u64 magic   8  u8 write cache off
 //! ```
 //!
 //! Taking a chain: counter, then inflight = 1. Giving chains back: each is linked into the batch (`next` = former
 //! `last_batch_head`); then the used index is published; then each loses its mark; then `used_idx` follows. Death
 //! between any two stores leaves one of two states: `used_idx` equals the ring's used index, and the marks are true; or
 //! it does not, and the marks of the last batch, which the list finds, are to be taken back.
+//!
+//! The last part is room that we ask for beyond what the queues need. It carries the driver's choice of the write cache
+//! over to the next process: a guest that switched it off counts on that, and its front end does not say it again.
 //!
 //! Nothing in the region is trusted: indexes are bounded, lists are followed for as many steps as there are entries.
 //! It covers the death of this process, not of the host; replayed writes are simply written once more.
@@ -26,6 +31,8 @@ use vm_memory::{FileOffset, MmapRegion};
 const HEADER: usize = 16;
 const ENTRY: usize = 16;
 const VERSION: u16 = 1;
+const OWN_PART: usize = 64;
+const OWN_MAGIC: u64 = u64::from_le_bytes(*b"BALLASTw");
 
 /// A mapped region for several queues of one size.
 #[derive(Debug)]
@@ -33,6 +40,8 @@ pub(crate) struct InflightRegion {
     mapping: MmapRegion,
     queues: u16,
     queue_size: u16,
+    /// Our own part is there.
+    own: bool,
 }
 
 /// Bytes of one queue's part.
@@ -41,9 +50,9 @@ fn part_len(queue_size: u16) -> usize {
 }
 
 impl InflightRegion {
-    /// Bytes for `queues` queues of `queue_size` entries.
+    /// Bytes that we ask for, for `queues` queues of `queue_size` entries.
     pub(crate) fn len(queues: u16, queue_size: u16) -> usize {
-        part_len(queue_size) * usize::from(queues)
+        part_len(queue_size) * usize::from(queues) + OWN_PART
     }
 
     /// A new region, all zeros, and the file to hand to the front end. It cannot be shortened under us.
@@ -65,7 +74,9 @@ impl InflightRegion {
         if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok((Self::map(file.try_clone()?, 0, len, queues, queue_size)?, file))
+        let region = Self::map(file.try_clone()?, 0, len, queues, queue_size)?;
+        region.word(0).store(OWN_MAGIC.to_le(), Ordering::Release);
+        Ok((Self { own: true, ..region }, file))
     }
 
     /// Maps `len` bytes at `offset` of a file that the front end kept.
@@ -76,7 +87,8 @@ impl InflightRegion {
         queues: u16,
         queue_size: u16,
     ) -> io::Result<Self> {
-        let needed = Self::len(queues, queue_size) as u64;
+        let full = Self::len(queues, queue_size) as u64;
+        let needed = full - OWN_PART as u64;
         let end = offset.checked_add(len);
         if len < needed || end.is_none_or(|end| file.metadata().is_ok_and(|m| end > m.size())) {
             return Err(io::Error::new(
@@ -86,9 +98,32 @@ impl InflightRegion {
                 ),
             ));
         }
-        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), needed as usize)
+        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), len.min(full) as usize)
             .map_err(io::Error::other)?;
-        Ok(Self { mapping, queues, queue_size })
+        let mut region = Self { mapping, queues, queue_size, own: false };
+        region.own =
+            len >= full && u64::from_le(region.word(0).load(Ordering::Acquire)) == OWN_MAGIC;
+        Ok(region)
+    }
+
+    /// The write cache as the driver left it, if that is known.
+    pub(crate) fn write_cache(&self) -> Option<bool> {
+        self.own.then(|| self.word(8).load(Ordering::Relaxed) == 0)
+    }
+
+    /// Remembers the driver's choice.
+    pub(crate) fn set_write_cache(&self, on: bool) {
+        if self.own {
+            self.word(8).store(u64::from(!on).to_le(), Ordering::Release);
+        }
+    }
+
+    /// A word of our own part.
+    fn word(&self, at: usize) -> &AtomicU64 {
+        let start = part_len(self.queue_size) * usize::from(self.queues);
+        assert!(start + at + 8 <= self.mapping.size(), "only asked for where it is mapped");
+        // SAFETY: inside the mapping, as just checked, and aligned: parts are multiples of 64 bytes long.
+        unsafe { AtomicU64::from_ptr(self.mapping.as_ptr().add(start + at).cast()) }
     }
 }
 
@@ -298,6 +333,8 @@ mod tests {
             InflightRegion::map(file.try_clone().unwrap(), offset, len, queues, size).is_ok()
         };
         assert!(map(0, len, 2, SIZE));
+        assert!(map(0, len - OWN_PART as u64, 2, SIZE), "as another back end would have made it");
+        assert!(!map(0, len - OWN_PART as u64 - 1, 2, SIZE));
         assert!(!map(0, len, 3, SIZE));
         assert!(!map(0, len, 2, 2 * SIZE));
         assert!(!map(4096, len, 2, SIZE));
@@ -306,6 +343,21 @@ mod tests {
         let region = region();
         assert!(InflightQueue::attach(&region, 2, SIZE).is_none());
         assert!(InflightQueue::attach(&region, 0, 2 * SIZE).is_none());
+    }
+
+    #[test]
+    fn the_choice_of_the_write_cache_is_carried_over() {
+        let (region, file) = InflightRegion::create(2, SIZE).unwrap();
+        let len = InflightRegion::len(2, SIZE) as u64;
+        let again = |len| {
+            InflightRegion::map(file.try_clone().unwrap(), 0, len, 2, SIZE).unwrap().write_cache()
+        };
+        assert_eq!((region.write_cache(), again(len)), (Some(true), Some(true)));
+        region.set_write_cache(false);
+        assert_eq!((again(len), again(len - 1)), (Some(false), None));
+        let foreign = tempfile::tempfile().unwrap();
+        foreign.set_len(len).unwrap();
+        assert_eq!(InflightRegion::map(foreign, 0, len, 2, SIZE).unwrap().write_cache(), None);
     }
 
     proptest! {

@@ -499,12 +499,9 @@ fn as_usize(range: &Range<u32>) -> Range<usize> {
     range.start as usize..range.end as usize
 }
 
-/// Gives back what an abandoned read holds of the disk. Only without local I/O under way.
-pub(super) fn abandon(slot: &mut Slot, disk: &mut Disk) {
-    debug_assert_eq!(slot.read.local, 0, "the kernel still uses the buffers");
-    if std::mem::take(&mut slot.read.pinned) {
-        disk.release(&mut slot.read.plan);
-    }
+/// Forgets a read that only waits for the store. Its pins were given back with its last local I/O.
+pub(super) fn abandon(slot: &mut Slot) {
+    debug_assert!(slot.read.local == 0 && !slot.read.pinned, "local I/O is under way");
     slot.read.remote = 0;
     slot.read.patches.clear();
 }

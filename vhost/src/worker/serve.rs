@@ -317,7 +317,7 @@ impl Worker {
             };
             if !busy {
                 if slot.request.kind == Kind::Read {
-                    read::abandon(slot, &mut self.attached.disk);
+                    read::abandon(slot);
                 }
                 self.give_back(index, 0);
             }

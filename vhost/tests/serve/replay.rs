@@ -107,6 +107,19 @@ fn a_ring_that_was_drained_replays_nothing() {
     assert_eq!(rig.server().stats().reads, 2);
 }
 
+/// A guest that switched the write cache off goes on with a server that knows nothing but the region.
+#[test]
+fn the_write_cache_stays_off_across_servers() {
+    let mut rig = rig();
+    let (mut guest, region, file) = tracked(&rig);
+    guest.set_write_cache(false);
+    let disk = rig.stop();
+    rig.serve(disk);
+    let mut guest = guest.reconnect_tracked(&rig.socket(), &region, &file, 0);
+    assert_eq!((rig.server().stats().write_through, guest.config(32, 1)), (true, vec![0]));
+    assert_eq!(guest.write(0, &[1; 512]), OK);
+}
+
 #[test]
 fn regions_that_do_not_fit_are_refused() {
     let rig = rig();

@@ -198,8 +198,8 @@ impl Allocator {
             StoreErrorKind::NoSpace,
             io.url(),
             format!(
-                "the store has no {blocks} free {what} blocks left; delete virtual disks, discard \
-                 unused data in the guests, or run 'ballast gc run'"
+                "the store has no {blocks} free {what} blocks left; delete virtual disks or \
+                 discard unused data in the guests"
             ),
         )
     }

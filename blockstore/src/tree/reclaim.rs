@@ -70,7 +70,7 @@ impl Reclaimer {
             };
             match outcome {
                 Err(error) if error.kind == StoreErrorKind::Closing => return,
-                Err(error) => tracing::warn!(%error, "blocks leak until the next gc run"),
+                Err(error) => tracing::warn!(%error, "blocks leak until they are collected"),
                 Ok(()) => {}
             }
             if *stop.borrow() {

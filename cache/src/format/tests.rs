@@ -147,6 +147,29 @@ fn a_structure_elsewhere_or_under_another_key_is_not_accepted() {
 }
 
 #[test]
+fn numbers_that_no_log_holds_are_refused_though_the_checksum_is_right() {
+    let decode = |kind, lba, blocks, payload| {
+        let mut bytes = Vec::new();
+        push_descriptor(&mut bytes, kind, Lba(lba), blocks, payload, (WHOLE, WHOLE));
+        bytes.resize(bytes.len() + 4, 0);
+        Entries::new(&bytes, 256).next().expect("one").map(|entry| entry.lba)
+    };
+    let end = 1 << 36;
+    assert_eq!(decode(Kind::Write, end - 1, 1, 255), Ok(Lba(end - 1)));
+    assert!(decode(Kind::Write, end, 1, 1).is_err(), "beyond every disk");
+    assert!(decode(Kind::Zero, end - 1, 2, 0).is_err(), "ends beyond every disk");
+    assert!(decode(Kind::Zero, (1 << 48) - 1, u32::MAX, 0).is_err());
+    assert!(decode(Kind::Write, 0, 1, 256).is_err(), "beyond the segment");
+    assert!(decode(Kind::Write, 0, u32::MAX, 1).is_err(), "the sum does not wrap");
+    for (first_lsn, good) in [(0, false), (1, true), (1 << 63, true), (u64::MAX, false)] {
+        let mut block = [0u8; BLOCK_SIZE];
+        SegmentHeader { first_lsn: Lsn(first_lsn), ..segment_header() }.encode_into(&mut block);
+        let decoded = SegmentHeader::decode(&block, CACHE, SegmentId(17));
+        assert_eq!(decoded.is_ok(), good, "first LSN {first_lsn}");
+    }
+}
+
+#[test]
 fn geometries_fit_their_device() {
     assert!(Geometry::for_size((16 << 20) - 1).is_none());
     for size in [16 << 20, 17 << 20, 1 << 30, 2 << 30, 16 << 30, 1 << 40, 12 << 40] {

@@ -1,14 +1,15 @@
 //! Goal: each case that recovery can meet is judged as documented. Method: segments made up by hand, one case a test. What
 //! real crashes leave is in tests/log_crash.rs.
 
-use super::{AssembleError, Assembler, Found, Recovered};
+use super::{AssembleError, Assembler, Found, Recovered, from_summary};
 use crate::disk::plan::SegmentId;
 use crate::format::Geometry;
 use crate::format::record::{Kind, WHOLE, push_descriptor};
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::SlotVdi;
+use crate::format::summary::{Summary, blocks_for};
 use crate::index::Found as Entry;
-use blockstore::types::{Lba, Lsn};
+use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use uuid::Uuid;
 
 /// A segment: LSNs from first to last, one block each, LBA = LSN % 100.
@@ -174,4 +175,36 @@ fn an_empty_log_stands_where_the_store_does() {
 fn segments_that_contradict_each_other_are_refused() {
     let error = assemble(0, 0, &[sealed(1, 1, 5), sealed(2, 4, 9)]).unwrap_err();
     assert_eq!(error, AssembleError::Overlap { segment: 2, first: Lsn(4), end: Lsn(5) });
+}
+
+#[test]
+fn a_summary_that_contradicts_itself_is_not_believed() {
+    let header = SegmentHeader {
+        cache: Uuid::nil(),
+        vdi: Uuid::nil(),
+        log_id: 1,
+        seq: 3,
+        nonce: 77,
+        first_lsn: Lsn(10),
+        segment: SegmentId(1),
+        epoch: 1,
+    };
+    let geometry = Geometry::for_size(64 << 20).unwrap();
+    let sealed = |first: u64, last: u64, used_blocks: u32| {
+        let mut entries = Vec::new();
+        push_descriptor(&mut entries, Kind::Write, Lba(5), 2, 2, (WHOLE, WHOLE));
+        entries.extend([0; 8]);
+        let (first_lsn, last_lsn) = (Lsn(first), Lsn(last));
+        let summary =
+            Summary { seq: 3, first_lsn, last_lsn, flushed: last_lsn, used_blocks, entries };
+        let mut tail = vec![0; blocks_for(summary.entries.len()) as usize * BLOCK_SIZE];
+        summary.encode_into(&mut tail, 77);
+        from_summary(&tail, &header, &geometry)
+    };
+    assert!(sealed(10, 10, 4).is_some_and(|found| found.sealed && found.used_blocks == 4));
+    assert!(sealed(10, 11, 4).is_none(), "more LSNs than entries");
+    assert!(sealed(10, u64::MAX, 4).is_none());
+    assert!(sealed(11, 11, 4).is_none(), "not the header's first LSN");
+    assert!(sealed(10, 10, 3).is_none(), "payload in blocks that are not in use");
+    assert!(sealed(10, 10, u32::MAX).is_none(), "more blocks than the segment has");
 }

@@ -256,7 +256,8 @@ impl VdiTask {
         }
         self.feed();
         let aged = self.open_since.is_some_and(|since| since.elapsed() >= self.max_age());
-        if aged && self.roll_under_way.is_none() {
+        // With the store away a segment is filled before it is sealed: a trickle must not use up the ring.
+        if aged && self.roll_under_way.is_none() && self.pressure().store_answers {
             self.roll();
         }
     }

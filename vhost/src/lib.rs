@@ -20,6 +20,7 @@
 //!   address is checked against the table once, when the request is parsed, and the table's mappings live until the
 //!   last request that uses them has ended.
 //! * INV-VH-2: whatever the guest writes into its rings costs at most its own disk; never a panic, never another disk.
+//!   Memory that a front end pulls away under us turns to zeros for that guest (`sigbus`).
 //! * INV-VH-3: a request is completed at most once, and only in the session that it came from.
 //! * INV-VH-4: every block that leaves the local cache was compared with its checksum first.
 //! * INV-VH-5: the answer to GET_VRING_BASE is sent when no request of that ring is under way any more.
@@ -35,6 +36,7 @@ pub mod request;
 mod ring;
 pub mod server;
 mod session;
+mod sigbus;
 mod socket;
 mod stats;
 mod worker;

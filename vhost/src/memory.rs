@@ -7,6 +7,7 @@
 //! reached through raw pointers; only whole-buffer copies and checksums, whose control flow does not depend on the
 //! bytes, run over them.
 
+use crate::sigbus::Guard;
 use libc::iovec;
 use std::fs::File;
 use std::io;
@@ -22,6 +23,8 @@ use vm_memory::{
 pub(crate) struct Region {
     /// Address in the front end's process; ring addresses are given in these.
     user: u64,
+    /// Before the mapping, so that it goes first.
+    _guard: Arc<Guard>,
     mapping: Arc<GuestRegionMmap>,
 }
 
@@ -57,7 +60,8 @@ impl Region {
         let region = GuestRegionMmap::new(mapping, GuestAddress(place.guest)).ok_or_else(|| {
             invalid(format!("memory region at {:#x} wraps the address space", place.guest))
         })?;
-        Ok(Self { user: place.user, mapping: Arc::new(region) })
+        let guard = Guard::new(region.as_ptr(), size)?;
+        Ok(Self { user: place.user, _guard: Arc::new(guard), mapping: Arc::new(region) })
     }
 
     fn guest(&self) -> u64 {
@@ -119,8 +123,9 @@ impl MemoryTable {
 /// A snapshot of the guest's memory.
 #[derive(Debug, Default)]
 pub(crate) struct GuestMap {
-    memory: GuestMemoryMmap,
+    /// Before the memory, so that the regions' guards go before their mappings.
     regions: Vec<Region>,
+    memory: GuestMemoryMmap,
 }
 
 impl GuestMap {

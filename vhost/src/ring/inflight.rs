@@ -20,6 +20,7 @@
 //! Nothing in the region is trusted: indexes are bounded, lists are followed for as many steps as there are entries.
 //! It covers the death of this process, not of the host; replayed writes are simply written once more.
 
+use crate::sigbus::Guard;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -37,6 +38,8 @@ const OWN_MAGIC: u64 = u64::from_le_bytes(*b"BALLASTw");
 /// A mapped region for several queues of one size.
 #[derive(Debug)]
 pub(crate) struct InflightRegion {
+    /// Before the mapping, so that it goes first.
+    _guard: Guard,
     mapping: MmapRegion,
     queues: u16,
     queue_size: u16,
@@ -100,7 +103,8 @@ impl InflightRegion {
         }
         let mapping = MmapRegion::from_file(FileOffset::new(file, offset), len.min(full) as usize)
             .map_err(io::Error::other)?;
-        let mut region = Self { mapping, queues, queue_size, own: false };
+        let guard = Guard::new(mapping.as_ptr(), mapping.size())?;
+        let mut region = Self { _guard: guard, mapping, queues, queue_size, own: false };
         region.own =
             len >= full && u64::from_le(region.word(0).load(Ordering::Acquire)) == OWN_MAGIC;
         Ok(region)

@@ -24,6 +24,7 @@ pub(crate) use control::{DriverFeatures, Handle, Reply, Request, StartRing, gone
 use crate::config::ID_LEN;
 use crate::memory::GuestMap;
 use crate::request::Limits;
+use crate::sigbus;
 use crate::stats::{Counters, Shared};
 use cache::disk::{Action, AttachedDisk, OpId};
 use cache::link::{FromDisk, ToDisk};
@@ -116,6 +117,8 @@ struct Worker {
     counters: Counters,
     control_ready: bool,
     link_ready: bool,
+    /// `sigbus::faults` when last looked at.
+    faults: u64,
     /// Something happened that may have made space in the log.
     progress: bool,
     /// No requests are taken; who waits for quiet.
@@ -162,6 +165,7 @@ impl Worker {
             counters: Counters::default(),
             control_ready: true,
             link_ready: true,
+            faults: sigbus::faults(),
             progress: false,
             quiescing: None,
             shutdown: false,
@@ -421,6 +425,13 @@ impl Worker {
     }
 
     fn publish_counters(&mut self) {
+        let faults = sigbus::faults();
+        if faults != std::mem::replace(&mut self.faults, faults) {
+            tracing::warn!(
+                disk = self.options.name,
+                "a front end pulled shared memory away: its guest reads zeros there"
+            );
+        }
         self.counters.stalled = self.stalled.len() as u64;
         self.counters.fetching = (self.waiting.len() as u64) + self.fetching;
         self.counters.interrupts = self.queues.interrupts;

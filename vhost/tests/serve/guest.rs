@@ -72,6 +72,11 @@ impl Memory {
         Self { file, map, base }
     }
 
+    /// Takes all of it away from everyone who has it mapped.
+    pub fn shorten(&self) {
+        self.file.set_len(0).unwrap();
+    }
+
     /// Address in this process, which is what the front end calls a user address.
     pub fn user(&self, guest: u64) -> u64 {
         self.map.get_host_address(GuestAddress(guest)).unwrap() as u64

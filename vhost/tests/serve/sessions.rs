@@ -194,6 +194,26 @@ fn a_front_end_may_go_with_requests_under_way() {
     assert_eq!(guest.read(0, BLOCK), Ok(pattern(2, BLOCK)));
 }
 
+/// A front end shortens the file behind its memory, under a running ring and under a read that waits for the store. The
+/// process must live on.
+#[test]
+fn memory_pulled_away_harms_nobody_else() {
+    let rig = Rig::start(MIB, 64 * MIB);
+    rig.backing.put(0, pattern(1, BLOCK));
+    rig.backing.plug(false);
+    let mut guest = Guest::simple(&rig.socket());
+    guest.queues[0].submit(0, 0, &[(DATA, 4096, true)]);
+    rig.wait_until("the block is asked for", |rig| rig.server().stats().fetching > 0);
+    // From here on the guest's memory may not be touched by this test either.
+    guest.memory.shorten();
+    guest.queues[0].kick.write(1).unwrap();
+    rig.backing.plug(true);
+    rig.wait_until("answered", |rig| rig.server().stats().in_flight == 0);
+    drop(guest);
+    let mut guest = Guest::simple(&rig.socket());
+    assert_eq!(guest.read(0, BLOCK), Ok(pattern(1, BLOCK)));
+}
+
 #[test]
 fn a_late_answer_to_a_former_server_reaches_nobody() {
     let mut rig = Rig::start(MIB, 64 * MIB);

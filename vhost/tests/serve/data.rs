@@ -281,6 +281,17 @@ fn the_configuration_is_told_byte_for_byte() {
 }
 
 #[test]
+fn a_polling_worker_serves_and_sleeps_as_well() {
+    let rig = Rig::with_options(MIB, 64 * MIB, |options| options.poll_us = 200);
+    let mut guest = Guest::simple(&rig.socket());
+    for n in 0..50 {
+        assert_eq!(guest.write(8 * n, &pattern(n, BLOCK)), OK);
+        assert_eq!(guest.flush(), OK);
+        assert_eq!(guest.read(8 * n, BLOCK), Ok(pattern(n, BLOCK)));
+    }
+}
+
+#[test]
 fn all_queues_serve_the_same_disk() {
     let rig = Rig::start(MIB, 64 * MIB);
     let mut guest = Guest::connect(&rig.socket(), 4, feature::USUAL);

@@ -24,5 +24,6 @@ pub mod peer;
 pub mod process;
 pub mod recovery;
 pub mod report;
+pub mod san;
 pub mod server;
 pub mod suite;

@@ -209,13 +209,15 @@ fn recovery(settings: &Settings, ring_bytes: u64, out: &Output) -> Result<()> {
 
 fn recovery_text(found: &Recovery) -> String {
     format!(
-        "Ring of {} MiB written through with random 4 KiB blocks, {} MiB of it dirty when the agent \
-         was killed: the socket accepted after {:.2} s, the first read was served after {:.2} s \
-         (target: 5 s for 16 GiB).",
+        "Ring of {} MiB filled with {} random 4 KiB writes while the shared device was frozen ({} MiB \
+         dirty), agent killed: its socket accepted after {:.2} s, the first read was served after \
+         {:.2} s (target: 5 s for 16 GiB), peak resident memory {} MiB.",
         found.ring_bytes >> 20,
+        report::number(found.writes as f64),
         found.dirty_bytes >> 20,
         found.connected.as_secs_f64(),
         found.first_read.as_secs_f64(),
+        found.peak_bytes >> 20,
     )
 }
 

@@ -37,7 +37,8 @@ fn superblock() -> Superblock {
         features_incompatible: 0,
         features_compatible: 0,
         created_ms: 1,
-        device_size: 65 << 20,
+        // Room for any number of extents: what limits them is the table.
+        device_size: 1 << 60,
         geometry: Geometry::plan(65 << 20, 1 << 20).expect("fits"),
         label: "lab".into(),
     }

@@ -214,6 +214,7 @@ fn impossible_values_are_refused_though_the_checksum_is_right() {
         (48 + 64, &[1], "size"),
         (48 + 64, &[0xff; 8], "size"),
         (48 + 104, &[4], "birth"),
+        (48 + 72, &[0xff; 8], "committed_lsn"),
         (48 + 112 + 5, &[0x20], "pointer flags"),
     ] {
         let bytes = forge(encode(&vdi()), offset, value);

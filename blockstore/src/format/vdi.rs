@@ -12,6 +12,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Largest virtual disk: 256 TiB.
 pub const VDI_SIZE_MAX: u64 = 256 << 40;
+/// Largest committed LSN: no disk lives long enough for more, and LSNs after it are computed without overflow.
+pub const COMMITTED_LSN_MAX: u64 = 1 << 62;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -164,6 +166,9 @@ impl Record for VdiHead {
         }
         if raw.birth.get() >> 48 != 0 || raw.last_snapshot_birth.get() > raw.birth.get() {
             return Err(Damage::Field("birth"));
+        }
+        if raw.committed_lsn.get() > COMMITTED_LSN_MAX {
+            return Err(Damage::Field("committed_lsn"));
         }
         Ok(Self {
             uuid,

@@ -245,8 +245,12 @@ impl Cache {
         let store = backing.committed();
         let started = Instant::now();
         let recovered = recovery::recover(&self.local, &record, store, &found).await?;
+        // Everything that can fail for want of resources comes before anything is changed.
+        let local_error =
+            |what, source| CacheError::Local { path: self.local.path.clone(), what, source };
+        let link = link::pair().map_err(|source| local_error("eventfd", source))?;
+        let legs = vec![self.local.worker_file()?];
         let grants = self.two_segments(record.epoch == 0).await?;
-        recovery::settle(&self.local, &recovered).await?;
         let record = SlotVdi {
             name: vdi.name.clone(),
             size_bytes: vdi.size_bytes,
@@ -258,7 +262,17 @@ impl Cache {
         };
         let slot =
             VdiSlot { sequence: slot.sequence + 1, slot: slot.slot, vdi: Some(record.clone()) };
-        self.local.write_slot(&slot).await?;
+        let settled = match recovery::settle(&self.local, &recovered).await {
+            Ok(()) => self.local.write_slot(&slot).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = settled {
+            // Nothing was appended: the next attempt recovers to the same end.
+            for grant in grants {
+                self.pool.release(grant.id, false);
+            }
+            return Err(error);
+        }
         inner.slots[at] = slot.clone();
         inner.found.remove(&vdi.uuid);
         for id in &recovered.dead {
@@ -268,22 +282,18 @@ impl Cache {
             vdi = %vdi.name, last_lsn = recovered.last_lsn.0, committed = store.0,
             segments = recovered.live.len(), ms = started.elapsed().as_millis() as u64, "log recovered"
         );
-        self.start(vdi, backing, slot, record, recovered, grants)
+        Ok(self.start(vdi, backing, (slot, record), recovered, (grants, legs, link)))
     }
 
+    /// Cannot fail: what recovery decided is durable, and the segments it freed are free.
     fn start(
         &self,
         vdi: &VdiIdentity,
         backing: Arc<dyn Backing>,
-        slot: VdiSlot,
-        record: SlotVdi,
+        (slot, record): (VdiSlot, SlotVdi),
         recovered: Recovered,
-        grants: Vec<link::Grant>,
-    ) -> Result<AttachedDisk, CacheError> {
-        let local_error =
-            |what, source| CacheError::Local { path: self.local.path.clone(), what, source };
-        let (link, sender, from_disk) = link::pair().map_err(|e| local_error("eventfd", e))?;
-        let legs = vec![self.local.worker_file()?];
+        (grants, legs, (link, sender, from_disk)): Resources,
+    ) -> AttachedDisk {
         let mut segments = Segments::default();
         for live in &recovered.live {
             segments.push(Segment {
@@ -338,7 +348,7 @@ impl Cache {
             },
         );
         self.handles.lock().insert(vdi.uuid, Arc::new(handle));
-        Ok(AttachedDisk { disk, link, legs })
+        AttachedDisk { disk, link, legs }
     }
 
     /// Takes a disk back whose worker has stopped: its log is sealed, its flusher goes on.
@@ -431,6 +441,13 @@ impl Cache {
         Err(CacheError::NoSegments { free })
     }
 }
+
+/// What a disk needs to run: segments, files, and the ways to and from its task.
+type Resources = (
+    Vec<link::Grant>,
+    Vec<Arc<std::fs::File>>,
+    (link::Link, link::DiskSender, tokio::sync::mpsc::UnboundedReceiver<link::FromDisk>),
+);
 
 /// Segments of each disk, free segments, next sequence number.
 type Sorted = (HashMap<Uuid, Vec<SegmentHeader>>, Vec<SegmentId>, u64);

@@ -92,6 +92,7 @@ impl Pool {
         inner.tasks.remove(&vdi);
         inner.waiting.retain(|waiting| *waiting != vdi);
         inner.clean.retain(|_, (_, owner)| *owner != vdi);
+        Self::next_turn(&inner);
     }
 
     /// Hands out a segment, or queues the disk for the next one that becomes free.
@@ -115,6 +116,13 @@ impl Pool {
                 None
             }
         }
+    }
+
+    /// The disk does not want a segment for now: whoever is behind it in the queue is next.
+    pub fn leave_queue(&self, vdi: Uuid) {
+        let mut inner = self.inner.lock();
+        inner.waiting.retain(|waiting| *waiting != vdi);
+        Self::next_turn(&inner);
     }
 
     /// Hands out up to two segments for a disk that is being attached.

@@ -2,18 +2,31 @@
 
 use crate::disk::{Action, AttachedDisk, OpId};
 use crate::link::{FromDisk, ToDisk};
+use blockstore::types::Lsn;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-/// Runs a disk until its log is sealed and quiet. Returns what it has to say to its task. The unsealed tail, should this
-/// fail, is found by the next recovery: nothing acknowledged is lost.
-pub async fn seal(attached: AttachedDisk) -> std::io::Result<Vec<FromDisk>> {
+/// What is left of a disk whose log was sealed.
+#[derive(Debug)]
+pub struct Sealed {
+    /// What it has to say to its task.
+    pub messages: Vec<FromDisk>,
+    /// Last LSN that it gave out.
+    pub last_lsn: Lsn,
+}
+
+/// Rounds without any I/O after which a disk that is not quiet never will be: its worker died amid requests.
+const IDLE_ROUNDS_MAX: u32 = 3;
+
+/// Runs a disk until its log is sealed and quiet. The unsealed tail, should this fail, is found by the next recovery:
+/// nothing acknowledged is lost.
+pub async fn seal(attached: AttachedDisk) -> std::io::Result<Sealed> {
     tokio::task::spawn_blocking(move || seal_blocking(attached))
         .await
         .map_err(std::io::Error::other)?
 }
 
-fn seal_blocking(mut attached: AttachedDisk) -> std::io::Result<Vec<FromDisk>> {
+fn seal_blocking(mut attached: AttachedDisk) -> std::io::Result<Sealed> {
     while let Some(message) = attached.link.try_recv() {
         if !matches!(message, ToDisk::Fetched { .. }) {
             attached.disk.on_message(message);
@@ -21,21 +34,27 @@ fn seal_blocking(mut attached: AttachedDisk) -> std::io::Result<Vec<FromDisk>> {
     }
     attached.disk.on_message(ToDisk::Roll { id: 0 });
     let mut messages = Vec::new();
+    let mut idle_rounds = 0;
     loop {
-        run_once(&mut attached, &mut messages);
+        let worked = run_once(&mut attached, &mut messages);
+        idle_rounds = if worked { 0 } else { idle_rounds + 1 };
         attached.disk.completions();
         if attached.disk.is_quiet() {
             let unused = attached.disk.take_unused_grants();
             messages.extend(unused.into_iter().map(|grant| FromDisk::Unused { segment: grant.id }));
-            return Ok(messages);
+            return Ok(Sealed { messages, last_lsn: attached.disk.staged_lsn() });
+        }
+        if idle_rounds > IDLE_ROUNDS_MAX {
+            return Err(std::io::Error::other("the disk's worker died amid local I/O"));
         }
     }
 }
 
-/// Carries out what the disk wants right now.
-pub fn run_once(attached: &mut AttachedDisk, messages: &mut Vec<FromDisk>) {
+/// Carries out what the disk wants right now; false if that was no I/O.
+pub fn run_once(attached: &mut AttachedDisk, messages: &mut Vec<FromDisk>) -> bool {
     let mut actions = Vec::new();
     attached.disk.poll(&mut actions);
+    let worked = actions.iter().any(|action| !matches!(action, Action::Send(_)));
     for action in actions {
         match action {
             Action::Write { op, leg, offset, image, start, len } => {
@@ -50,6 +69,7 @@ pub fn run_once(attached: &mut AttachedDisk, messages: &mut Vec<FromDisk>) {
             Action::Send(message) => messages.push(message),
         }
     }
+    worked
 }
 
 fn done(attached: &mut AttachedDisk, op: OpId, result: std::io::Result<()>) {

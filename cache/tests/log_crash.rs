@@ -401,8 +401,8 @@ impl Rig {
         if oldest.last_lsn > self.slot.committed {
             return;
         }
-        let (id, seq) = (oldest.id, oldest.seq);
-        let lbas = flusher::lbas_of(&self.local, VDI, id, seq).await.unwrap();
+        let (id, seq, last) = (oldest.id, oldest.seq, oldest.last_lsn);
+        let lbas = flusher::lbas_of(&self.local, VDI, id, seq, last).await.unwrap();
         self.evicting.insert(id);
         self.disk.on_message(ToDisk::Evict { segment: id, lbas });
         self.poll();

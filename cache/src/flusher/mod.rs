@@ -13,6 +13,7 @@ use crate::format::segment::SegmentHeader;
 use crate::format::summary::{self, Summary};
 use crate::image::SegmentImage;
 use crate::local::Local;
+use crate::recovery::Found;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use futures_util::{StreamExt, TryStreamExt};
 use std::sync::Arc;
@@ -109,9 +110,10 @@ pub async fn lbas_of(
     vdi: Uuid,
     id: SegmentId,
     seq: u64,
+    last_lsn: Lsn,
 ) -> Result<Vec<Lba>, CacheError> {
     let header = read_header(local, vdi, id, seq).await?;
-    let found = crate::recovery::read_segment(local, &header).await?;
+    let found = read_whole(local, vdi, &header, last_lsn).await?;
     let mut lbas = Vec::new();
     for entry in
         crate::format::record::Entries::new(&found.entries, local.geometry.segment_blocks())
@@ -146,7 +148,7 @@ async fn read_source(local: &Local, vdi: Uuid, segment: Replay) -> Result<Source
         }
     }
     let header = read_header(local, vdi, segment.id, segment.seq).await?;
-    let found = crate::recovery::read_segment(local, &header).await?;
+    let found = read_whole(local, vdi, &header, segment.last_lsn).await?;
     let bytes = local.read(geometry.segment_offset(segment.id), used).await?.freeze();
     Ok(Source {
         id: segment.id,
@@ -154,6 +156,29 @@ async fn read_source(local: &Local, vdi: Uuid, segment: Replay) -> Result<Source
         entries: found.entries,
         bytes,
         trusted: false,
+    })
+}
+
+/// What stands in a sealed segment that must reach up to `last_lsn`. If its summary is damaged and so is a record, the
+/// records before it must not be taken for the whole.
+async fn read_whole(
+    local: &Local,
+    vdi: Uuid,
+    header: &SegmentHeader,
+    last_lsn: Lsn,
+) -> Result<Found, CacheError> {
+    let found = crate::recovery::read_segment(local, header).await?;
+    if found.last_lsn == last_lsn {
+        return Ok(found);
+    }
+    Err(CacheError::Flush {
+        vdi,
+        why: format!(
+            "segment {} of the log on {} is damaged: it should hold records up to LSN {last_lsn}, the good ones end at LSN {}",
+            header.segment.0,
+            local.path.display(),
+            found.last_lsn
+        ),
     })
 }
 

@@ -44,9 +44,12 @@ impl Admission {
         if !self.held || now.dirty_bytes <= now.target_bytes {
             return true;
         }
-        let granted = self.credit > 0;
+        self.credit > 0
+    }
+
+    /// The disk was given the segment that it was admitted to.
+    pub fn granted(&mut self) {
         self.credit = self.credit.saturating_sub(1);
-        granted
     }
 
     /// The writer waits for the store: replay has priority.
@@ -85,6 +88,7 @@ mod tests {
         for step in 0..1000 {
             for _ in 0..100 {
                 if dirty + SEGMENT <= RING && admission.admit(pressure(dirty)) {
+                    admission.granted();
                     dirty += SEGMENT;
                 }
             }

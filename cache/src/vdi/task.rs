@@ -29,6 +29,8 @@ const TICKS_PER_MARKER: u32 = 4;
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
 /// A commit that takes longer means that the store is away, or as good as that.
 const STORE_SLOW_AFTER: Duration = Duration::from_secs(2);
+/// How long a worker may take to let go of a segment.
+const EVICT_WITHIN: Duration = Duration::from_secs(10);
 /// After a commit failed for good, how long until it is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -104,6 +106,10 @@ pub(crate) struct VdiTask {
     waiters: Vec<Waiter>,
     evicting: Vec<SegmentId>,
     evicted: Vec<(SegmentId, u64)>,
+    /// Evicted after they had been given up.
+    late: Vec<SegmentId>,
+    evict_asked: Instant,
+    worker_silent: bool,
     starving: bool,
     admission: Admission,
     /// The slot on the device does not say yet what was committed: nothing may turn clean (rule L2).
@@ -111,7 +117,12 @@ pub(crate) struct VdiTask {
     /// The worker is gone: nothing can be rolled or evicted.
     released: bool,
     ticks: u32,
+    /// The last commit failed; it is tried again.
     failure: Option<String>,
+    /// The log takes no more writes; never cleared.
+    log_failure: Option<String>,
+    /// Last LSN given out, once released.
+    last_staged: Lsn,
 }
 
 impl VdiTask {
@@ -128,12 +139,17 @@ impl VdiTask {
             waiters: Vec::new(),
             evicting: Vec::new(),
             evicted: Vec::new(),
+            late: Vec::new(),
+            evict_asked: Instant::now(),
+            worker_silent: false,
             starving: false,
             admission: Admission::default(),
             checkpoint_due: false,
             released: false,
             ticks: 0,
             failure: None,
+            log_failure: None,
+            last_staged: Lsn(0),
         }
     }
 
@@ -193,9 +209,7 @@ impl VdiTask {
             FromDisk::Unused { segment } => self.p.pool.release(segment, false),
             FromDisk::Evicted { segment } => self.was_evicted(segment).await,
             FromDisk::Failed { reason } => {
-                tracing::error!(vdi = %self.p.record.name, %reason, "the log failed");
-                self.fail_waiters(&reason);
-                self.failure = Some(reason);
+                self.log_failed(reason);
             }
         }
     }
@@ -214,18 +228,24 @@ impl VdiTask {
             Command::Released { disk, reply } => {
                 let sealed = release::seal(*disk).await;
                 self.released = true;
+                self.starving = false;
+                self.p.pool.leave_queue(self.p.vdi);
                 let result = match sealed {
-                    Ok(messages) => {
-                        for message in messages {
+                    Ok(sealed) => {
+                        self.last_staged = sealed.last_lsn;
+                        for message in sealed.messages {
                             Box::pin(self.on_disk(message)).await;
                         }
-                        Ok(())
+                        self.log_is_sound()
                     }
-                    Err(source) => Err(CacheError::Local {
-                        path: self.p.local.path.clone(),
-                        what: "sealing the log",
-                        source,
-                    }),
+                    Err(source) => {
+                        self.log_failed(format!("sealing the log: {source}"));
+                        Err(CacheError::Local {
+                            path: self.p.local.path.clone(),
+                            what: "sealing the log",
+                            source,
+                        })
+                    }
                 };
                 let _ = reply.send(result);
             }
@@ -248,6 +268,11 @@ impl VdiTask {
 
     async fn tick(&mut self) {
         self.ticks += 1;
+        if !self.evicted.is_empty() && self.evicting.is_empty() {
+            // The slot could not be written before.
+            self.free_evicted().await;
+        }
+        self.give_up_evictions();
         if self.checkpoint_due && self.ticks.is_multiple_of(TICKS_PER_MARKER) {
             self.checkpoint().await;
         }
@@ -275,16 +300,28 @@ impl VdiTask {
         id
     }
 
+    /// The log takes no more writes. Final: what is in it and not sealed waits for the next recovery.
+    fn log_failed(&mut self, reason: String) {
+        tracing::error!(vdi = %self.p.record.name, %reason, "the log failed");
+        self.fail_waiters(&reason);
+        self.log_failure.get_or_insert(reason);
+    }
+
+    fn log_is_sound(&self) -> Result<(), CacheError> {
+        match &self.log_failure {
+            Some(why) => Err(CacheError::Flush { vdi: self.p.vdi, why: why.clone() }),
+            None => Ok(()),
+        }
+    }
+
     fn drain(&mut self, reply: oneshot::Sender<Result<Lsn, CacheError>>) {
-        if let Some(why) = self.failure.clone() {
-            let _ = reply.send(Err(CacheError::Flush { vdi: self.p.vdi, why }));
+        let commits = self.failure.clone().map(|why| CacheError::Flush { vdi: self.p.vdi, why });
+        if let Err(error) = self.log_is_sound().and(commits.map_or(Ok(()), Err)) {
+            let _ = reply.send(Err(error));
             return;
         }
-        let (roll, lsn) = if self.released {
-            (0, Some(self.p.segments.last_lsn().unwrap_or(self.p.record.committed)))
-        } else {
-            (self.roll(), None)
-        };
+        let (roll, lsn) =
+            if self.released { (0, Some(self.last_staged)) } else { (self.roll(), None) };
         self.waiters.push(Waiter { lsn, roll, reply });
         self.answer_waiters();
     }
@@ -309,11 +346,15 @@ impl VdiTask {
 
     /// Passes a segment on to a worker that wants one, if there is one.
     fn feed(&mut self) {
-        if self.starving
-            && self.admission.admit(self.pressure())
-            && let Some(grant) = self.p.pool.grant(self.p.vdi)
-        {
+        if !self.starving || self.released {
+            return;
+        }
+        if !self.admission.admit(self.pressure()) {
+            return self.p.pool.leave_queue(self.p.vdi);
+        }
+        if let Some(grant) = self.p.pool.grant(self.p.vdi) {
             self.starving = false;
+            self.admission.granted();
             tracing::trace!(segment = grant.id.0, "granted");
             self.p.sender.send(ToDisk::Segment(grant));
         }
@@ -451,17 +492,33 @@ impl VdiTask {
         }
     }
 
+    /// A worker that does not answer must not make the pool wait for it: other disks need segments too.
+    fn give_up_evictions(&mut self) {
+        let overdue = !self.evicting.is_empty() && self.evict_asked.elapsed() >= EVICT_WITHIN;
+        if overdue {
+            self.note_error("the disk's worker does not answer; its read cache stays");
+            for _ in self.evicting.drain(..) {
+                self.p.pool.eviction_failed();
+            }
+            self.worker_silent = true;
+        }
+    }
+
     async fn evict(&mut self, id: SegmentId) {
         let Some(segment) = self.p.segments.get(id) else { return self.p.pool.eviction_failed() };
-        let seq = segment.seq;
+        let (seq, last_lsn) = (segment.seq, segment.last_lsn);
+        if self.worker_silent {
+            return self.p.pool.eviction_failed();
+        }
         if self.released {
             // No worker, no reads: nothing refers to it but the slot.
             self.evicting.push(id);
             return self.was_evicted(id).await;
         }
-        match flusher::lbas_of(&self.p.local, self.p.vdi, id, seq).await {
+        match flusher::lbas_of(&self.p.local, self.p.vdi, id, seq, last_lsn).await {
             Ok(lbas) => {
                 self.evicting.push(id);
+                self.evict_asked = Instant::now();
                 tracing::trace!(segment = id.0, blocks = lbas.len(), "evicting");
                 self.p.sender.send(ToDisk::Evict { segment: id, lbas });
             }
@@ -475,6 +532,11 @@ impl VdiTask {
 
     /// Nothing refers to the segment any more. Slots are written once for all that are on their way.
     async fn was_evicted(&mut self, id: SegmentId) {
+        self.worker_silent = false;
+        if !self.evicting.contains(&id) {
+            // Given up before: the pool counts on it no more, but it is free all the same.
+            self.late.push(id);
+        }
         self.evicting.retain(|evicting| *evicting != id);
         let Some(seq) = self.p.segments.remove(id) else { return };
         self.evicted.push((id, seq));
@@ -482,13 +544,20 @@ impl VdiTask {
         if !self.evicting.is_empty() && self.evicted.len() < 16 {
             return;
         }
+        self.free_evicted().await;
+    }
+
+    /// Writes the slot that names the evicted segments dead, then frees them.
+    async fn free_evicted(&mut self) {
         let newest = self.evicted.iter().map(|(_, seq)| *seq).max().unwrap_or(0);
         self.p.record.evicted_below = self.p.record.evicted_below.max(newest + 1);
         match self.write_slot().await {
             Ok(()) => {
                 for (id, _) in self.evicted.drain(..) {
-                    self.p.pool.release(id, true);
+                    let counted = !self.late.contains(&id);
+                    self.p.pool.release(id, counted);
                 }
+                self.late.clear();
                 self.feed();
             }
             Err(error) => self.note_error(&error.to_string()),
@@ -497,14 +566,20 @@ impl VdiTask {
 
     async fn write_slot(&mut self) -> Result<(), CacheError> {
         self.p.record.sequence_seen = self.p.record.sequence_seen.max(self.p.pool.next_seq());
-        self.p.slot.sequence += 1;
-        self.p.slot.vdi = Some(self.p.record.clone());
-        self.p.local.write_slot(&self.p.slot).await
+        let mut slot = self.p.slot.clone();
+        slot.sequence += 1;
+        slot.vdi = Some(self.p.record.clone());
+        // A write that failed may have torn its copy: the next one must go there again, not to the good one.
+        self.p.local.write_slot(&slot).await?;
+        self.p.slot = slot;
+        Ok(())
     }
 
     /// A drained disk leaves: its slot is freed first, then its segments.
     async fn forget(&mut self) -> Result<(), CacheError> {
-        let last = self.p.segments.last_lsn().unwrap_or(self.p.record.committed);
+        self.log_is_sound()?;
+        let sealed = self.p.segments.last_lsn().unwrap_or(self.p.record.committed);
+        let last = sealed.max(self.last_staged);
         if !self.released || last > self.p.record.committed {
             return Err(CacheError::Flush {
                 vdi: self.p.vdi,
@@ -514,9 +589,19 @@ impl VdiTask {
                 ),
             });
         }
-        self.p.slot.sequence += 1;
-        self.p.slot.vdi = None;
-        self.p.local.write_slot(&self.p.slot).await?;
+        let mut slot = self.p.slot.clone();
+        slot.sequence += 1;
+        slot.vdi = None;
+        self.p.local.write_slot(&slot).await?;
+        self.p.slot = slot;
+        // Slot gone, so nothing here is anyone's: the pool must ask for no more evictions, and those it has asked for are
+        // settled.
+        self.p.pool.unregister(self.p.vdi);
+        while let Ok(message) = self.p.from_pool.try_recv() {
+            if matches!(message, PoolMessage::Evict(_)) {
+                self.p.pool.eviction_failed();
+            }
+        }
         for id in self.p.segments.ids() {
             self.p.pool.release(id, self.evicting.contains(&id));
         }
@@ -544,13 +629,13 @@ impl VdiTask {
         status.clean_bytes = clean;
         status.oldest_dirty_ms = oldest.map(|since| since.elapsed().as_millis() as u64);
         status.state = match () {
-            () if self.failure.is_some() => Phase::Failed,
+            () if self.failure.is_some() || self.log_failure.is_some() => Phase::Failed,
             () if self.commit.is_some() => Phase::Flushing,
             () if oldest.is_some() => Phase::Dirty,
             () => Phase::Clean,
         };
-        if self.failure.is_some() {
-            status.last_error.clone_from(&self.failure);
+        if let Some(why) = self.log_failure.as_ref().or(self.failure.as_ref()) {
+            status.last_error = Some(why.clone());
         }
     }
 }

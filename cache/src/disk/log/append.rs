@@ -1,6 +1,8 @@
 //! Appending: room in the open segment, batches, their headers.
 
-use super::{Batch, Closing, FLUSH_AHEAD_WRITES, Gathering, Log, Op, Open, Room, SummaryState};
+use super::{
+    Batch, CLOSING_MAX, Closing, FLUSH_AHEAD_WRITES, Gathering, Log, Op, Open, Room, SummaryState,
+};
 use crate::disk::{Action, OpId, Tag, image_offset};
 use crate::format::record::{
     ENTRIES_MAX, Kind, PAYLOAD_BLOCKS_MAX, RecordHeader, entry_len, push_descriptor,
@@ -195,6 +197,10 @@ impl Log {
     }
 
     fn open_next(&mut self) -> Option<()> {
+        if self.closing.len() >= CLOSING_MAX {
+            // The device's flushes do not keep up: no more memory for segments that wait for one.
+            return None;
+        }
         let grant = self.spare.pop_front()?;
         self.open = Some(Open {
             grant,

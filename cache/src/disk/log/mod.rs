@@ -27,6 +27,8 @@ use std::sync::Arc;
 
 /// Batches that may be under way at once; more requests gather in the next one meanwhile.
 const BATCHES_MAX: usize = 4;
+/// Full segments that may wait to be sealed.
+const CLOSING_MAX: usize = 16;
 /// A guest that flushes after at most so many writes, again and again, gets its flush started ahead.
 const FLUSH_AHEAD_WRITES: u32 = 2;
 /// How often it must have done so.

@@ -5,11 +5,12 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{FcntlArg, fcntl};
 use serde_json::Value;
 
 use crate::process::Process;
@@ -88,6 +89,23 @@ impl AgentConfig {
     pub fn format_store(&self, bytes: u64) -> Result<()> {
         let size = format!("{}MiB", bytes >> 20);
         self.command(&["store", "format", &self.store, "--size", &size])?;
+        Ok(())
+    }
+
+    /// Waits until the kernel has let go of a killed agent's files: io_uring keeps them, and the locks
+    /// on them, until its last request is done, which is a moment after the process was reaped.
+    ///
+    /// # Errors
+    /// When a file stays locked: somebody else uses it.
+    pub fn wait_for_release(&self) -> Result<()> {
+        let store = self.store.strip_prefix("file:").map(PathBuf::from);
+        let deadline = Instant::now() + START_TIMEOUT;
+        for path in [Some(self.cache.clone()), store].into_iter().flatten() {
+            while is_locked(&path)? {
+                ensure!(Instant::now() < deadline, "{} stays locked", path.display());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
         Ok(())
     }
 
@@ -252,6 +270,25 @@ impl Agent {
         };
         Ok((field("dirty_bytes")?, field("clean_bytes")?, field("capacity")?))
     }
+}
+
+/// Whether anybody holds a lock on any part of the file.
+fn is_locked(path: &Path) -> Result<bool> {
+    let file = match File::options().read(true).write(true).open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error).with_context(|| format!("open {}", path.display())),
+    };
+    let mut lock = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock))
+        .with_context(|| format!("ask for locks on {}", path.display()))?;
+    Ok(lock.l_type != libc::F_UNLCK as i16)
 }
 
 fn read_back(file: &mut File) -> Result<String> {

@@ -1,4 +1,4 @@
-//! A shared device that can be frozen: istgt on loopback, stopped and continued by signal.
+//! A shared device that can be frozen: istgt on loopback, stopped by a signal.
 //!
 //! With it frozen the flusher gets nowhere, so a ring fills up to the brim, as in an outage.
 
@@ -54,19 +54,7 @@ impl FreezableSan {
     /// # Errors
     /// When the signal cannot be sent.
     pub fn freeze(&self) -> Result<()> {
-        self.signal(Signal::SIGSTOP)
-    }
-
-    /// Ends a freeze.
-    ///
-    /// # Errors
-    /// When the signal cannot be sent.
-    pub fn thaw(&self) -> Result<()> {
-        self.signal(Signal::SIGCONT)
-    }
-
-    fn signal(&self, signal: Signal) -> Result<()> {
-        kill(Pid::from_raw(self.process.pid() as i32), signal).context("signal istgt")
+        kill(Pid::from_raw(self.process.pid() as i32), Signal::SIGSTOP).context("freeze istgt")
     }
 }
 

@@ -3,7 +3,6 @@
 //! Nothing outlives the rig: the agent is killed and reaped on drop (and by the kernel when the test's
 //! thread dies), the directory is removed. Errors carry the end of the agent's log.
 
-use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
@@ -11,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use bench::agent::{Agent, AgentConfig, VdiInfo, find_binary};
-use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -134,21 +132,7 @@ impl AgentRig {
         let status = agent.process_mut().kill()?;
         let killed = status.signal() == Some(Signal::SIGKILL as i32);
         ensure!(killed, "the agent ended by itself ({status}):\n{}", self.log_tail());
-        self.wait_for_release()
-    }
-
-    /// Waits until the kernel has let go of a killed agent's files: io_uring keeps them, and the locks
-    /// on them, until its last request is done, which is a moment after the process was reaped.
-    fn wait_for_release(&self) -> Result<()> {
-        let store = self.config.store.strip_prefix("file:").map(PathBuf::from);
-        let deadline = Instant::now() + SOCKET_TIMEOUT;
-        for path in [Some(self.config.cache.clone()), store].into_iter().flatten() {
-            while is_locked(&path)? {
-                ensure!(Instant::now() < deadline, "{} stays locked", path.display());
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
-        Ok(())
+        self.config.wait_for_release()
     }
 
     /// Has the agent killed with SIGKILL in `delay`, by another thread; [`Self::reap`] must follow.
@@ -244,25 +228,6 @@ impl AgentRig {
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
-}
-
-/// Whether anybody holds a lock on any part of the file.
-fn is_locked(path: &Path) -> Result<bool> {
-    let file = match File::options().read(true).write(true).open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(error).with_context(|| format!("open {}", path.display())),
-    };
-    let mut lock = libc::flock {
-        l_type: libc::F_WRLCK as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock))
-        .with_context(|| format!("ask for locks on {}", path.display()))?;
-    Ok(lock.l_type != libc::F_UNLCK as i16)
 }
 
 impl Drop for AgentRig {

@@ -68,7 +68,7 @@ struct CliOptions {
     #[arg(long, global = true, default_value_t = 5)]
     seconds: u64,
     /// Seconds of one sustained measurement.
-    #[arg(long, global = true, default_value_t = 15)]
+    #[arg(long, global = true, default_value_t = 10)]
     sustained_seconds: u64,
     /// Only rows whose name (title, ring and depth) holds this.
     #[arg(long, global = true)]

@@ -155,11 +155,39 @@ impl AgentRig {
     /// # Errors
     /// When none was begun, or the agent had ended by itself before.
     pub fn reap(&mut self) -> Result<()> {
+        self.join_killer()?;
+        self.kill()
+    }
+
+    fn join_killer(&mut self) -> Result<()> {
         let killer = self.killer.take().context("no kill was begun")?;
         if killer.join().is_err() {
             bail!("the killing thread panicked");
         }
-        self.kill()
+        Ok(())
+    }
+
+    /// Sends SIGTERM and waits for nothing.
+    ///
+    /// # Errors
+    /// When no agent runs.
+    pub fn ask_to_stop(&self) -> Result<()> {
+        let pid = Pid::from_raw(self.agent()?.process().pid() as i32);
+        kill(pid, Signal::SIGTERM).context("ask the agent to stop")
+    }
+
+    /// Waits for the kill that [`Self::kill_in`] began, where the agent, asked to stop, may have ended
+    /// in order before it.
+    ///
+    /// # Errors
+    /// When none was begun, or the agent ended with neither success nor by the kill.
+    pub fn reap_stopping(&mut self) -> Result<()> {
+        self.join_killer()?;
+        let mut agent = self.agent.take().context("no agent runs")?;
+        let status = agent.process_mut().kill()?;
+        let fine = status.success() || status.signal() == Some(Signal::SIGKILL as i32);
+        ensure!(fine, "the agent ended badly ({status}):\n{}", self.log_tail());
+        self.config.wait_for_release()
     }
 
     /// Ends the agent by SIGTERM.

@@ -7,7 +7,8 @@
 //!
 //! The cache is smaller than the disks, so the ring wraps and the flusher is always at work.
 //!
-//! BALLAST_CRASH_CYCLES kills are made in all (200), spread over the tests.
+//! BALLAST_CRASH_CYCLES kills under load are made in all (200), spread over the tests; those during a
+//! recovery or an orderly stop come on top.
 //! To repeat a failure: BALLAST_CRASH_SEED=<seed printed> cargo test -p tests --test crash NAME. The
 //! stream of requests and the moments are the seed's; what the agent does meanwhile is its own.
 
@@ -30,8 +31,8 @@ const SEED_VARIABLE: &str = "BALLAST_CRASH_SEED";
 const CYCLES_VARIABLE: &str = "BALLAST_CRASH_CYCLES";
 const CYCLES: u64 = 200;
 
-/// This share, in percent, of all kills; at least one.
-fn cycles(percent: u64) -> u64 {
+/// This share, in percent, of all kills under load; at least one.
+fn kills(percent: u64) -> u64 {
     let all = std::env::var(CYCLES_VARIABLE).ok().and_then(|text| text.parse().ok());
     (all.unwrap_or(CYCLES) * percent).div_ceil(100).max(1)
 }
@@ -52,6 +53,7 @@ struct Crashes {
     random: Random,
     kills: u64,
     recovery_kills: u64,
+    stops: u64,
     drains: u64,
     store_images: u64,
     split_cuts: u64,
@@ -79,6 +81,7 @@ impl Crashes {
             random: Random(seed | 1),
             kills: 0,
             recovery_kills: 0,
+            stops: 0,
             drains: 0,
             store_images: 0,
             split_cuts: 0,
@@ -95,13 +98,14 @@ impl Crashes {
     fn cycle(&mut self) -> Result<()> {
         let delay = self.moment(Duration::from_millis(1500));
         let drain = self.random.below(4) == 0;
-        self.rig.kill_in(delay)?;
-        let drained = self.load_until_killed(drain);
-        self.rig.reap()?;
-        self.kills += 1;
-        let drained = drained?;
-        if drained {
-            self.drains += 1;
+        if self.random.below(6) == 0 {
+            self.kill_while_stopping(delay)?;
+        } else {
+            self.rig.kill_in(delay)?;
+            let drained = self.load_until_killed(drain);
+            self.rig.reap()?;
+            self.kills += 1;
+            self.drains += u64::from(drained?);
         }
         if self.random.below(8) == 0 {
             self.check_store_images()?;
@@ -161,6 +165,17 @@ impl Crashes {
         Ok(drained)
     }
 
+    /// Asks the agent to stop in order, under load, and kills it while it drains.
+    fn kill_while_stopping(&mut self, delay: Duration) -> Result<()> {
+        self.load_for(100)?;
+        self.rig.ask_to_stop()?;
+        self.rig.kill_in(delay / 4)?;
+        self.load_until_killed(false)?;
+        self.rig.reap_stopping()?;
+        self.stops += 1;
+        Ok(())
+    }
+
     fn kill_during_recovery(&mut self) -> Result<()> {
         let delay = self.moment(Duration::from_millis(150));
         self.rig.spawn()?;
@@ -198,8 +213,13 @@ impl Crashes {
             println!("{}: {:?}", client.name, client.runner.counts());
         }
         println!(
-            "kills under load {}, during recovery {}, drains answered {}, store images {}, split {}",
-            self.kills, self.recovery_kills, self.drains, self.store_images, self.split_cuts
+            "kills under load {}, during recovery {}, while stopping {}, drains answered {}, store images {}, split {}",
+            self.kills,
+            self.recovery_kills,
+            self.stops,
+            self.drains,
+            self.store_images,
+            self.split_cuts
         );
         self.clients.clear();
         self.rig.shut_down()?;
@@ -207,10 +227,11 @@ impl Crashes {
     }
 }
 
-fn crash(seed: u64, store: &StoreSpec, cycles: u64) -> Result<()> {
+fn crash(seed: u64, store: &StoreSpec, kills: u64) -> Result<()> {
     let mut crashes = Crashes::new(seed, store)?;
-    for cycle in 1..=cycles {
-        crashes.cycle().with_context(|| format!("cycle {cycle} of {cycles}"))?;
+    while crashes.kills < kills {
+        let next = crashes.kills + 1;
+        crashes.cycle().with_context(|| format!("kill {next} of {kills}"))?;
     }
     crashes.finish().context("after the last cycle")
 }
@@ -245,7 +266,7 @@ fn a_disk_rolled_back_is_convicted() {
 
 #[test]
 fn file_store() {
-    with_seed("file_store", |seed| crash(seed, &StoreSpec::file(STORE_BYTES), cycles(60)));
+    with_seed("file_store", |seed| crash(seed, &StoreSpec::file(STORE_BYTES), kills(60)));
 }
 
 #[test]
@@ -253,7 +274,7 @@ fn iscsi_store_with_compare_and_write() {
     with_seed("iscsi_store_with_compare_and_write", |seed| {
         let dir = tempfile::tempdir()?;
         let target = IstgtTarget::start(dir.path(), STORE_BYTES)?;
-        crash(seed, &StoreSpec::url(target.url(), STORE_BYTES), cycles(20))
+        crash(seed, &StoreSpec::url(target.url(), STORE_BYTES), kills(20))
     });
 }
 
@@ -262,6 +283,6 @@ fn iscsi_store_without_compare_and_write() {
     with_seed("iscsi_store_without_compare_and_write", |seed| {
         let dir = tempfile::tempdir()?;
         let target = TgtTarget::start(dir.path(), STORE_BYTES, TgtOptions::default())?;
-        crash(seed, &StoreSpec::url(target.url(), STORE_BYTES), cycles(20))
+        crash(seed, &StoreSpec::url(target.url(), STORE_BYTES), kills(20))
     });
 }

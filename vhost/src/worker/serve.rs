@@ -47,6 +47,7 @@ impl Worker {
                     }
                 }
                 taken += 1;
+                self.io.uring.submit_early();
                 if taken >= TAKE_MAX || bytes >= TAKE_BYTES_MAX {
                     return true;
                 }

@@ -12,6 +12,9 @@ const SQ_ENTRIES: u32 = 256;
 /// Completion queue entries; the kernel keeps what does not fit.
 const CQ_ENTRIES: u32 = 2048;
 
+/// Queued entries that are worth a system call of their own while more are prepared.
+const EARLY: usize = 4;
+
 /// What a completion belongs to; travels through the kernel as 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Token {
@@ -215,6 +218,13 @@ impl Uring {
             (!queue.is_empty(), queue.taskrun() || queue.cq_overflow())
         };
         if queued || work {
+            self.enter(0);
+        }
+    }
+
+    /// Submits a first few entries, so that the device works on them while the rest is prepared.
+    pub(super) fn submit_early(&mut self) {
+        if self.ring.submission().len() >= EARLY {
             self.enter(0);
         }
     }

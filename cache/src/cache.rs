@@ -21,7 +21,7 @@ use serde::Serialize;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use tokio::time::Instant;
 use uuid::Uuid;
 
 /// How to open a cache.
@@ -114,7 +114,13 @@ impl Cache {
     /// Opens the cache, creating it if it does not exist and a size is given. Holds it exclusively.
     pub async fn open(options: CacheOptions) -> Result<Arc<Self>, CacheError> {
         let mode = Mode::Serve { create_size: options.create_size };
-        let local = Arc::new(Local::open(&options.path, mode).await?);
+        let local = Local::open(&options.path, mode).await?;
+        Self::on_local(options, local).await
+    }
+
+    /// A cache on a device that is open already.
+    pub async fn on_local(options: CacheOptions, local: Local) -> Result<Arc<Self>, CacheError> {
+        let local = Arc::new(local);
         let superblock = local.superblock().await;
         if superblock.legs != 1 {
             return Err(CacheError::Unsupported {

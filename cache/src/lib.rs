@@ -14,6 +14,7 @@
 //!
 //! Start reading at [`Cache`] for the life of a disk, at [`disk`] for the life of a write.
 
+mod aside;
 pub mod backing;
 mod cache;
 mod check;

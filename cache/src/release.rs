@@ -1,5 +1,6 @@
 //! A disk without a worker: seals what its log still holds, with plain blocking I/O.
 
+use crate::aside;
 use crate::disk::{Action, AttachedDisk, OpId};
 use crate::link::{FromDisk, ToDisk};
 use blockstore::types::Lsn;
@@ -21,9 +22,7 @@ const IDLE_ROUNDS_MAX: u32 = 3;
 /// Runs a disk until its log is sealed and quiet. The unsealed tail, should this fail, is found by the next recovery:
 /// nothing acknowledged is lost.
 pub async fn seal(attached: AttachedDisk) -> std::io::Result<Sealed> {
-    tokio::task::spawn_blocking(move || seal_blocking(attached))
-        .await
-        .map_err(std::io::Error::other)?
+    aside::run(move || seal_blocking(attached)).await.map_err(std::io::Error::other)?
 }
 
 fn seal_blocking(mut attached: AttachedDisk) -> std::io::Result<Sealed> {

@@ -6,6 +6,7 @@ mod pace;
 pub use batch::{BatchError, Draft, Source};
 pub use pace::{FlushOptions, Situation, pause_after, should_start};
 
+use crate::aside;
 use crate::backing::{Backing, BackingError};
 use crate::disk::plan::SegmentId;
 use crate::error::CacheError;
@@ -80,7 +81,7 @@ pub async fn draft(
     let geometry = local.geometry;
     let read_ms = started.elapsed().as_millis() as u64;
     // Coalescing a large batch takes milliseconds of pure computing: not on the threads that serve everyone.
-    let draft = tokio::task::spawn_blocking(move || Draft::new(&geometry, committed, &sources))
+    let draft = aside::run(move || Draft::new(&geometry, committed, &sources))
         .await
         .map_err(|error| BackingError::Failed(format!("coalescing a batch: {error}")))??;
     let total_ms = started.elapsed().as_millis() as u64;

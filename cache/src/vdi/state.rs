@@ -9,7 +9,7 @@ use serde::Serialize;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use tokio::time::Instant;
 
 /// What a disk is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

@@ -9,7 +9,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
 /// Large buffers are kept for reuse up to so many bytes in all: their page faults cost more than their copying.
-const KEPT_BYTES_MAX: usize = 32 << 20;
+const KEPT_BYTES_MAX: usize = 8 << 20;
 /// Smallest buffer that is kept.
 const KEPT_LEN_MIN: usize = 128 << 10;
 

@@ -20,7 +20,7 @@ pub struct FlushOptions {
 
 impl Default for FlushOptions {
     fn default() -> Self {
-        Self { max_age_ms: 5_000, start_fill: 0.25, full_speed_fill: 0.5, batch_bytes: 64 << 20 }
+        Self { max_age_ms: 5_000, start_fill: 0.25, full_speed_fill: 0.5, batch_bytes: 16 << 20 }
     }
 }
 

@@ -16,6 +16,8 @@ use std::sync::Arc;
 const TAKE_MAX: u32 = 128;
 /// Bytes of writes taken per turn.
 const TAKE_BYTES_MAX: usize = 2 << 20;
+/// Bytes of writes that are sent to the device while more are copied.
+const SEND_BYTES: usize = 128 << 10;
 /// Blocks asked of the store and not answered: 32 MiB. More fetches wait in the worker.
 const FETCHING_MAX: u64 = 8192;
 
@@ -28,7 +30,7 @@ impl Worker {
         if self.quiescing.is_some() {
             return false;
         }
-        let (mut taken, mut bytes) = (0, 0);
+        let (mut taken, mut bytes, mut gathered) = (0, 0, 0);
         for queue in 0..self.queues.len() {
             while let Some((chain, map)) = self.queues.pop(queue) {
                 let index = self.slots.start(queue, chain.head, &map);
@@ -36,7 +38,11 @@ impl Worker {
                 let verdict = request::parse(map.memory(), chain, &self.limits, &mut slot.request);
                 self.counters.in_flight += 1;
                 match verdict {
-                    Verdict::Serve => bytes += self.begin(index),
+                    Verdict::Serve => {
+                        let copied = self.begin(index);
+                        bytes += copied;
+                        gathered += copied;
+                    }
                     Verdict::Answer(status) => {
                         self.counters.refused += 1;
                         self.answer(index, status);
@@ -47,7 +53,13 @@ impl Worker {
                     }
                 }
                 taken += 1;
-                self.io.uring.submit_early();
+                if gathered >= SEND_BYTES {
+                    gathered = 0;
+                    self.drive();
+                    self.io.uring.submit();
+                } else {
+                    self.io.uring.submit_early();
+                }
                 if taken >= TAKE_MAX || bytes >= TAKE_BYTES_MAX {
                     return true;
                 }

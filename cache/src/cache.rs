@@ -121,16 +121,6 @@ impl Cache {
     /// A cache on a device that is open already.
     pub async fn on_local(options: CacheOptions, local: Local) -> Result<Arc<Self>, CacheError> {
         let local = Arc::new(local);
-        let superblock = local.superblock().await;
-        if superblock.legs != 1 {
-            return Err(CacheError::Unsupported {
-                path: options.path,
-                what: format!(
-                    "it has {} legs, and this ballast knows caches of one leg; use a newer version",
-                    superblock.legs
-                ),
-            });
-        }
         let slots = local.read_slots().await?;
         let headers = local.read_headers().await?;
         let (found, free, next_seq) = sort_segments(&local.geometry, &slots, headers);
@@ -255,7 +245,7 @@ impl Cache {
         let local_error =
             |what, source| CacheError::Local { path: self.local.path.clone(), what, source };
         let link = link::pair().map_err(|source| local_error("eventfd", source))?;
-        let legs = vec![self.local.worker_file()?];
+        let legs = self.local.worker_files()?;
         let grants = self.two_segments(record.epoch == 0).await?;
         let record = SlotVdi {
             name: vdi.name.clone(),
@@ -314,7 +304,9 @@ impl Cache {
             });
         }
         let progress = Arc::new(Progress::default());
-        let disk = Disk::new(Start {
+        // From here on the worker is told of each change of the set of legs.
+        let members = self.local.join(sender.clone());
+        let start = Start {
             identity: Identity {
                 cache: self.local.cache_uuid(),
                 vdi: vdi.uuid,
@@ -330,7 +322,8 @@ impl Cache {
             grants,
             images: Arc::clone(&self.images),
             progress: Arc::clone(&progress),
-        });
+        };
+        let disk = Disk::on_legs(start, members);
         let (to_task, from_pool) = tokio::sync::mpsc::unbounded_channel();
         self.pool.register(vdi.uuid, to_task);
         let handle = VdiHandle::spawn(

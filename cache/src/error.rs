@@ -2,6 +2,7 @@
 
 use crate::format::FormatError;
 use blockstore::device::DeviceError;
+use blockstore::types::Lsn;
 use std::path::PathBuf;
 use uuid::Uuid;
 
@@ -35,6 +36,46 @@ pub enum CacheError {
         "cache {path} holds the log of store {bound}, but the store given is {given}; use the cache that belongs to this store, or a new one"
     )]
     OtherStore { path: PathBuf, bound: Uuid, given: Uuid },
+    /// Both legs are one file or device.
+    #[error(
+        "{path} and {twin} are the same file or device: a mirror on one device survives nothing; name two different ones"
+    )]
+    SameLeg { path: PathBuf, twin: PathBuf },
+    /// The same leg twice: one is a copy of the other.
+    #[error(
+        "{path} and {twin} both say that they are leg {leg}: one is a copy of the other; name the original and its twin, nothing was changed"
+    )]
+    ClonedLeg { path: PathBuf, twin: PathBuf, leg: Uuid },
+    /// Two legs of different caches.
+    #[error(
+        "{path} is a leg of cache {cache}, {twin} one of cache {twin_cache}: they cannot be mirrored; name the two legs of one cache, nothing was changed"
+    )]
+    OtherCache { path: PathBuf, cache: Uuid, twin: PathBuf, twin_cache: Uuid },
+    /// Each leg went on without the other.
+    #[error(
+        "{path} and {twin} each went on without the other (both at event {events}): only one of them holds what was acknowledged last; name that one alone, nothing was changed"
+    )]
+    SplitLegs { path: PathBuf, twin: PathBuf, events: u64 },
+    /// A member of the mirror is not there.
+    #[error(
+        "cache {path} is mirrored, and its other leg ({missing}) is not there ({why}); it may hold writes that this leg lacks: bring it back, or give --degraded to go on without it, nothing was changed"
+    )]
+    LegMissing { path: PathBuf, missing: String, why: String },
+    /// A leg has less room than the other.
+    #[error(
+        "cache leg {path} has {found} bytes, its twin {twin} needs {expected}: give both the same size, or bring back the leg's full length; nothing was changed"
+    )]
+    SmallerLeg { path: PathBuf, found: u64, twin: PathBuf, expected: u64 },
+    /// More legs were named than the cache has.
+    #[error(
+        "cache {path} has {legs} leg(s) and {given} were named: a cache gets its second leg when it is created; name as many as it has"
+    )]
+    LegCount { path: PathBuf, legs: usize, given: usize },
+    /// Every leg failed.
+    #[error(
+        "cache {path}: no leg is left that takes writes ({why}); what was acknowledged is on the device: stop, repair it, start again"
+    )]
+    NoLegLeft { path: PathBuf, why: String },
     /// Unacknowledged features.
     #[error("cache {path}: {what}")]
     Unsupported { path: PathBuf, what: String },
@@ -57,6 +98,26 @@ pub enum CacheError {
         "the log of VDI {name} ({vdi}) cannot be used: {why}. Nothing was changed; the disk stays closed"
     )]
     Log { name: String, vdi: Uuid, why: String },
+    /// The store was put back.
+    #[error(
+        "the store's image of VDI {name} ({vdi}) is at LSN {store}, but its log in this host's cache knows that it was at LSN {log}: \
+         the store was put back to an older state, or is a copy of one. Nothing was written to it and the log is kept. \
+         Bring the store's newer state back, then 'ballast vdi attach {name}'; 'ballast store export' copies out what \
+         the store has now"
+    )]
+    StoreIsOlder { name: String, vdi: Uuid, store: Lsn, log: Lsn },
+    /// The cache was put back, or the disk was changed elsewhere.
+    #[error(
+        "the store's image of VDI {name} ({vdi}) is at LSN {store}, beyond LSN {log} where its log in this host's cache ended: \
+         the disk was changed by another host, or the cache was put back to an older state. Nothing was written to the \
+         store and the log is kept. Bring the cache's newer state back, then 'ballast vdi attach {name}'"
+    )]
+    LogIsOlder { name: String, vdi: Uuid, store: Lsn, log: Lsn },
+    /// Its attach was cut off before it was served.
+    #[error(
+        "VDI {name} ({vdi}) was never served from this cache: the store may not know its log, so it waits for the store"
+    )]
+    NeverServed { name: String, vdi: Uuid },
     /// The log could not be committed.
     #[error("VDI {vdi}: {why}")]
     Flush { vdi: Uuid, why: String },

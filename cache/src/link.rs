@@ -4,6 +4,7 @@
 //! of segments, the rest by one outstanding message of a kind.
 
 use crate::disk::plan::SegmentId;
+use crate::format::LegSet;
 use crate::image::SegmentImage;
 use blockstore::types::{Lba, Lsn};
 use bytes::Bytes;
@@ -28,6 +29,8 @@ pub enum ToDisk {
     Roll { id: u64 },
     /// The disk grew.
     Resized { bytes: u64 },
+    /// From now on these legs, and no others, are the cache: it is written so on each of them.
+    Legs { members: LegSet },
     /// Sent about once a second: write down how far the log is flushed, if no later record says so (rule L4).
     Tick,
 }
@@ -50,6 +53,10 @@ pub struct Grant {
     pub roomy: bool,
 }
 
+/// The reason of a [`FromDisk::Failed`] that is the worker's own failure, not the local device's: the log is sound and
+/// can be opened again.
+pub const WORKER_PANICKED: &str = "the worker panicked";
+
 /// From the worker to the asynchronous side.
 #[derive(Debug)]
 pub enum FromDisk {
@@ -67,6 +74,8 @@ pub enum FromDisk {
     Unused { segment: SegmentId },
     /// No index entry and no read refers to the segment any more.
     Evicted { segment: SegmentId },
+    /// Something failed on a leg, and another is left. What waits for the leg goes on with [`ToDisk::Legs`].
+    LegFailed { leg: u8, reason: String },
     /// The log can no longer be written; the disk refuses writes.
     Failed { reason: String },
 }
@@ -139,10 +148,12 @@ impl Link {
 }
 
 impl DiskSender {
-    /// Sends a message and wakes the worker. Ignored once the worker is gone.
-    pub fn send(&self, message: ToDisk) {
-        if self.tx.send(message).is_ok() {
+    /// Sends a message and wakes the worker. False, and nothing else, once the worker is gone.
+    pub fn send(&self, message: ToDisk) -> bool {
+        let sent = self.tx.send(message).is_ok();
+        if sent {
             let _ = self.wake.write(1);
         }
+        sent
     }
 }

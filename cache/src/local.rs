@@ -1,154 +1,94 @@
-//! The cache device as the asynchronous side sees it: superblock, slots, segments.
+//! The cache device as the asynchronous side sees it: superblock, slots, segments, on one leg or two.
 //!
-//! The worker writes records through file handles of its own; here is everything else.
+//! The worker writes records through file handles of its own; here is everything else. What is written here goes to all
+//! members of the mirror at once; a leg that fails is put out of the set, durably on the other, before the write counts as
+//! done (rule L5). Reads are answered by any member, and judged by checksums: a copy that does not match is rewritten from
+//! one that does.
+//!
+//! Where to read on: `local/opening.rs` (which legs are the cache), `local/create.rs`.
+
+mod choose;
+mod create;
+mod opening;
+
+pub use opening::{LegState, Mode};
 
 use crate::disk::plan::SegmentId;
 use crate::error::CacheError;
+use crate::format::legs::LegSet;
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::VdiSlot;
 use crate::format::superblock::Superblock;
-use crate::format::{FormatError, Geometry, geometry::CACHE_SIZE_MIN};
+use crate::format::{FormatError, Geometry};
+use crate::link::{DiskSender, ToDisk};
 use blockstore::buf::AlignedBuf;
-use blockstore::device::file::FileDevice;
-use blockstore::device::{Device, DeviceErrorKind, OpenOptions};
+use blockstore::device::{Device, DeviceError};
 use blockstore::types::BLOCK_SIZE;
 use futures_util::StreamExt;
+use futures_util::future::join_all;
+use parking_lot::Mutex;
 use std::fs::File;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::future::Future;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// Bytes written at a time when a new cache is filled.
-const FILL_CHUNK: usize = 4 << 20;
-/// Stands at the start of a cache while it is created.
-const UNMADE: &[u8] = b"BLSTNEW cache being created";
-/// How much of a block device must be blank to become a cache.
-const BLANK_LEN: u64 = 1 << 20;
 /// Segment headers read at once.
 const HEADERS_AT_ONCE: usize = 32;
 
 /// See the module.
 #[derive(Debug)]
 pub struct Local {
-    /// For messages.
+    /// Of the first leg that is there, for messages.
     pub path: PathBuf,
-    /// Division of the device.
+    /// Division of each leg.
     pub geometry: Geometry,
     cache: Uuid,
-    device: Device,
+    legs: Vec<Leg>,
+    /// Paths that were given and are no members: why.
+    outsiders: Vec<(PathBuf, String)>,
+    read_only: bool,
+    /// As the members hold it, but for the leg's own UUID.
     superblock: tokio::sync::Mutex<Superblock>,
+    mirror: Mutex<Mirror>,
 }
 
-/// How to open a cache device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// For serving: exclusive; created with so many bytes if the file does not exist.
-    Serve { create_size: Option<u64> },
-    /// For looking only.
-    ReadOnly,
+/// A leg that was a member when the cache was opened.
+#[derive(Debug)]
+struct Leg {
+    number: u8,
+    path: PathBuf,
+    device: Device,
+}
+
+/// Who is a member, and who must be told of changes.
+#[derive(Debug)]
+struct Mirror {
+    members: LegSet,
+    /// Why others were put out.
+    lost: Vec<(u8, String)>,
+    disks: Vec<DiskSender>,
 }
 
 impl Local {
-    /// Opens the cache at `path`, or creates it where `mode` says so.
-    pub async fn open(path: &Path, mode: Mode) -> Result<Self, CacheError> {
-        let create = match mode {
-            Mode::Serve { create_size } => create_size,
-            Mode::ReadOnly => None,
-        };
-        let exists = path.exists();
-        let is_new = !exists || (create.is_some() && is_unmade(path)?);
-        if is_new {
-            let Some(size) = create else { return Err(CacheError::Missing { path: path.into() }) };
-            return Self::create(path, size / BLOCK_SIZE as u64 * BLOCK_SIZE as u64, exists).await;
-        }
-        let options = OpenOptions {
-            exclusive: matches!(mode, Mode::Serve { .. }),
-            read_only: mode == Mode::ReadOnly,
-            ..OpenOptions::default()
-        };
-        let device = FileDevice::open(path, &options)?;
-        Self::on_device(path, device).await
-    }
-
-    /// Writes every byte of a new cache once, so that later writes change no file system metadata, superblock last: a
-    /// creation that is cut short leaves a file that says so at its start and is created anew.
-    async fn create(path: &Path, size: u64, exists: bool) -> Result<Self, CacheError> {
-        let too_small = || CacheError::TooSmall { path: path.into(), size, least: CACHE_SIZE_MIN };
-        let options = OpenOptions {
-            exclusive: true,
-            create_size: (!exists).then_some(size),
-            ..OpenOptions::default()
-        };
-        if size < CACHE_SIZE_MIN {
-            return Err(too_small());
-        }
-        let device = FileDevice::open(path, &options)?;
-        let size = device.info().capacity;
-        tracing::info!(path = %path.display(), bytes = size, "creating the cache: writing it once from end to end");
-        let mut mark = AlignedBuf::zeroed(BLOCK_SIZE);
-        mark[..UNMADE.len()].copy_from_slice(UNMADE);
-        device.write(0, vec![mark.freeze()]).await?;
-        let chunk = AlignedBuf::zeroed(FILL_CHUNK).freeze();
-        // The mark stands until the second superblock takes its place.
-        let chunks = (BLOCK_SIZE as u64..size).step_by(FILL_CHUNK);
-        let filled: Vec<_> = futures_util::stream::iter(chunks)
-            .map(|offset| {
-                let part = chunk.slice(..FILL_CHUNK.min((size - offset) as usize));
-                let device = &device;
-                async move { device.write(offset, vec![part]).await }
-            })
-            .buffered(4)
-            .collect()
-            .await;
-        if let Some(error) = filled.into_iter().find_map(Result::err) {
-            if !exists {
-                // Nothing was ever stored in it: leave no half-made file behind.
-                let _ = std::fs::remove_file(path);
-            }
-            return Err(error.into());
-        }
-        device.flush().await?;
-        Self::make_on(path, device).await
-    }
-
-    /// Makes a cache of the whole of `device`, which is blank but for the mark of an unfinished creation.
-    pub async fn make_on(path: &Path, device: Device) -> Result<Self, CacheError> {
-        let size = device.info().capacity;
-        let too_small = || CacheError::TooSmall { path: path.into(), size, least: CACHE_SIZE_MIN };
-        let superblock = Superblock {
-            sequence: 0,
-            cache: Uuid::new_v4(),
-            host: Uuid::new_v4(),
-            store: None,
-            leg: Uuid::new_v4(),
-            legs: 1,
-            geometry: Geometry::for_size(size).ok_or_else(too_small)?,
-        };
-        let local = Self::with(path, device, superblock);
-        for _ in 0..2 {
-            local.rewrite_superblock(|_| ()).await?;
-        }
-        Ok(local)
-    }
-
-    /// The cache on `device`.
-    pub async fn on_device(path: &Path, device: Device) -> Result<Self, CacheError> {
-        let superblock = read_superblock(&device, path).await?;
-        let (expected, found) = (superblock.geometry.size, device.info().capacity);
-        if found < expected {
-            return Err(CacheError::Truncated { path: path.into(), expected, found });
-        }
-        Ok(Self::with(path, device, superblock))
-    }
-
-    fn with(path: &Path, device: Device, superblock: Superblock) -> Self {
+    fn with(
+        superblock: Superblock,
+        legs: Vec<Leg>,
+        outsiders: Vec<(PathBuf, String)>,
+        read_only: bool,
+    ) -> Self {
+        let present = legs.iter().fold(LegSet::NONE, |set, leg| set.with(leg.number));
+        let members = superblock.membership.members.and(present);
         Self {
-            path: path.into(),
+            path: legs.first().map(|leg| leg.path.clone()).unwrap_or_default(),
             geometry: superblock.geometry,
             cache: superblock.cache,
-            device,
+            legs,
+            outsiders,
+            read_only,
             superblock: tokio::sync::Mutex::new(superblock),
+            mirror: Mutex::new(Mirror { members, lost: Vec::new(), disks: Vec::new() }),
         }
     }
 
@@ -163,7 +103,20 @@ impl Local {
         self.superblock.lock().await.clone()
     }
 
-    /// Changes the superblock durably.
+    /// The legs that are written together now.
+    #[must_use]
+    pub fn members(&self) -> LegSet {
+        self.mirror.lock().members
+    }
+
+    /// Makes a disk's worker known: from now on it is told of each change. Returns the members as they are.
+    pub(crate) fn join(&self, disk: DiskSender) -> LegSet {
+        let mut mirror = self.mirror.lock();
+        mirror.disks.push(disk);
+        mirror.members
+    }
+
+    /// Changes the superblock durably, on every member.
     pub async fn rewrite_superblock(
         &self,
         change: impl FnOnce(&mut Superblock),
@@ -171,28 +124,138 @@ impl Local {
         let mut superblock = self.superblock.lock().await;
         let mut next = superblock.clone();
         change(&mut next);
-        next.sequence += 1;
-        let offset = Geometry::superblock_offset(next.sequence);
-        self.write(offset, AlignedBuf::copy_of(&next.encode())).await?;
-        self.flush().await?;
+        self.store_superblock(&mut superblock, next).await
+    }
+
+    /// A leg failed: puts it out of the set of members, durably on those that are left, and then tells all disks. If that
+    /// cannot be done, no leg is left, and they are told that.
+    pub async fn leg_failed(&self, leg: u8, why: &str) {
+        let gone = LegSet::NONE.with(leg);
+        if let Err(error) = self.put_out(gone, why).await {
+            tracing::error!(%error, "the cache's last leg failed");
+            self.now_members(LegSet::NONE);
+        }
+    }
+
+    /// Makes the set of members without `gone` durable. Done at once if none of them is a member.
+    async fn put_out(&self, gone: LegSet, why: &str) -> Result<(), CacheError> {
+        let mut superblock = self.superblock.lock().await;
+        let gone = gone.and(self.members());
+        if gone.is_empty() {
+            return Ok(());
+        }
+        let mut next = superblock.clone();
+        next.membership =
+            next.membership.without(gone).ok_or_else(|| self.no_leg_left(why.to_string()))?;
+        self.note_lost(gone, why);
+        self.store_superblock(&mut superblock, next).await
+    }
+
+    /// Writes `next` to its members. One that fails is put out of the set, and the rest written anew, until all that
+    /// are left agree. A changed set goes to both copies: should the newer one rot, the older must not bring a leg back.
+    async fn store_superblock(
+        &self,
+        superblock: &mut Superblock,
+        mut next: Superblock,
+    ) -> Result<(), CacheError> {
+        let mut copies = 0;
+        while copies < if next.membership == superblock.membership { 1 } else { 2 } {
+            next.sequence += 1;
+            let offset = Geometry::superblock_offset(next.sequence);
+            let members = next.membership.members;
+            let results = self
+                .on_legs(members, |leg| {
+                    let own = next.membership.legs[usize::from(leg.number)];
+                    let block = Superblock { leg: own, ..next.clone() }.encode();
+                    async move {
+                        let block = AlignedBuf::copy_of(&block).freeze();
+                        leg.device.write(offset, vec![block]).await?;
+                        leg.device.flush().await
+                    }
+                })
+                .await;
+            let (failed, error) = failures(results);
+            let Some(error) = error else {
+                copies += 1;
+                continue;
+            };
+            copies = 0;
+            let why = error.to_string();
+            next.membership = match next.membership.without(failed) {
+                Some(left) => left,
+                None => return Err(error.into()),
+            };
+            self.note_lost(failed, &why);
+        }
+        let members = next.membership.members;
         *superblock = next;
+        self.now_members(members);
         Ok(())
     }
 
-    /// All slots; those never written are free. A slot of which both copies are damaged is an error, since a
-    /// disk's log hangs on it.
+    fn note_lost(&self, legs: LegSet, why: &str) {
+        for leg in legs.iter() {
+            let path = self.leg_path(leg);
+            tracing::error!(
+                leg, path = %path.display(), why,
+                "a leg of the cache failed: the cache goes on without it, unmirrored; replace it"
+            );
+            self.mirror.lock().lost.push((leg, why.to_string()));
+        }
+    }
+
+    /// The set is durable: whoever waits for a leg outside of it goes on.
+    fn now_members(&self, members: LegSet) {
+        let mut mirror = self.mirror.lock();
+        if mirror.members != members {
+            mirror.members = members;
+            mirror.disks.retain(|disk| disk.send(ToDisk::Legs { members }));
+        }
+    }
+
+    fn no_leg_left(&self, why: String) -> CacheError {
+        CacheError::NoLegLeft { path: self.path.clone(), why }
+    }
+
+    fn leg_path(&self, number: u8) -> &Path {
+        self.legs.iter().find(|leg| leg.number == number).map_or(&self.path, |leg| &leg.path)
+    }
+
+    /// All slots; those never written are free. A slot of which all copies are damaged is an error, since a disk's log
+    /// hangs on it. What a leg is behind in is written to it.
     pub async fn read_slots(&self) -> Result<Vec<VdiSlot>, CacheError> {
         let slots = self.geometry.slots;
         let first = Geometry::slot_offset(0, 0);
-        let bytes = self.read(first, (Geometry::slot_offset(slots, 0) - first) as usize).await?;
-        let copies: Vec<&[u8]> = bytes.chunks_exact(BLOCK_SIZE).collect();
-        (0..slots).map(|slot| {
-            let at = slot as usize * 2;
-            newest(slot, [copies[at], copies[at + 1]]).map_err(|source| CacheError::Unsupported {
-                path: self.path.clone(),
-                what: format!("slot {slot}: {source}; the disk whose log it holds cannot be told: restore the device from a good copy"),
-            })
-        }).collect()
+        let len = (Geometry::slot_offset(slots, 0) - first) as usize;
+        let tables = self.read_each(first, len).await?;
+        let mut newest_of_all = Vec::new();
+        for slot in 0..slots {
+            let at = slot as usize * 2 * BLOCK_SIZE;
+            let copies: Vec<(u8, Result<VdiSlot, FormatError>)> = tables
+                .iter()
+                .map(|(leg, table)| {
+                    let (a, b) = (at, at + BLOCK_SIZE);
+                    (*leg, newest(slot, [&table[a..b], &table[b..b + BLOCK_SIZE]]))
+                })
+                .collect();
+            let best = copies.iter().filter_map(|(_, copy)| copy.as_ref().ok());
+            let Some(best) = best.max_by_key(|copy| copy.sequence).cloned() else {
+                let source = copies.into_iter().find_map(|(_, copy)| copy.err());
+                let why = source.map(|source| source.to_string()).unwrap_or_default();
+                return Err(CacheError::Unsupported {
+                    path: self.path.clone(),
+                    what: format!(
+                        "slot {slot}: {why}; the disk whose log it holds cannot be told: restore the device from a good copy"
+                    ),
+                });
+            };
+            for (leg, _) in copies.iter().filter(|(_, copy)| copy.as_ref() != Ok(&best)) {
+                let offset = Geometry::slot_offset(slot, best.sequence);
+                self.repair(*leg, offset, AlignedBuf::copy_of(&best.encode())).await?;
+            }
+            newest_of_all.push(best);
+        }
+        Ok(newest_of_all)
     }
 
     /// Writes a slot durably to the copy that its sequence selects.
@@ -202,90 +265,208 @@ impl Local {
         self.flush().await
     }
 
-    /// The headers of all segments that have one.
+    /// The headers of all segments that have one. Where legs differ, a crash came between their writes: the later one counts.
     pub async fn read_headers(&self) -> Result<Vec<SegmentHeader>, CacheError> {
         let cache = self.cache;
         let mut found = Vec::new();
         let mut headers = futures_util::stream::iter(0..self.geometry.segments)
             .map(|id| async move {
                 let id = SegmentId(id);
-                (id, self.read(self.geometry.segment_offset(id), BLOCK_SIZE).await)
+                (id, self.read_each(self.geometry.segment_offset(id), BLOCK_SIZE).await)
             })
             .buffered(HEADERS_AT_ONCE);
-        while let Some((id, block)) = headers.next().await {
+        while let Some((id, blocks)) = headers.next().await {
             // A header that does not decode leaves a gap in its disk's LSNs, which recovery judges.
-            found.extend(SegmentHeader::decode(&block?, cache, id).ok());
+            let copies = blocks?;
+            let decoded =
+                copies.iter().filter_map(|(_, block)| SegmentHeader::decode(block, cache, id).ok());
+            found.extend(decoded.max_by_key(|header| header.seq));
         }
         Ok(found)
     }
 
-    /// Reads bytes of the device.
+    /// Reads bytes of the first member that gives them. They may be damaged.
     pub async fn read(&self, offset: u64, len: usize) -> Result<AlignedBuf, CacheError> {
-        Ok(self.device.read(offset, len).await?)
+        self.read_good(offset, len, |_| true).await
     }
 
-    /// Writes bytes of the device.
+    /// Reads bytes of the first member whose copy `is_good`, and rewrites those that were not. If none is, the bytes are
+    /// returned all the same.
+    pub async fn read_good(
+        &self,
+        offset: u64,
+        len: usize,
+        is_good: impl Fn(&[u8]) -> bool,
+    ) -> Result<AlignedBuf, CacheError> {
+        let (mut bad, mut damaged, mut failed) = (Vec::new(), None, None);
+        for leg in self.members_now() {
+            match leg.device.read(offset, len).await {
+                Ok(bytes) if is_good(&bytes) => {
+                    for number in bad {
+                        self.repair(number, offset, AlignedBuf::copy_of(&bytes)).await?;
+                    }
+                    return Ok(bytes);
+                }
+                Ok(bytes) => damaged = Some(bytes),
+                Err(error) => failed = Some(error),
+            }
+            bad.push(leg.number);
+        }
+        match (damaged, failed) {
+            (Some(bytes), _) => Ok(bytes),
+            (None, Some(error)) => Err(error.into()),
+            (None, None) => Err(self.no_leg_left("nothing can be read".into())),
+        }
+    }
+
+    /// Reads bytes of every member that gives them, with the legs' numbers. At least one.
+    pub async fn read_each(
+        &self,
+        offset: u64,
+        len: usize,
+    ) -> Result<Vec<(u8, AlignedBuf)>, CacheError> {
+        let results = self.on_legs(self.members(), |leg| leg.device.read(offset, len)).await;
+        let (mut copies, mut failed) = (Vec::new(), None);
+        for (leg, result) in results {
+            match result {
+                Ok(bytes) => copies.push((leg, bytes)),
+                Err(error) => {
+                    tracing::warn!(leg, %error, "a leg of the cache cannot be read here");
+                    failed = Some(error);
+                }
+            }
+        }
+        match failed {
+            Some(error) if copies.is_empty() => Err(error.into()),
+            _ if copies.is_empty() => Err(self.no_leg_left("nothing can be read".into())),
+            _ => Ok(copies),
+        }
+    }
+
+    /// Rewrites what is damaged on a leg. If that fails, the leg is none any more.
+    pub async fn repair(&self, leg: u8, offset: u64, bytes: AlignedBuf) -> Result<(), CacheError> {
+        if self.read_only {
+            return Ok(());
+        }
+        let path = self.leg_path(leg);
+        tracing::warn!(leg, path = %path.display(), offset, len = bytes.len(), "rewriting a damaged copy from another leg");
+        let (only, bytes) = (LegSet::NONE.with(leg), bytes.freeze());
+        let results = self.on_legs(only, |leg| leg.device.write(offset, vec![bytes.clone()])).await;
+        match failures(results) {
+            (_, None) => Ok(()),
+            (failed, Some(error)) => self.put_out(failed, &error.to_string()).await,
+        }
+    }
+
+    /// Writes bytes to every member.
     pub async fn write(&self, offset: u64, bytes: AlignedBuf) -> Result<(), CacheError> {
-        Ok(self.device.write(offset, vec![bytes.freeze()]).await?)
+        let (members, bytes) = (self.members(), bytes.freeze());
+        self.settle_failures(
+            members,
+            self.on_legs(members, |leg| leg.device.write(offset, vec![bytes.clone()])).await,
+        )
+        .await
     }
 
-    /// Makes finished writes durable.
+    /// Makes finished writes durable on every member.
     pub async fn flush(&self) -> Result<(), CacheError> {
-        Ok(self.device.flush().await?)
+        let members = self.members();
+        self.settle_failures(members, self.on_legs(members, |leg| leg.device.flush()).await).await
     }
 
-    /// A file handle for a worker: O_DIRECT where the file system has it.
-    pub fn worker_file(&self) -> Result<Arc<File>, CacheError> {
-        let open = |flags| {
-            File::options()
-                .read(true)
-                .write(true)
-                .custom_flags(flags | libc::O_CLOEXEC)
-                .open(&self.path)
-        };
-        open(libc::O_DIRECT)
-            .or_else(
-                |error| {
-                    if error.raw_os_error() == Some(libc::EINVAL) { open(0) } else { Err(error) }
-                },
-            )
-            .map(Arc::new)
-            .map_err(|source| CacheError::Local { path: self.path.clone(), what: "open", source })
-    }
-}
-
-/// True for a file whose creation was cut short, and for a block device whose start holds nothing. Other files are
-/// never overwritten.
-fn is_unmade(path: &Path) -> Result<bool, CacheError> {
-    use std::io::Read;
-    let local = |source| CacheError::Local { path: path.into(), what: "read", source };
-    let mut start = Vec::new();
-    let file = File::open(path).map_err(local)?;
-    let is_device = file.metadata().map_err(local)?.file_type().is_block_device();
-    file.take(BLANK_LEN).read_to_end(&mut start).map_err(local)?;
-    Ok(start.starts_with(UNMADE) || (is_device && start.iter().all(|&byte| byte == 0)))
-}
-
-async fn read_superblock(device: &Device, path: &Path) -> Result<Superblock, CacheError> {
-    let not_a_cache = |source| CacheError::NotACache { path: path.into(), source };
-    if device.info().capacity < 2 * BLOCK_SIZE as u64 {
-        return Err(not_a_cache(FormatError::Absent("cache superblock")));
-    }
-    let bytes = match device.read(0, 2 * BLOCK_SIZE).await {
-        Err(error) if error.kind == DeviceErrorKind::OutOfRange => {
-            return Err(not_a_cache(FormatError::Absent("cache superblock")));
+    /// Legs on which a write or flush failed while another one did it are put out; if none did it, it failed.
+    async fn settle_failures(
+        &self,
+        asked: LegSet,
+        results: Vec<(u8, Result<(), DeviceError>)>,
+    ) -> Result<(), CacheError> {
+        match failures(results) {
+            (_, None) if asked.is_empty() => Err(self.no_leg_left("nothing can be written".into())),
+            (_, None) => Ok(()),
+            (failed, Some(error)) if asked.minus(failed).is_empty() => Err(error.into()),
+            (failed, Some(error)) => self.put_out(failed, &error.to_string()).await,
         }
-        other => other?,
+    }
+
+    /// Does the same on several legs at once.
+    async fn on_legs<'a, T, F: Future<Output = Result<T, DeviceError>>>(
+        &'a self,
+        legs: LegSet,
+        operation: impl Fn(&'a Leg) -> F,
+    ) -> Vec<(u8, Result<T, DeviceError>)> {
+        let legs = self.legs.iter().filter(|leg| legs.contains(leg.number));
+        join_all(legs.map(|leg| {
+            let done = operation(leg);
+            async move { (leg.number, done.await) }
+        }))
+        .await
+    }
+
+    fn members_now(&self) -> impl Iterator<Item = &Leg> {
+        let members = self.members();
+        self.legs.iter().filter(move |leg| members.contains(leg.number))
+    }
+
+    /// A file handle for a worker for each leg, at its number: O_DIRECT where the file system has it. The place of a leg
+    /// that is no member is taken by one that is.
+    pub fn worker_files(&self) -> Result<Vec<Arc<File>>, CacheError> {
+        let members = self.members();
+        let mut files: Vec<Option<Arc<File>>> = Vec::new();
+        for leg in self.legs.iter().filter(|leg| members.contains(leg.number)) {
+            let at = usize::from(leg.number);
+            files.resize(files.len().max(at + 1), None);
+            files[at] = Some(open_direct(&leg.path)?);
+        }
+        let any = files.iter().flatten().next().cloned();
+        Ok(files.into_iter().filter_map(|file| file.or_else(|| any.clone())).collect())
+    }
+
+    /// What became of each leg that was given or is known, for status.
+    #[must_use]
+    pub fn leg_states(&self) -> Vec<LegState> {
+        let mirror = self.mirror.lock();
+        let legs = self.legs.iter().map(|leg| LegState {
+            path: leg.path.clone(),
+            member: mirror.members.contains(leg.number),
+            why: mirror
+                .lost
+                .iter()
+                .find(|(lost, _)| *lost == leg.number)
+                .map(|(_, why)| why.clone()),
+        });
+        let outsiders = self.outsiders.iter().map(|(path, why)| LegState {
+            path: path.clone(),
+            member: false,
+            why: Some(why.clone()),
+        });
+        legs.chain(outsiders).collect()
+    }
+}
+
+/// Legs that failed, and an error of one.
+fn failures<T>(results: Vec<(u8, Result<T, DeviceError>)>) -> (LegSet, Option<DeviceError>) {
+    let (mut failed, mut error) = (LegSet::NONE, None);
+    for (leg, result) in results {
+        if let Err(why) = result {
+            failed = failed.with(leg);
+            error = Some(why);
+        }
+    }
+    (failed, error)
+}
+
+fn open_direct(path: &Path) -> Result<Arc<File>, CacheError> {
+    let open = |flags| {
+        File::options().read(true).write(true).custom_flags(flags | libc::O_CLOEXEC).open(path)
     };
-    let copies = [0, 1].map(|n| Superblock::decode(&bytes[n * BLOCK_SIZE..(n + 1) * BLOCK_SIZE]));
-    match copies {
-        [Ok(a), Ok(b)] => Ok(if a.sequence >= b.sequence { a } else { b }),
-        [Ok(one), Err(error)] | [Err(error), Ok(one)] => {
-            tracing::warn!(path = %path.display(), %error, "one copy of the cache superblock is damaged; the other is used");
-            Ok(one)
-        }
-        [Err(error), Err(_)] => Err(not_a_cache(error)),
-    }
+    open(libc::O_DIRECT)
+        .or_else(
+            |error| {
+                if error.raw_os_error() == Some(libc::EINVAL) { open(0) } else { Err(error) }
+            },
+        )
+        .map(Arc::new)
+        .map_err(|source| CacheError::Local { path: path.into(), what: "open", source })
 }
 
 /// The newer valid copy of a slot.

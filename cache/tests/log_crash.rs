@@ -328,7 +328,7 @@ impl Rig {
                 self.free.push_back(segment);
                 self.feed();
             }
-            FromDisk::Failed { reason } => panic!("{reason}"),
+            FromDisk::LegFailed { reason, .. } | FromDisk::Failed { reason } => panic!("{reason}"),
             _ => {}
         }
     }

@@ -9,7 +9,7 @@ use ballast_fuzz::{Script, put_crc};
 use blockstore::crc::crc32c;
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use cache::disk::plan::SegmentId;
-use cache::format::Geometry;
+use cache::format::{Geometry, Membership};
 use cache::format::segment::SegmentHeader;
 use cache::format::slot::{SlotVdi, VdiSlot};
 use cache::format::superblock::Superblock;
@@ -30,7 +30,7 @@ fn superblock() -> Superblock {
         host: Uuid::from_u128(7),
         store: Some(Uuid::from_u128(8)),
         leg: Uuid::from_u128(9),
-        legs: 2,
+        membership: Membership::new(vec![Uuid::from_u128(9), Uuid::from_u128(10)]),
         geometry: Geometry::for_size(64 << 20).expect("large enough"),
     }
 }

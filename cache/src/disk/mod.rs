@@ -23,7 +23,7 @@ pub mod plan;
 mod read;
 mod write;
 
-use crate::format::Geometry;
+use crate::format::{Geometry, LegSet};
 use crate::image::{ImagePool, SegmentImage};
 use crate::index::Index;
 use crate::link::{FromDisk, Grant, Link, ToDisk};
@@ -125,6 +125,8 @@ pub struct Progress {
     pub flushed: AtomicU64,
     /// Bytes that the index takes.
     pub index_bytes: AtomicU64,
+    /// Blocks that the index knows a place of.
+    pub held_blocks: AtomicU64,
 }
 
 /// What the index refers to on the device: a sealed segment.
@@ -152,9 +154,15 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk that goes on where `start` ends.
+    /// A disk that goes on where `start` ends, on a cache of one leg.
     #[must_use]
     pub fn new(start: Start) -> Self {
+        Self::on_legs(start, LegSet::FIRST)
+    }
+
+    /// A disk that goes on where `start` ends; its log is written to all of `members` together.
+    #[must_use]
+    pub fn on_legs(start: Start, members: LegSet) -> Self {
         let sealed = start
             .sealed
             .into_iter()
@@ -167,6 +175,7 @@ impl Disk {
                 start.images,
                 start.last_lsn,
                 start.grants,
+                members,
             ),
             geometry: start.geometry,
             size_bytes: start.size_bytes,
@@ -232,6 +241,19 @@ impl Disk {
         }
     }
 
+    /// Legs of the cache device that hold everything: any of them can be read from.
+    #[must_use]
+    pub fn readable_legs(&self) -> LegSet {
+        self.log.readable()
+    }
+
+    /// A damaged block could not be rewritten on this leg, though another has it.
+    pub fn repair_failed(&mut self, leg: u8, errno: i32) {
+        if self.log.readable().len() > 1 {
+            self.log.leg_failed(leg, "rewriting a damaged block", errno);
+        }
+    }
+
     /// A local I/O finished; `Err` carries the errno.
     pub fn io_done(&mut self, op: OpId, result: Result<(), i32>) {
         self.log.io_done(op, result);
@@ -251,7 +273,11 @@ impl Disk {
             ToDisk::Evict { segment, lbas } => self.evict(segment, &lbas),
             ToDisk::Roll { id } => self.log.roll(id),
             ToDisk::Resized { bytes } => self.size_bytes = self.size_bytes.max(bytes),
-            ToDisk::Tick => self.log.tick(),
+            ToDisk::Legs { members } => self.log.set_members(members),
+            ToDisk::Tick => {
+                self.log.tick();
+                self.progress.held_blocks.store(self.index.len() as u64, Ordering::Relaxed);
+            }
         }
     }
 
@@ -316,7 +342,8 @@ pub struct AttachedDisk {
     pub disk: Disk,
     /// The way to the asynchronous side.
     pub link: Link,
-    /// The cache device, one file per leg, opened with O_DIRECT where the file system allows.
+    /// The cache device: one file per leg, at its number, opened with O_DIRECT where the file system allows. In the place
+    /// of a leg that is no member stands the file of one that is; nothing is read from or written to it there.
     pub legs: Vec<Arc<std::fs::File>>,
 }
 

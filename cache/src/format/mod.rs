@@ -9,6 +9,7 @@
 //! All integers are little-endian. Every structure carries magic, CRC32C and its own place.
 
 pub mod geometry;
+pub mod legs;
 pub mod record;
 pub mod segment;
 pub mod slot;
@@ -18,6 +19,7 @@ pub mod superblock;
 mod tests;
 
 pub use geometry::Geometry;
+pub use legs::{LegSet, Membership};
 
 use blockstore::crc::crc32c;
 use blockstore::types::BLOCK_SIZE;

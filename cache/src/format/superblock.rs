@@ -1,5 +1,8 @@
 //! What the cache device is and whom it belongs to.
+//!
+//! A cache of one leg, as all were before there were two, has zeros from byte 124 on.
 
+use super::legs::{LEGS_MAX, LegSet, Membership};
 use super::{FormatError, Geometry, VERSION, open_block, seal_block};
 use blockstore::types::BLOCK_SIZE;
 use uuid::Uuid;
@@ -26,7 +29,11 @@ struct Raw {
     segment_size: U64,
     data_start: U64,
     segments: U32,
-    reserved: [u8; BLOCK_SIZE - 124],
+    members: U32,
+    events: U64,
+    set: [u8; 16],
+    all_legs: [[u8; 16]; LEGS_MAX],
+    reserved: [u8; BLOCK_SIZE - 184],
 }
 const _: () = assert!(size_of::<Raw>() == BLOCK_SIZE);
 
@@ -43,8 +50,8 @@ pub struct Superblock {
     pub store: Option<Uuid>,
     /// This leg.
     pub leg: Uuid,
-    /// How many legs the cache has.
-    pub legs: u32,
+    /// All legs, and which of them hold everything.
+    pub membership: Membership,
     /// Division of the device.
     pub geometry: Geometry,
 }
@@ -53,6 +60,12 @@ impl Superblock {
     /// The block that stands for it.
     #[must_use]
     pub fn encode(&self) -> [u8; BLOCK_SIZE] {
+        let membership = &self.membership;
+        let mirrored = membership.legs.len() > 1;
+        let mut all_legs = [[0; 16]; LEGS_MAX];
+        for (raw, leg) in all_legs.iter_mut().zip(&membership.legs).filter(|_| mirrored) {
+            *raw = leg.into_bytes();
+        }
         let raw = Raw {
             magic: MAGIC,
             crc: U32::ZERO,
@@ -62,13 +75,17 @@ impl Superblock {
             host: self.host.into_bytes(),
             store: self.store.unwrap_or(Uuid::nil()).into_bytes(),
             leg: self.leg.into_bytes(),
-            legs: self.legs.into(),
+            legs: (membership.legs.len() as u32).into(),
             slots: self.geometry.slots.into(),
             size: self.geometry.size.into(),
             segment_size: self.geometry.segment_size.into(),
             data_start: self.geometry.data_start.into(),
             segments: self.geometry.segments.into(),
-            reserved: [0; BLOCK_SIZE - 124],
+            members: if mirrored { membership.members.bits() } else { 0 }.into(),
+            events: membership.events.into(),
+            set: membership.id.into_bytes(),
+            all_legs,
+            reserved: [0; BLOCK_SIZE - 184],
         };
         let mut block = [0u8; BLOCK_SIZE];
         block.copy_from_slice(raw.as_bytes());
@@ -94,13 +111,37 @@ impl Superblock {
             });
         }
         let store = Uuid::from_bytes(raw.store);
+        let leg = Uuid::from_bytes(raw.leg);
+        let membership = match raw.legs.get() as usize {
+            1 => Membership {
+                events: raw.events.get(),
+                id: Uuid::from_bytes(raw.set),
+                legs: vec![leg],
+                members: LegSet::FIRST,
+            },
+            LEGS_MAX => Membership {
+                events: raw.events.get(),
+                id: Uuid::from_bytes(raw.set),
+                legs: raw.all_legs.iter().map(|leg| Uuid::from_bytes(*leg)).collect(),
+                members: LegSet::from_bits(raw.members.get()).unwrap_or_default(),
+            },
+            _ => {
+                let why = "it belongs to a cache of more legs than this ballast knows";
+                return Err(FormatError::Invalid { what: WHAT, why });
+            }
+        };
+        let number = membership.number_of(leg);
+        if !membership.is_sound() || !number.is_some_and(|n| membership.members.contains(n)) {
+            let why = "what it says of the cache's legs contradicts itself";
+            return Err(FormatError::Invalid { what: WHAT, why });
+        }
         Ok(Self {
             sequence: raw.sequence.get(),
             cache: Uuid::from_bytes(raw.cache),
             host: Uuid::from_bytes(raw.host),
             store: (!store.is_nil()).then_some(store),
-            leg: Uuid::from_bytes(raw.leg),
-            legs: raw.legs.get(),
+            leg,
+            membership,
             geometry,
         })
     }

@@ -6,7 +6,7 @@ use super::segment::SegmentHeader;
 use super::slot::{SlotVdi, VdiSlot};
 use super::summary::{Summary, blocks_for};
 use super::superblock::Superblock;
-use super::{FormatError, Geometry};
+use super::{FormatError, Geometry, Membership};
 use crate::disk::plan::SegmentId;
 use blockstore::crc::crc32c;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
@@ -22,7 +22,7 @@ fn superblock() -> Superblock {
         host: Uuid::from_u128(1),
         store: Some(Uuid::from_u128(2)),
         leg: Uuid::from_u128(3),
-        legs: 1,
+        membership: Membership::new(vec![Uuid::from_u128(3)]),
         geometry: Geometry::for_size(2 << 30).unwrap(),
     }
 }

@@ -209,6 +209,8 @@ impl VdiTask {
             }
             FromDisk::Unused { segment } => self.p.pool.release(segment, false),
             FromDisk::Evicted { segment } => self.was_evicted(segment).await,
+            // Disks hold back what waits for this leg until the others say durably that it is none.
+            FromDisk::LegFailed { leg, reason } => self.p.local.leg_failed(leg, &reason).await,
             FromDisk::Failed { reason } => {
                 self.log_failed(reason);
             }

@@ -1,9 +1,9 @@
 //! Appending: room in the open segment, batches, their headers.
 
 use super::{
-    Batch, CLOSING_MAX, Closing, FLUSH_AHEAD_WRITES, Gathering, Log, Op, Open, Room, SummaryState,
+    Batch, CLOSING_MAX, Closing, FLUSH_AHEAD_WRITES, Gathering, Log, Open, Room, SummaryState, Work,
 };
-use crate::disk::{Action, OpId, Tag, image_offset};
+use crate::disk::{Tag, image_offset};
 use crate::format::record::{
     ENTRIES_MAX, Kind, PAYLOAD_BLOCKS_MAX, RecordHeader, entry_len, push_descriptor,
 };
@@ -160,17 +160,9 @@ impl Log {
             header.encode_into(unsafe { image.writable(0, BLOCK_SIZE) });
             self.outbox.push(FromDisk::Opened { segment: open.grant.id });
         }
-        let op = OpId(self.next_op);
-        self.next_op += 1;
-        self.writes.push(Action::Write {
-            op,
-            leg: 0,
-            offset: self.geometry.segment_offset(open.grant.id) + image_offset(from) as u64,
-            image: Arc::clone(image),
-            start: image_offset(from),
-            len: image_offset(open.position - from),
-        });
-        self.ops.insert(op.0, Op::Batch);
+        let (image, id) = (Arc::clone(image), open.grant.id);
+        let range = image_offset(from)..image_offset(open.position);
+        let op = self.write(Work::Batch, id, &image, range);
         self.sent += 1;
         self.batches.push_back(Batch {
             op,

@@ -1,8 +1,8 @@
 //! Written, flushed, acknowledged: what completes when, and when to flush the device.
 
 use super::{FLUSH_AHEAD_AFTER, FLUSH_AHEAD_WRITES};
-use super::{FlushUnderWay, Log, Op, SummaryState};
-use crate::disk::{Action, OpId, Tag};
+use super::{FlushUnderWay, Log, SummaryState, Work};
+use crate::disk::{Action, Tag};
 use crate::link::FromDisk;
 
 impl Log {
@@ -53,11 +53,9 @@ impl Log {
         if self.flush_under_way.is_some() || !self.flush_wanted() {
             return;
         }
-        let op = OpId(self.next_op);
-        self.next_op += 1;
-        self.ops.insert(op.0, Op::Flush);
         self.flush_under_way = Some(FlushUnderWay { lsn: self.written_lsn, batch: self.written });
-        actions.push(Action::Flush { op, leg: 0 });
+        let (op, legs) = self.begin(Work::Flush);
+        actions.extend(legs.iter().map(|leg| Action::Flush { op: Self::op_id(op, leg), leg }));
     }
 
     fn flush_wanted(&self) -> bool {
@@ -77,16 +75,9 @@ impl Log {
             && self.written_lsn == self.staged_lsn
     }
 
-    /// Latches the log as failed: after a failed write or flush nothing about the device is certain any more.
-    pub(super) fn fail(&mut self, what: Op, errno: i32) {
-        let what = match what {
-            Op::Batch => "writing a record",
-            Op::Flush => "flushing",
-            Op::Summary { .. } => "writing a summary",
-        };
-        let error = std::io::Error::from_raw_os_error(errno);
-        let reason =
-            format!("{what} on the cache device failed: {error}; the log takes no more writes");
+    /// Latches the log as failed: after a failed write or flush nothing about the last leg is certain any more.
+    pub(super) fn fail(&mut self, why: &str) {
+        let reason = format!("{why}; the log takes no more writes");
         self.failure.get_or_insert(reason.clone());
         if !self.failure_told {
             self.failure_told = true;

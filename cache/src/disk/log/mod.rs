@@ -9,14 +9,17 @@
 //!   device flush that started when all batches before it were written.
 //! * INV-LOG-3: a summary is written only after a device flush that covers all records of its segment (rule L4).
 //! * INV-LOG-4: an LSN is given out only when its record has its place, summary included (rule L10).
+//! * INV-LOG-5: an operation is done when it is done on every member of the set of legs that is durable on the device
+//!   (rule L5): a leg that fails keeps everything waiting until the set without it is; see `legs.rs`.
 
 mod append;
 mod durable;
+mod legs;
 mod seal;
 
-use super::{Action, Identity, OpId, Tag};
+use super::{Action, Identity, Tag};
 use crate::disk::plan::SegmentId;
-use crate::format::Geometry;
+use crate::format::{Geometry, LegSet};
 use crate::image::{ImagePool, SegmentImage};
 use crate::link::{FromDisk, Grant};
 use blockstore::types::Lsn;
@@ -65,7 +68,7 @@ struct Gathering {
 /// A batch on its way to the device.
 #[derive(Debug)]
 struct Batch {
-    op: OpId,
+    op: u64,
     last_lsn: Lsn,
     written: bool,
     tags: SmallVec<[Tag; 16]>,
@@ -92,11 +95,22 @@ enum SummaryState {
     Written,
 }
 
+/// What an operation is for.
 #[derive(Clone, Copy, Debug)]
-enum Op {
+enum Work {
     Batch,
     Flush,
     Summary { seq: u64 },
+}
+
+/// An operation under way on one leg or more.
+#[derive(Clone, Copy, Debug)]
+struct Op {
+    work: Work,
+    /// Legs on which it is not done.
+    missing: LegSet,
+    /// Legs that were asked and have not answered.
+    asked: LegSet,
 }
 
 /// A device flush under way and what it will make durable.
@@ -154,6 +168,10 @@ pub struct Log {
     rolls: VecDeque<Roll>,
     /// Writes that `poll` has not handed out yet.
     writes: Vec<Action>,
+    /// Legs in the durable set of members.
+    members: LegSet,
+    /// Members on which something failed: not used any more, and about to be put out of the set.
+    failing: LegSet,
     ops: HashMap<u64, Op>,
     next_op: u64,
     completions: Vec<(Tag, bool)>,
@@ -169,6 +187,7 @@ impl Log {
         images: Arc<ImagePool>,
         last_lsn: Lsn,
         grants: Vec<Grant>,
+        members: LegSet,
     ) -> Self {
         Self {
             identity,
@@ -196,6 +215,8 @@ impl Log {
             marker_due: false,
             rolls: VecDeque::new(),
             writes: Vec::new(),
+            members,
+            failing: LegSet::NONE,
             ops: HashMap::new(),
             next_op: 1,
             completions: Vec::new(),
@@ -238,27 +259,23 @@ impl Log {
         self.marker_due = self.flushed_lsn > self.noted_lsn;
     }
 
-    pub fn io_done(&mut self, op: OpId, result: Result<(), i32>) {
-        let Some(kind) = self.ops.remove(&op.0) else { return };
-        if let Err(errno) = result {
-            self.fail(kind, errno);
-            return;
-        }
-        match kind {
-            Op::Batch => {
+    /// The operation is done on every member.
+    fn done(&mut self, op: u64, work: Work) {
+        match work {
+            Work::Batch => {
                 if let Some(batch) = self.batches.iter_mut().find(|batch| batch.op == op) {
                     batch.written = true;
                 }
                 self.pop_written();
             }
-            Op::Flush => {
+            Work::Flush => {
                 if let Some(done) = self.flush_under_way.take() {
                     self.flushed = done.batch;
                     self.flushed_lsn = self.flushed_lsn.max(done.lsn);
                     self.release_waiters();
                 }
             }
-            Op::Summary { seq } => {
+            Work::Summary { seq } => {
                 if let Some(closing) = self.closing.iter_mut().find(|c| c.grant.seq == seq) {
                     closing.summary = SummaryState::Written;
                 }

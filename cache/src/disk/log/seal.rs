@@ -1,8 +1,8 @@
 //! Sealing: the summary of a full segment, and the news of it.
 
-use super::{Closing, Log, Op, SummaryState};
+use super::{Closing, Log, SummaryState, Work};
+use crate::disk::image_offset;
 use crate::disk::plan::SegmentId;
-use crate::disk::{Action, OpId, image_offset};
 use crate::format::summary::{self, Summary};
 use crate::image::SegmentImage;
 use crate::link::{FromDisk, SealedSegment};
@@ -49,17 +49,8 @@ impl Log {
         // SAFETY: this log owns the segment; blocks behind its records were not handed to anyone.
         content.encode_into(unsafe { image.writable(start, len) }, closing.grant.nonce);
         closing.summary = SummaryState::UnderWay;
-        let op = OpId(self.next_op);
-        self.next_op += 1;
-        self.ops.insert(op.0, Op::Summary { seq: closing.grant.seq });
-        self.writes.push(Action::Write {
-            op,
-            leg: 0,
-            offset: self.geometry.segment_offset(closing.grant.id) + start as u64,
-            image: Arc::clone(image),
-            start,
-            len,
-        });
+        let (image, grant) = (Arc::clone(image), closing.grant);
+        self.write(Work::Summary { seq: grant.seq }, grant.id, &image, start..start + len);
     }
 
     /// Answers those who waited for segments to be sealed.

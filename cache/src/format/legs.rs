@@ -1,0 +1,141 @@
+//! The legs of a mirrored cache: which there are, which of them hold everything.
+//!
+//! A cache has one leg, or two that are written together. Each change of the set of members is written to every member's
+//! superblock, with a higher event count and a fresh id, before anything is acknowledged under it. When legs meet
+//! again, the count tells which one was left behind, and the id tells two that went on without each other apart.
+
+use uuid::Uuid;
+
+/// Most legs of a cache.
+pub const LEGS_MAX: usize = 2;
+
+/// A set of legs, by number: its place in [`Membership::legs`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct LegSet(u8);
+
+impl LegSet {
+    /// No leg.
+    pub const NONE: Self = Self(0);
+    /// The one leg of a cache without a mirror.
+    pub const FIRST: Self = Self(1);
+
+    /// Legs 0 to `count - 1`.
+    #[must_use]
+    pub fn first(count: usize) -> Self {
+        (0..count.min(LEGS_MAX) as u8).fold(Self::NONE, Self::with)
+    }
+
+    /// From its bits; none if they name legs that cannot be.
+    #[must_use]
+    pub fn from_bits(bits: u32) -> Option<Self> {
+        (bits < 1 << LEGS_MAX).then_some(Self(bits as u8))
+    }
+
+    /// Bit n is leg n.
+    #[must_use]
+    pub fn bits(self) -> u32 {
+        u32::from(self.0)
+    }
+
+    /// With one more leg.
+    #[must_use]
+    pub fn with(self, leg: u8) -> Self {
+        debug_assert!(usize::from(leg) < LEGS_MAX);
+        Self(self.0 | (1 << leg))
+    }
+
+    /// Without the legs of `other`.
+    #[must_use]
+    pub fn minus(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
+    /// The legs that are in both.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// The legs that are in either.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether the leg is in it.
+    #[must_use]
+    pub fn contains(self, leg: u8) -> bool {
+        usize::from(leg) < LEGS_MAX && self.0 & (1 << leg) != 0
+    }
+
+    /// No leg is in it.
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// How many legs are in it.
+    #[must_use]
+    pub fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    /// Its legs, lowest first.
+    pub fn iter(self) -> impl Iterator<Item = u8> {
+        (0..LEGS_MAX as u8).filter(move |leg| self.contains(*leg))
+    }
+}
+
+/// Which legs a cache has and which hold everything; the same in the superblocks of all members.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Membership {
+    /// Counts the changes of this set.
+    pub events: u64,
+    /// Drawn at random with each change.
+    pub id: Uuid,
+    /// All legs of the cache, one or two; a leg's number is its place here.
+    pub legs: Vec<Uuid>,
+    /// Those that hold everything; never empty.
+    pub members: LegSet,
+}
+
+impl Membership {
+    /// A cache of these legs, all in step.
+    #[must_use]
+    pub fn new(legs: Vec<Uuid>) -> Self {
+        let members = LegSet::first(legs.len());
+        // A cache without a mirror has no changes to tell apart.
+        let id = if legs.len() == 1 { Uuid::nil() } else { Uuid::new_v4() };
+        Self { events: 0, id, legs, members }
+    }
+
+    /// Without the legs of `gone`; none if no member would be left.
+    #[must_use]
+    pub fn without(&self, gone: LegSet) -> Option<Self> {
+        let members = self.members.minus(gone);
+        (!members.is_empty()).then(|| Self {
+            events: self.events + 1,
+            id: Uuid::new_v4(),
+            legs: self.legs.clone(),
+            members,
+        })
+    }
+
+    /// The number of a leg of this cache.
+    #[must_use]
+    pub fn number_of(&self, leg: Uuid) -> Option<u8> {
+        self.legs.iter().position(|known| *known == leg).map(|at| at as u8)
+    }
+
+    /// True if the fields do not contradict each other.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        let known = LegSet::first(self.legs.len());
+        let distinct = self.legs.iter().enumerate().all(|(n, leg)| !self.legs[..n].contains(leg));
+        (1..=LEGS_MAX).contains(&self.legs.len())
+            && distinct
+            && !self.members.is_empty()
+            && self.members.minus(known).is_empty()
+            && self.events < u64::MAX
+    }
+}

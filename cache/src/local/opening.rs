@@ -1,0 +1,240 @@
+//! Opening a cache: which devices are its legs, and which of them count.
+//!
+//! Nothing is written before the decision stands, and a refusal writes nothing at all.
+
+use super::choose::choose;
+use super::create::is_unmade;
+use super::{Leg, Local};
+use crate::error::CacheError;
+use crate::format::FormatError;
+use crate::format::superblock::Superblock;
+use blockstore::device::file::FileDevice;
+use blockstore::device::{Device, DeviceErrorKind, OpenOptions};
+use blockstore::types::BLOCK_SIZE;
+use serde::Serialize;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// How to open a cache device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// For serving: exclusive; created with so many bytes if the file does not exist.
+    Serve { create_size: Option<u64> },
+    /// For looking only.
+    ReadOnly,
+}
+
+/// A leg for status.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LegState {
+    /// Where it is.
+    pub path: PathBuf,
+    /// It is written with the others and holds everything.
+    pub member: bool,
+    /// Why it is no member.
+    pub why: Option<String>,
+}
+
+/// Opened devices with their superblocks, and the paths that could not be opened.
+struct Found {
+    legs: Vec<(PathBuf, Device, Superblock)>,
+    failed: Vec<(PathBuf, CacheError)>,
+}
+
+impl Local {
+    /// Opens the cache at `path`, or creates it where `mode` says so.
+    pub async fn open(path: &Path, mode: Mode) -> Result<Self, CacheError> {
+        Self::open_legs(&[path.into()], mode, false).await
+    }
+
+    /// Opens the cache whose legs are at `paths`, one or two, or creates it there. With `degraded`, the operator's word, it
+    /// goes on without a leg that is recorded as a member and is not there.
+    pub async fn open_legs(
+        paths: &[PathBuf],
+        mode: Mode,
+        degraded: bool,
+    ) -> Result<Self, CacheError> {
+        refuse_same(paths)?;
+        if let Mode::Serve { create_size: Some(size) } = mode
+            && may_create(paths).await?
+        {
+            return Self::create(paths, size).await;
+        }
+        let read_only = mode == Mode::ReadOnly;
+        let mut found = Found { legs: Vec::new(), failed: Vec::new() };
+        for path in paths {
+            match open_leg(path, read_only).await {
+                Ok((device, superblock)) => found.legs.push((path.clone(), device, superblock)),
+                Err(CacheError::Device(error)) if error.kind == DeviceErrorKind::Reserved => {
+                    return Err(error.into());
+                }
+                Err(error) => found.failed.push((path.clone(), error)),
+            }
+        }
+        Self::on_found(found, read_only, degraded).await
+    }
+
+    /// The cache on `device`.
+    pub async fn on_device(path: &Path, device: Device) -> Result<Self, CacheError> {
+        Self::on_devices(vec![(path.into(), device)], false).await
+    }
+
+    /// The cache on these legs. One that cannot be read counts as absent.
+    pub async fn on_devices(
+        devices: Vec<(PathBuf, Device)>,
+        degraded: bool,
+    ) -> Result<Self, CacheError> {
+        let mut found = Found { legs: Vec::new(), failed: Vec::new() };
+        for (path, device) in devices {
+            match read_superblock(&device, &path).await {
+                Ok(superblock) => found.legs.push((path, device, superblock)),
+                Err(error) => found.failed.push((path, error)),
+            }
+        }
+        Self::on_found(found, false, degraded).await
+    }
+
+    async fn on_found(found: Found, read_only: bool, degraded: bool) -> Result<Self, CacheError> {
+        let Found { legs: found, failed } = found;
+        if found.is_empty() {
+            let error = failed.into_iter().map(|(_, error)| error).next();
+            return Err(error.unwrap_or(CacheError::Missing { path: PathBuf::new() }));
+        }
+        let named: Vec<_> = found.iter().map(|(path, _, s)| (path.clone(), s.clone())).collect();
+        let choice = choose(&named)?;
+        let (best_path, best) = &named[choice.best];
+        let (given, known) = (found.len() + failed.len(), best.membership.legs.len());
+        if given > known {
+            let path = best_path.clone();
+            return Err(CacheError::LegCount { path, legs: known, given });
+        }
+        let is_member = |at: usize| choice.members.iter().any(|(member, _)| *member == at);
+        refuse_cut_short(&found, best, is_member)?;
+        let why = failed.iter().map(|(_, error)| error.to_string()).next();
+        if !choice.missing.is_empty() && !degraded && !read_only {
+            let missing = choice.missing.iter().map(|leg| best.membership.legs[usize::from(leg)]);
+            let missing = missing.map(|leg| leg.to_string()).collect::<Vec<_>>().join(", ");
+            let why = why.unwrap_or_else(|| "its path was not given".into());
+            return Err(CacheError::LegMissing { path: best_path.clone(), missing, why });
+        }
+        let behind = choice.members.iter().any(|(at, _)| named[*at].1.sequence != best.sequence);
+        let mut outsiders: Vec<_> =
+            failed.into_iter().map(|(path, error)| (path, error.to_string())).collect();
+        for (at, why) in &choice.outsiders {
+            outsiders.push((named[*at].0.clone(), why.clone()));
+        }
+        for (path, why) in &outsiders {
+            tracing::error!(path = %path.display(), why, "this leg of the cache is not used: the cache is not mirrored; replace the leg");
+        }
+        let mut legs: Vec<Leg> = Vec::new();
+        for (at, (path, device, _)) in found.into_iter().enumerate() {
+            if let Some((_, number)) = choice.members.iter().find(|(member, _)| *member == at) {
+                legs.push(Leg { number: *number, path, device });
+            }
+        }
+        legs.sort_by_key(|leg| leg.number);
+        let local = Self::with(best.clone(), legs, outsiders, read_only);
+        if !read_only && (!choice.missing.is_empty() || behind) {
+            local
+                .rewrite_superblock(|superblock| {
+                    if let Some(left) = superblock.membership.without(choice.missing)
+                        && !choice.missing.is_empty()
+                    {
+                        superblock.membership = left;
+                    }
+                })
+                .await?;
+        }
+        Ok(local)
+    }
+}
+
+async fn open_leg(path: &Path, read_only: bool) -> Result<(Device, Superblock), CacheError> {
+    if !path.exists() {
+        return Err(CacheError::Missing { path: path.into() });
+    }
+    let options = OpenOptions { exclusive: !read_only, read_only, ..OpenOptions::default() };
+    let device = FileDevice::open(path, &options)?;
+    let superblock = read_superblock(&device, path).await?;
+    Ok((device, superblock))
+}
+
+/// True if nothing would be lost: at each path is nothing, or a leg that was never used because its twin's creation was
+/// cut short.
+async fn may_create(paths: &[PathBuf]) -> Result<bool, CacheError> {
+    let mut unmade = 0;
+    for path in paths {
+        if is_unmade(path)? {
+            unmade += 1;
+            continue;
+        }
+        let Ok((_, superblock)) = open_leg(path, true).await else { return Ok(false) };
+        // Two writes make it; the store's name is the third.
+        let unused = superblock.sequence <= 2 && superblock.store.is_none();
+        if !unused || superblock.membership.legs.len() != paths.len() {
+            return Ok(false);
+        }
+    }
+    Ok(unmade > 0)
+}
+
+/// Both legs on one file or device would be no mirror.
+fn refuse_same(paths: &[PathBuf]) -> Result<(), CacheError> {
+    let [path, twin] = paths else { return Ok(()) };
+    let same = match (std::fs::metadata(path), std::fs::metadata(twin)) {
+        (Ok(a), Ok(b)) if a.file_type().is_block_device() && b.file_type().is_block_device() => {
+            a.rdev() == b.rdev()
+        }
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => std::path::absolute(path).ok() == std::path::absolute(twin).ok(),
+    };
+    if same {
+        return Err(CacheError::SameLeg { path: path.clone(), twin: twin.clone() });
+    }
+    Ok(())
+}
+
+/// A leg must have all bytes that the cache uses.
+fn refuse_cut_short(
+    found: &[(PathBuf, Device, Superblock)],
+    best: &Superblock,
+    is_member: impl Fn(usize) -> bool,
+) -> Result<(), CacheError> {
+    let expected = best.geometry.size;
+    for (at, (path, device, _)) in found.iter().enumerate() {
+        let capacity = device.info().capacity;
+        if capacity >= expected || !is_member(at) {
+            continue;
+        }
+        let path = path.clone();
+        return Err(match found.iter().find(|(other, ..)| *other != path) {
+            Some((twin, ..)) => {
+                CacheError::SmallerLeg { path, found: capacity, twin: twin.clone(), expected }
+            }
+            None => CacheError::Truncated { path, expected, found: capacity },
+        });
+    }
+    Ok(())
+}
+
+async fn read_superblock(device: &Device, path: &Path) -> Result<Superblock, CacheError> {
+    let not_a_cache = |source| CacheError::NotACache { path: path.into(), source };
+    if device.info().capacity < 2 * BLOCK_SIZE as u64 {
+        return Err(not_a_cache(FormatError::Absent("cache superblock")));
+    }
+    let bytes = match device.read(0, 2 * BLOCK_SIZE).await {
+        Err(error) if error.kind == DeviceErrorKind::OutOfRange => {
+            return Err(not_a_cache(FormatError::Absent("cache superblock")));
+        }
+        other => other?,
+    };
+    let copies = [0, 1].map(|n| Superblock::decode(&bytes[n * BLOCK_SIZE..(n + 1) * BLOCK_SIZE]));
+    match copies {
+        [Ok(a), Ok(b)] => Ok(if a.sequence >= b.sequence { a } else { b }),
+        [Ok(one), Err(error)] | [Err(error), Ok(one)] => {
+            tracing::warn!(path = %path.display(), %error, "one copy of the cache superblock is damaged; the other is used");
+            Ok(one)
+        }
+        [Err(error), Err(_)] => Err(not_a_cache(error)),
+    }
+}

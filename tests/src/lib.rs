@@ -3,4 +3,5 @@ pub mod agent_rig;
 pub mod client;
 pub mod demo;
 pub mod guest;
+pub mod netns;
 pub mod targets;

@@ -172,6 +172,23 @@ impl Runner {
         self.quiesce()
     }
 
+    /// Writes the whole disk once, from its start to its end.
+    ///
+    /// # Errors
+    /// As for [`Self::run`].
+    pub fn fill(&mut self) -> Result<End> {
+        let sectors = self.oracle.sectors();
+        for start in (0..sectors).step_by(SECTORS_MAX as usize) {
+            let range = start..(start + SECTORS_MAX).min(sectors);
+            self.start(Step::Mutate(Mutation::Write, range))?;
+            self.port.kick()?;
+            if self.take(usize::from(self.free.is_empty()))? == End::Disconnected {
+                return Ok(End::Disconnected);
+            }
+        }
+        self.quiesce()
+    }
+
     /// Waits until nothing is in flight.
     ///
     /// # Errors

@@ -83,6 +83,12 @@ impl Workload {
         Self { random, mix, sectors, hot, tail: 0, depth: 1, steps_at_depth: 0 }
     }
 
+    /// Other shares from now on.
+    pub fn set_mix(&mut self, mix: Mix) {
+        self.mix = mix;
+        self.steps_at_depth = 0;
+    }
+
     /// How many requests to keep in flight now; changes now and then.
     pub fn depth(&mut self) -> usize {
         if self.steps_at_depth == 0 {

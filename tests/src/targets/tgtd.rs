@@ -46,10 +46,19 @@ pub struct TgtTarget {
 impl TgtTarget {
     /// Starts a target whose files are in `dir`, with a LUN of `size` bytes.
     pub fn start(dir: &Path, size: u64, options: TgtOptions) -> Result<Self> {
+        Self::start_at(dir, size, free_address()?, options)
+    }
+
+    /// The same at an address of the caller's choice, such as one in a namespace that the calling thread is in.
+    pub fn start_at(
+        dir: &Path,
+        size: u64,
+        address: SocketAddr,
+        options: TgtOptions,
+    ) -> Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         backing_file(dir, size)?;
         std::fs::write(dir.join("chap"), format!("{USER}:{SECRET}\n"))?;
-        let address = free_address()?;
         let process = launch(dir, address, &options)?;
         Ok(Self { dir: dir.to_owned(), address, options, process })
     }

@@ -3,6 +3,7 @@
 use crate::aside;
 use crate::disk::{Action, AttachedDisk, OpId};
 use crate::link::{FromDisk, ToDisk};
+use crate::local::Local;
 use blockstore::types::Lsn;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -19,32 +20,60 @@ pub struct Sealed {
 /// Rounds without any I/O after which a disk that is not quiet never will be: its worker died amid requests.
 const IDLE_ROUNDS_MAX: u32 = 3;
 
-/// Runs a disk until its log is sealed and quiet. The unsealed tail, should this fail, is found by the next recovery:
-/// nothing acknowledged is lost.
-pub async fn seal(attached: AttachedDisk) -> std::io::Result<Sealed> {
-    aside::run(move || seal_blocking(attached)).await.map_err(std::io::Error::other)?
-}
+/// How often a disk may stop for a leg that failed: more often than there are legs, and something else is wrong.
+const LEGS_LOST_MAX: usize = 4;
 
-fn seal_blocking(mut attached: AttachedDisk) -> std::io::Result<Sealed> {
-    while let Some(message) = attached.link.try_recv() {
-        if !matches!(message, ToDisk::Fetched { .. }) {
-            attached.disk.on_message(message);
+/// Runs a disk until its log is sealed and quiet. The unsealed tail, should this fail, is found by the next recovery:
+/// nothing acknowledged is lost. A leg that fails meanwhile is put out of the cache, as with a worker.
+pub async fn seal(mut attached: AttachedDisk, local: &Local) -> std::io::Result<Sealed> {
+    attached.disk.on_message(ToDisk::Roll { id: 0 });
+    let mut messages = Vec::new();
+    for _ in 0..LEGS_LOST_MAX {
+        let (back, said, sealed) =
+            aside::run(move || seal_blocking(attached)).await.map_err(std::io::Error::other)?;
+        attached = back;
+        let mut lost = false;
+        for message in said {
+            match message {
+                FromDisk::LegFailed { leg, reason } => {
+                    // The answer is on the link.
+                    local.leg_failed(leg, &reason).await;
+                    lost = true;
+                }
+                other => messages.push(other),
+            }
+        }
+        if let Some(last_lsn) = sealed {
+            return Ok(Sealed { messages, last_lsn });
+        }
+        if !lost {
+            break;
         }
     }
-    attached.disk.on_message(ToDisk::Roll { id: 0 });
+    Err(std::io::Error::other("the disk's worker died amid local I/O"))
+}
+
+/// Runs the disk as far as it goes without an answer from outside. With its last LSN if its log is sealed.
+fn seal_blocking(mut attached: AttachedDisk) -> (AttachedDisk, Vec<FromDisk>, Option<Lsn>) {
     let mut messages = Vec::new();
     let mut idle_rounds = 0;
     loop {
+        while let Some(message) = attached.link.try_recv() {
+            if !matches!(message, ToDisk::Fetched { .. }) {
+                attached.disk.on_message(message);
+            }
+        }
         let worked = run_once(&mut attached, &mut messages);
         idle_rounds = if worked { 0 } else { idle_rounds + 1 };
         attached.disk.completions();
         if attached.disk.is_quiet() {
             let unused = attached.disk.take_unused_grants();
             messages.extend(unused.into_iter().map(|grant| FromDisk::Unused { segment: grant.id }));
-            return Ok(Sealed { messages, last_lsn: attached.disk.staged_lsn() });
+            let last_lsn = attached.disk.staged_lsn();
+            return (attached, messages, Some(last_lsn));
         }
         if idle_rounds > IDLE_ROUNDS_MAX {
-            return Err(std::io::Error::other("the disk's worker died amid local I/O"));
+            return (attached, messages, None);
         }
     }
 }

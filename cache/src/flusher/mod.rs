@@ -150,7 +150,8 @@ async fn read_source(local: &Local, vdi: Uuid, segment: Replay) -> Result<Source
     }
     let header = read_header(local, vdi, segment.id, segment.seq).await?;
     let found = read_whole(local, vdi, &header, segment.last_lsn).await?;
-    let bytes = local.read(geometry.segment_offset(segment.id), used).await?.freeze();
+    let bytes = crate::recovery::read_payloads(local, &header, segment.used_blocks, &found.entries);
+    let bytes = bytes.await?.freeze();
     Ok(Source {
         id: segment.id,
         first_lsn: segment.first_lsn,
@@ -189,12 +190,15 @@ async fn read_header(
     id: SegmentId,
     seq: u64,
 ) -> Result<SegmentHeader, CacheError> {
-    let block = local.read(local.geometry.segment_offset(id), BLOCK_SIZE).await?;
-    SegmentHeader::decode(&block, local.cache_uuid(), id)
-        .ok()
-        .filter(|header| header.vdi == vdi && header.seq == seq)
-        .ok_or_else(|| CacheError::Flush {
-            vdi,
-            why: format!("the header of segment {} on {} is damaged", id.0, local.path.display()),
-        })
+    let decode = |block: &[u8]| {
+        SegmentHeader::decode(block, local.cache_uuid(), id)
+            .ok()
+            .filter(|header| header.vdi == vdi && header.seq == seq)
+    };
+    let offset = local.geometry.segment_offset(id);
+    let block = local.read_good(offset, BLOCK_SIZE, |block| decode(block).is_some()).await?;
+    decode(&block).ok_or_else(|| CacheError::Flush {
+        vdi,
+        why: format!("the header of segment {} on {} is damaged", id.0, local.path.display()),
+    })
 }

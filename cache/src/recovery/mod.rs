@@ -3,13 +3,18 @@
 //! Before the disk is served (rule L3): segments without summary get one that lists exactly the live records, dead
 //! segments are wiped, the device is flushed, then the slot records the new epoch and its first LSN. A crash at any of
 //! these steps leaves a log that recovers to the same end, since nothing new was appended yet.
+//!
+//! On two legs the log is the union of both (rule L5): what one has, the other is given before the disk is served
+//! (`mend.rs`).
 
 mod assemble;
+mod mend;
 mod scan;
 #[cfg(test)]
 mod tests;
 
 pub use assemble::{AssembleError, Assembler, Live, Recovered};
+pub use mend::read_payloads;
 pub use scan::{Found, scan};
 
 use crate::error::CacheError;
@@ -39,27 +44,33 @@ pub async fn recover(
         why: why.to_string(),
     };
     let mut assembler = Assembler::new(local.geometry, slot.clone(), store).map_err(refuse)?;
-    let mut found = futures_util::stream::iter(headers)
-        .map(|header| async move { (header, read_segment(local, header).await) })
+    // By value, or the future could not go from thread to thread.
+    let mut found = futures_util::stream::iter(headers.to_vec())
+        .map(|header| async move {
+            let found = read_segment(local, &header).await;
+            (header, found)
+        })
         .buffered(READ_AHEAD);
     while let Some((header, found)) = found.next().await {
-        assembler.push(header, &found?).map_err(refuse)?;
+        assembler.push(&header, &found?).map_err(refuse)?;
     }
     assembler.finish().map_err(refuse)
 }
 
-/// Finds out what stands in a segment: by its summary, else record by record. A read error is an error, never the end of
-/// the log.
+/// Finds out what stands in a segment: by its summary on any leg, else record by record on all of them. A read error on
+/// all legs is an error, never the end of the log.
 pub async fn read_segment(local: &Local, header: &SegmentHeader) -> Result<Found, CacheError> {
     let geometry = &local.geometry;
     let tail = u64::from(summary::blocks_max(geometry.segment_blocks())) * BLOCK_SIZE as u64;
     let offset = geometry.segment_offset(header.segment);
-    let bytes = local.read(offset + geometry.segment_size - tail, tail as usize).await?;
-    if let Some(found) = from_summary(&bytes, header, geometry) {
+    let tails = local.read_each(offset + geometry.segment_size - tail, tail as usize).await?;
+    let sealed = tails.iter().find_map(|(_, bytes)| from_summary(bytes, header, geometry));
+    if let Some(found) = sealed {
         return Ok(found);
     }
-    let segment = local.read(offset, geometry.segment_size as usize).await?;
-    Ok(scan(&segment, header))
+    let segments = local.read_each(offset, geometry.segment_size as usize).await?;
+    let copies: Vec<&[u8]> = segments.iter().map(|(_, bytes)| &bytes[..]).collect();
+    Ok(scan::scan_copies(&copies, header).0)
 }
 
 /// What the summary in `tail` (the last bytes of a segment) says, if there is a valid one that does not contradict itself.
@@ -93,6 +104,7 @@ fn is_consistent(summary: &Summary, header: &SegmentHeader, geometry: &Geometry)
 /// Makes what recovery decided durable, see the module. Afterwards the slot (with the new epoch) may be written.
 pub async fn settle(local: &Local, recovered: &Recovered) -> Result<(), CacheError> {
     let geometry = &local.geometry;
+    mend::mend(local, &recovered.live).await?;
     for live in &recovered.live {
         let Some(entries) = &live.unsealed else { continue };
         let blocks = summary::blocks_for(entries.len());

@@ -1,4 +1,5 @@
-//! Reading an unsealed segment record by record.
+//! Reading an unsealed segment record by record, from one copy or from two that are the same but for what a crash or rot
+//! took from either.
 
 use crate::format::FormatError;
 use crate::format::record::{Entries, RecordHeader};
@@ -23,11 +24,28 @@ pub struct Found {
     pub sealed: bool,
 }
 
+/// A block of a good record, and the copy in which it is good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Good {
+    /// In the segment.
+    pub block: u32,
+    /// In the order that the copies were given in.
+    pub copy: usize,
+}
+
 /// Takes the good records at the start of `segment` (all its bytes). The first that is absent, torn or fits not
 /// ends them: it was never acknowledged, unless a flushed LSN found elsewhere says otherwise (rule L4, judged by the caller).
 #[must_use]
 pub fn scan(segment: &[u8], header: &SegmentHeader) -> Found {
-    let blocks = (segment.len() / BLOCK_SIZE) as u32;
+    scan_copies(&[segment], header).0
+}
+
+/// As [`scan`], of copies of one length: each block is taken from whichever copy has it (rule L5). Tells which.
+#[must_use]
+pub fn scan_copies(copies: &[&[u8]], header: &SegmentHeader) -> (Found, Vec<Good>) {
+    let shortest = copies.iter().map(|copy| copy.len()).min().unwrap_or(0);
+    let blocks = (shortest / BLOCK_SIZE) as u32;
+    let mut good = Vec::new();
     let mut found = Found {
         first_lsn: header.first_lsn,
         last_lsn: Lsn(header.first_lsn.0.saturating_sub(1)),
@@ -37,13 +55,21 @@ pub fn scan(segment: &[u8], header: &SegmentHeader) -> Found {
         sealed: false,
     };
     while found.used_blocks < blocks {
-        let Ok(record) = read_record(segment, blocks, header, &found) else { break };
+        let kept = good.len();
+        let record = (0..copies.len()).find_map(|copy| {
+            good.truncate(kept);
+            read_record(copies, copy, blocks, header, &found, &mut good).ok()
+        });
+        let Some(record) = record else {
+            good.truncate(kept);
+            break;
+        };
         found.last_lsn = found.last_lsn.plus(record.lsns);
         found.flushed = found.flushed.max(record.header.flushed);
         found.used_blocks += 1 + u32::from(record.header.payload_blocks);
         found.entries.extend_from_slice(record.entries);
     }
-    found
+    (found, good)
 }
 
 struct Record<'a> {
@@ -52,15 +78,18 @@ struct Record<'a> {
     lsns: u64,
 }
 
+/// The next record, whose header is taken from one copy, and its payload from any.
 fn read_record<'a>(
-    segment: &'a [u8],
+    copies: &[&'a [u8]],
+    copy: usize,
     blocks: u32,
     header: &SegmentHeader,
     so_far: &Found,
+    good: &mut Vec<Good>,
 ) -> Result<Record<'a>, FormatError> {
     let invalid = |why| FormatError::Invalid { what: "record", why };
     let position = so_far.used_blocks;
-    let block = block_at(segment, position);
+    let block = block_at(copies[copy], position);
     let (record, entries) = RecordHeader::decode(block, header.seq, header.nonce, position)?;
     if record.epoch != header.epoch || record.first_lsn != so_far.last_lsn.plus(1) {
         return Err(invalid("it does not continue the log"));
@@ -69,6 +98,7 @@ fn read_record<'a>(
     if payload_end > blocks {
         return Err(invalid("its payload lies outside the segment"));
     }
+    good.push(Good { block: position, copy });
     let mut lsns = 0;
     let mut payload = position + 1;
     for entry in Entries::new(entries, blocks) {
@@ -84,10 +114,13 @@ fn read_record<'a>(
             if payload >= payload_end {
                 return Err(invalid("its payload is longer than it says"));
             }
-            let (expected, found) = (entry.crc(index), crc32c(block_at(segment, payload)));
-            if expected != found {
+            let expected = entry.crc(index);
+            let matches = |copy: &&[u8]| crc32c(block_at(copy, payload)) == expected;
+            let Some(copy) = copies.iter().position(|copy| matches(copy)) else {
+                let found = crc32c(block_at(copies[copy], payload));
                 return Err(FormatError::Checksum { what: "payload block", expected, found });
-            }
+            };
+            good.push(Good { block: payload, copy });
             payload += 1;
         }
     }

@@ -229,7 +229,7 @@ impl VdiTask {
         match command {
             Command::Drain(reply) => self.drain(reply),
             Command::Released { disk, reply } => {
-                let sealed = release::seal(*disk).await;
+                let sealed = release::seal(*disk, &self.p.local).await;
                 self.released = true;
                 self.starving = false;
                 self.p.pool.leave_queue(self.p.vdi);

@@ -5,6 +5,7 @@ use super::uring::Uring;
 use blockstore::buf::AlignedBuf;
 use blockstore::types::BLOCK_SIZE;
 use cache::disk::{OpId, Tag};
+use cache::format::LegSet;
 use cache::image::SegmentImage;
 use std::ops::Range;
 use std::sync::Arc;
@@ -33,6 +34,8 @@ pub(super) enum Operation {
     Bounce { tag: Tag, run: Run, buffer: AlignedBuf },
     /// Read of one block into a buffer of ours, to be judged by its checksum.
     Block { tag: Tag, read: BlockRead, buffer: AlignedBuf },
+    /// Write of a block, read well from one leg, over the bad copy on `leg`.
+    Repair { tag: Tag, read: BlockRead, leg: u8, buffer: AlignedBuf },
     /// Blocks that the store was, or will be, asked for.
     Fetch(Fetch),
 }
@@ -54,7 +57,9 @@ pub(super) struct BlockRead {
     pub block: u32,
     pub offset: u64,
     pub crc: u32,
-    pub leg: usize,
+    pub leg: u8,
+    /// Legs that were read and had no good copy.
+    pub bad: LegSet,
     /// The block is part `.1` of patched block `.0` of the read; otherwise it goes to the guest.
     pub part: Option<(u16, u16)>,
 }
@@ -79,14 +84,19 @@ pub(super) struct Fetch {
 pub(super) struct Io {
     pub uring: Uring,
     pub operations: Slab<Operation>,
-    /// Copies of the cache device.
-    pub legs: usize,
+    /// Legs of the cache device that hold everything.
+    pub readable: LegSet,
     spare: Vec<AlignedBuf>,
 }
 
 impl Io {
-    pub(super) fn new(uring: Uring, legs: usize) -> Self {
-        Self { uring, operations: Slab::new(), legs, spare: Vec::new() }
+    pub(super) fn new(uring: Uring, readable: LegSet) -> Self {
+        Self { uring, operations: Slab::new(), readable, spare: Vec::new() }
+    }
+
+    /// The leg that reads go to.
+    pub(super) fn first_leg(&self) -> u8 {
+        self.readable.iter().next().unwrap_or(0)
     }
 
     /// A buffer of one block with any content.
@@ -132,14 +142,15 @@ impl Io {
         arena: Range<u32>,
         buffers: &[libc::iovec],
     ) {
+        let leg = usize::from(self.first_leg());
         let index = self.operations.insert(Operation::Direct { tag, run, arena });
         // SAFETY: the caller's promise.
         unsafe {
             if let [only] = buffers {
                 let (into, len) = (only.iov_base.cast(), only.iov_len as u32);
-                self.uring.read(0, run.offset, into, len, index);
+                self.uring.read(leg, run.offset, into, len, index);
             } else {
-                self.uring.read_vectored(0, run.offset, buffers, index);
+                self.uring.read_vectored(leg, run.offset, buffers, index);
             }
         }
     }
@@ -149,17 +160,26 @@ impl Io {
         let len = run.blocks as usize * BLOCK_SIZE;
         let mut buffer =
             if run.blocks == 1 { self.block_buffer() } else { AlignedBuf::zeroed(len) };
-        let into = buffer.as_mut_ptr();
+        let (into, leg) = (buffer.as_mut_ptr(), usize::from(self.first_leg()));
         let index = self.operations.insert(Operation::Bounce { tag, run, buffer });
         // SAFETY: the operation holds the buffer, whose bytes do not move, until its completion was taken.
-        unsafe { self.uring.read(0, run.offset, into, len as u32, index) }
+        unsafe { self.uring.read(leg, run.offset, into, len as u32, index) }
     }
 
     /// Starts a read of one block.
     pub(super) fn read_block(&mut self, tag: Tag, read: BlockRead, mut buffer: AlignedBuf) {
         let into = buffer.as_mut_ptr();
+        let leg = usize::from(read.leg);
         let index = self.operations.insert(Operation::Block { tag, read, buffer });
         // SAFETY: as in `read_bounced`.
-        unsafe { self.uring.read(read.leg, read.offset, into, BLOCK_SIZE as u32, index) }
+        unsafe { self.uring.read(leg, read.offset, into, BLOCK_SIZE as u32, index) }
+    }
+
+    /// Starts to rewrite a block on a leg whose copy is bad. The block's segment must stay pinned until that is done.
+    pub(super) fn repair(&mut self, tag: Tag, read: BlockRead, leg: u8, buffer: AlignedBuf) {
+        let (from, file) = (buffer.as_ptr(), usize::from(leg));
+        let index = self.operations.insert(Operation::Repair { tag, read, leg, buffer });
+        // SAFETY: the operation holds the buffer, unchanged, until its completion was taken.
+        unsafe { self.uring.write(file, read.offset, from, BLOCK_SIZE as u32, index) }
     }
 }

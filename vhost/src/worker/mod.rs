@@ -150,7 +150,7 @@ impl Worker {
             write_zeroes: false,
         };
         Self {
-            io: Io::new(uring, attached.legs.len()),
+            io: Io::new(uring, attached.disk.readable_legs()),
             queues: Queues::new(options.queues),
             slots: Slots::default(),
             stalled: Stalled::default(),
@@ -207,6 +207,7 @@ impl Worker {
             if std::mem::take(&mut self.link_ready) {
                 self.take_messages();
             }
+            self.io.readable = self.attached.disk.readable_legs();
             let more = self.take_requests();
             self.drive();
             // Before the guest sees its completions, so that whoever saw them finds them counted.

@@ -3,8 +3,9 @@
 //! A span is at most [`SPAN_DIRECT`] bytes of the request, [`SPAN_BOUNCED`] where the guest's buffers are too oddly
 //! placed for the device to read into them. Blocks on the cache device are read straight into guest memory where whole
 //! blocks and buffers allow, and checked there. A block that fails (checksum or I/O error) is read again into memory of
-//! ours and judged by that (rule L9), from each leg in turn; only then is it called bad. What the disk then says can be
-//! had from the store is planned again as a span of its own.
+//! ours and judged by that (rule L9), from each leg in turn; only then is it called bad. What one leg has and another
+//! has not is rewritten there, while the pin keeps its place from being used anew. What the disk says can be had from the
+//! store is planned again as a span of its own.
 //!
 //! Patches are copied when the span is planned or as they arrive, and laid over their base whenever that arrives, be it
 //! from the store hours later (rule L7). Pins are given back as soon as the span's local I/O is finished, whether or
@@ -19,6 +20,7 @@ use blockstore::types::{BLOCK_SIZE, Lba, SECTOR_SIZE};
 use bytes::Bytes;
 use cache::disk::plan::{BlockSource, PatchedBlock, Piece, ReadPlan};
 use cache::disk::{BadBlock, Disk, Tag};
+use cache::format::LegSet;
 use libc::iovec;
 use smallvec::SmallVec;
 use std::ops::Range;
@@ -221,7 +223,8 @@ fn patched_piece(
         match source {
             BlockSource::Local { offset, crc } => {
                 let (offset, crc) = (*offset, *crc);
-                let read = BlockRead { block, offset, crc, leg: 0, part: Some((index, part)) };
+                let (leg, bad) = (context.io.first_leg(), LegSet::NONE);
+                let read = BlockRead { block, offset, crc, leg, bad, part: Some((index, part)) };
                 slot.read.patches[usize::from(index)].missing += 1;
                 slot.read.local += 1;
                 let buffer = context.io.block_buffer();
@@ -328,8 +331,9 @@ fn judge(slot: &mut Slot, tag: Tag, run: Run, n: u32, io: &mut Io) {
     let crc = slot.read.plan.crcs[block as usize];
     let offset = run.offset + u64::from(n) * BLOCK;
     slot.read.local += 1;
+    let (leg, bad) = (io.first_leg(), LegSet::NONE);
     let buffer = io.block_buffer();
-    io.read_block(tag, BlockRead { block, offset, crc, leg: 0, part: None }, buffer);
+    io.read_block(tag, BlockRead { block, offset, crc, leg, bad, part: None }, buffer);
 }
 
 /// A read of one block ended.
@@ -343,13 +347,9 @@ pub(super) fn block_done(
 ) {
     let found = crc32c(&buffer);
     if result == BLOCK_SIZE as i32 && found == read.crc {
-        slot.read.local -= 1;
-        match read.part {
-            None => {
-                deliver(slot, read.block, &buffer);
-                context.io.recycle(buffer);
-            }
-            Some((patch, part)) => part_arrived(slot, patch, part, buffer, context.io),
+        match read.bad.and(context.io.readable).iter().next() {
+            Some(leg) => context.io.repair(tag, read, leg, buffer),
+            None => block_good(slot, read, buffer, context.io),
         }
         return;
     }
@@ -359,8 +359,9 @@ pub(super) fn block_done(
         expected = format_args!("{:08x}", read.crc), found = format_args!("{found:08x}"),
         "a block on the cache device does not match its checksum or cannot be read"
     );
-    if read.leg + 1 < context.io.legs {
-        context.io.read_block(tag, BlockRead { leg: read.leg + 1, ..read }, buffer);
+    let bad = read.bad.with(read.leg);
+    if let Some(leg) = context.io.readable.minus(bad).iter().next() {
+        context.io.read_block(tag, BlockRead { leg, bad, ..read }, buffer);
         return;
     }
     slot.read.local -= 1;
@@ -372,6 +373,36 @@ pub(super) fn block_done(
             tracing::error!(%lba, offset = read.offset, "the only copy of a block is bad: the read fails");
         }
     }
+}
+
+fn block_good(slot: &mut Slot, read: BlockRead, buffer: AlignedBuf, io: &mut Io) {
+    slot.read.local -= 1;
+    match read.part {
+        None => {
+            deliver(slot, read.block, &buffer);
+            io.recycle(buffer);
+        }
+        Some((patch, part)) => part_arrived(slot, patch, part, buffer, io),
+    }
+}
+
+/// The bad copy of a block was rewritten, or that failed; the block is good either way.
+pub(super) fn repair_done(
+    slot: &mut Slot,
+    read: BlockRead,
+    leg: u8,
+    buffer: AlignedBuf,
+    result: i32,
+    context: &mut Context<'_>,
+) {
+    if result == BLOCK_SIZE as i32 {
+        tracing::info!(leg, offset = read.offset, "a damaged block was rewritten from another leg");
+    } else {
+        tracing::error!(leg, offset = read.offset, result, "a damaged block cannot be rewritten");
+        let errno = if result < 0 { -result } else { libc::EIO };
+        context.disk.repair_failed(leg, errno);
+    }
+    block_good(slot, read, buffer, context.io);
 }
 
 fn plan_again(read: &mut ReadState, block: u32, request_len: usize) {

@@ -1,0 +1,155 @@
+//! Making the legs of a mirrored cache equal where a crash or rot left them different.
+//!
+//! Before a disk is served, each of its segments has a header and, if it was sealed, a summary on every member, and the
+//! records of those that were not sealed are the same on all (rule L5): whatever leg dies next, the other holds the log up
+//! to the same end. Payloads of sealed segments are mended when they are read: they were durable on all legs before the
+//! summary.
+
+use super::scan::scan_copies;
+use super::{Live, from_summary};
+use crate::error::CacheError;
+use crate::format::record::Entries;
+use crate::format::segment::SegmentHeader;
+use crate::format::summary;
+use crate::local::Local;
+use blockstore::buf::AlignedBuf;
+use blockstore::crc::crc32c;
+use blockstore::types::BLOCK_SIZE;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt};
+
+/// Segments mended at once.
+const AT_ONCE: usize = 8;
+
+/// Makes all members hold the same of `live`. Durable with the next flush.
+pub(super) fn mend<'a>(
+    local: &'a Local,
+    live: &'a [Live],
+) -> BoxFuture<'a, Result<(), CacheError>> {
+    // Boxed, because the compiler cannot see by itself that the nested futures are `Send`.
+    mend_all(local, live).boxed()
+}
+
+async fn mend_all(local: &Local, live: &[Live]) -> Result<(), CacheError> {
+    if local.members().len() < 2 {
+        return Ok(());
+    }
+    // By value, or the future could not go from thread to thread.
+    let mut mended = futures_util::stream::iter(live.to_vec())
+        .map(|live| async move { mend_one(local, &live).await })
+        .buffered(AT_ONCE);
+    while let Some(result) = mended.next().await {
+        result?;
+    }
+    Ok(())
+}
+
+async fn mend_one(local: &Local, live: &Live) -> Result<(), CacheError> {
+    let header = mend_header(local, live).await?;
+    match &live.unsealed {
+        Some(_) => mend_records(local, live, &header).await,
+        None => mend_summary(local, &header).await,
+    }
+}
+
+async fn mend_header(local: &Local, live: &Live) -> Result<SegmentHeader, CacheError> {
+    let decode = |block: &[u8]| {
+        SegmentHeader::decode(block, local.cache_uuid(), live.id)
+            .ok()
+            .filter(|header| header.seq == live.seq)
+    };
+    let offset = local.geometry.segment_offset(live.id);
+    let copies = local.read_each(offset, BLOCK_SIZE).await?;
+    let good = copies.iter().find_map(|(_, block)| Some((decode(block)?, block)));
+    let (header, good) = good.ok_or_else(|| changed(local, live))?;
+    for (leg, block) in &copies {
+        if decode(block).is_none() {
+            local.repair(*leg, offset, AlignedBuf::copy_of(good)).await?;
+        }
+    }
+    Ok(header)
+}
+
+async fn mend_summary(local: &Local, header: &SegmentHeader) -> Result<(), CacheError> {
+    let geometry = &local.geometry;
+    let tail = u64::from(summary::blocks_max(geometry.segment_blocks())) * BLOCK_SIZE as u64;
+    let offset = geometry.segment_offset(header.segment) + geometry.segment_size - tail;
+    let copies = local.read_each(offset, tail as usize).await?;
+    let found = |bytes: &[u8]| from_summary(bytes, header, geometry);
+    let good = copies.iter().find_map(|(_, bytes)| Some((found(bytes)?, bytes)));
+    let Some((summary, bytes)) = good else { return Ok(()) };
+    let len = summary::blocks_for(summary.entries.len()) as usize * BLOCK_SIZE;
+    let from = bytes.len() - len;
+    for (leg, copy) in &copies {
+        if found(copy).is_none() {
+            let summary = AlignedBuf::copy_of(&bytes[from..]);
+            local.repair(*leg, offset + from as u64, summary).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn mend_records(
+    local: &Local,
+    live: &Live,
+    header: &SegmentHeader,
+) -> Result<(), CacheError> {
+    let offset = local.geometry.segment_offset(live.id);
+    let used = live.used_blocks as usize * BLOCK_SIZE;
+    let copies = local.read_each(offset, used).await?;
+    let bytes: Vec<&[u8]> = copies.iter().map(|(_, bytes)| &bytes[..]).collect();
+    let (found, good) = scan_copies(&bytes, header);
+    if found.last_lsn != live.last_lsn {
+        return Err(changed(local, live));
+    }
+    for good in good {
+        let at = good.block as usize * BLOCK_SIZE;
+        let right = &bytes[good.copy][at..at + BLOCK_SIZE];
+        for (leg, bytes) in &copies {
+            if bytes[at..at + BLOCK_SIZE] != *right {
+                local.repair(*leg, offset + at as u64, AlignedBuf::copy_of(right)).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A leg was lost, or rotted, between reading the log and settling it.
+fn changed(local: &Local, live: &Live) -> CacheError {
+    CacheError::Unsupported {
+        path: local.path.clone(),
+        what: format!(
+            "segment {} cannot be read a second time as it was the first; try again, nothing was changed",
+            live.id.0
+        ),
+    }
+}
+
+/// Reads the blocks in use of a sealed segment with these entries. A payload block that does not match its checksum is
+/// taken from another leg that has it, and rewritten where it was bad. What is bad everywhere is returned as it is: the
+/// reader compares checksums anyway.
+pub async fn read_payloads(
+    local: &Local,
+    header: &SegmentHeader,
+    used_blocks: u32,
+    entries: &[u8],
+) -> Result<AlignedBuf, CacheError> {
+    let offset = local.geometry.segment_offset(header.segment);
+    let mut bytes = local.read(offset, used_blocks as usize * BLOCK_SIZE).await?;
+    if local.members().len() < 2 {
+        return Ok(bytes);
+    }
+    for entry in Entries::new(entries, used_blocks).flatten() {
+        for n in 0..entry.payload_blocks() {
+            let at = (u32::from(entry.payload) + n) as usize * BLOCK_SIZE;
+            let block = at..at + BLOCK_SIZE;
+            if crc32c(&bytes[block.clone()]) == entry.crc(n) {
+                continue;
+            }
+            let is_good = |bytes: &[u8]| crc32c(bytes) == entry.crc(n);
+            let good = local.read_good(offset + at as u64, BLOCK_SIZE, is_good).await?;
+            bytes[block].copy_from_slice(&good);
+        }
+    }
+    Ok(bytes)
+}

@@ -14,6 +14,8 @@ pub(crate) mod feature {
     pub const MQ: u64 = 1 << 12;
     pub const DISCARD: u64 = 1 << 13;
     pub const WRITE_ZEROES: u64 = 1 << 14;
+    /// vhost-user's own: mark the pages that we write.
+    pub const LOG_ALL: u64 = 1 << 26;
     pub const INDIRECT_DESC: u64 = 1 << 28;
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -45,6 +47,7 @@ pub(crate) fn device_features(read_only: bool) -> u64 {
         | MQ
         | INDIRECT_DESC
         | EVENT_IDX
+        | LOG_ALL
         | PROTOCOL_FEATURES
         | VERSION_1;
     common | if read_only { RO } else { DISCARD | WRITE_ZEROES }
@@ -58,6 +61,8 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::BACKEND_REQ
 }
 
 /// What varies in the configuration space.

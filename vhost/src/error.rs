@@ -1,5 +1,6 @@
 //! What can go wrong when a disk is to be served.
 
+use cache::disk::AttachedDisk;
 use std::io;
 use std::path::PathBuf;
 
@@ -58,4 +59,14 @@ pub enum ServerError {
         /// Why it failed.
         source: io::Error,
     },
+}
+
+/// A disk that could not be served, as it was handed over: to be released, or served by another attempt.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct NotServed {
+    /// Why.
+    pub error: ServerError,
+    /// The disk.
+    pub disk: AttachedDisk,
 }

@@ -13,6 +13,8 @@
 //!   hands finished descriptions of them to the worker.
 //! * [`request`]: one descriptor chain → one validated request. Pure; the fuzz target's entry.
 //! * `ring`: split virtqueues on memory that the guest may change at any time.
+//! * `front_ends`: who is connected, whom of them the worker serves, how they are told of a change.
+//! * `dirty`: the log of written pages for live migration.
 //! * `worker`: serves the rings. The only owner of the disk's state, so a request takes no lock.
 //!
 //! Invariants
@@ -25,12 +27,10 @@
 //! * INV-VH-4: every block that leaves the local cache was compared with its checksum first.
 //! * INV-VH-5: the answer to GET_VRING_BASE is sent when no request of that ring is under way any more.
 
-// The test rig names this crate as others do.
-#[cfg(test)]
-extern crate self as ballast_vhost;
-
 mod config;
+mod dirty;
 mod error;
+mod front_ends;
 mod memory;
 pub mod request;
 mod ring;
@@ -41,6 +41,6 @@ mod socket;
 mod stats;
 mod worker;
 
-pub use error::ServerError;
+pub use error::{NotServed, ServerError};
 pub use server::{DiskServer, Listening, ServerOptions};
 pub use stats::Stats;

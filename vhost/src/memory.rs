@@ -140,6 +140,14 @@ impl GuestMap {
         Some(GuestAddress(region.guest() + (user - region.user)))
     }
 
+    /// Guest physical address of a host address that was resolved in this snapshot.
+    pub(crate) fn guest_address(&self, host: *const u8) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = host.addr().checked_sub(region.mapping.as_ptr().addr())? as u64;
+            (offset < region.size()).then(|| region.guest() + offset)
+        })
+    }
+
     /// Host address of `len` bytes of guest memory that lie in one region, aligned to `align`.
     pub(crate) fn host(&self, address: GuestAddress, len: usize, align: usize) -> Option<*mut u8> {
         let slice = self.memory.get_slice(address, len).ok()?;
@@ -288,6 +296,11 @@ mod tests {
         assert_eq!(map.translate(0x9000_1fff), Some(GuestAddress(0x1fff)));
         assert_eq!(map.translate(0x9000_2000), None);
         assert_eq!(map.translate(0), None);
+        for guest in [0, 0x1fff, 0x10_0000, 0x10_1fff] {
+            let host = map.host(GuestAddress(guest), 1, 1).unwrap();
+            assert_eq!(map.guest_address(host), Some(guest));
+        }
+        assert_eq!(map.guest_address(std::ptr::null()), None);
         assert!(map.host(GuestAddress(0x1ff0), 16, 16).is_some());
         assert!(map.host(GuestAddress(0x1ff0), 17, 16).is_none());
         assert!(map.host(GuestAddress(0x1ff1), 2, 2).is_none());

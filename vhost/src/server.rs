@@ -2,18 +2,20 @@
 //!
 //! [`DiskServer::listen`] takes the socket early, so that front ends that come before the disk is ready wait instead of
 //! giving up; [`Listening::run`] starts to answer them. One front end is served at a time, one after the other for
-//! ever; a second one meanwhile is turned away, unless the first has hung up and is only being cleaned up after.
+//! ever. Others may connect meanwhile, as the target of a live migration does, and are served when the first has stopped
+//! its rings or hung up (`front_ends`).
 //!
 //! [`DiskServer::stop`] finishes what is under way, shows it to the guest, cuts the front end off and hands the disk
 //! back. Dropping a server does the same. If the worker fails, the front end is cut off and the socket removed at once,
 //! rather than leave a guest waiting on rings that nobody serves.
 
 use crate::config::{ID_LEN, device_features};
-use crate::error::ServerError;
+use crate::error::{NotServed, ServerError};
+use crate::front_ends::FRONT_ENDS_MAX;
 use crate::session::{SessionContext, hung_up, serve};
 use crate::socket::Socket;
 use crate::stats::{Shared, Stats};
-use crate::worker::{Handle, Request, WorkerOptions, spawn};
+use crate::worker::{Handle, Request, Started, WorkerOptions, spawn};
 use cache::disk::AttachedDisk;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io;
@@ -103,19 +105,27 @@ pub struct Listening {
 }
 
 impl Listening {
-    /// Starts to serve `disk`.
-    pub fn run(self, disk: AttachedDisk) -> Result<DiskServer, ServerError> {
+    /// Starts to serve `disk`, or gives it back.
+    pub fn run(self, disk: AttachedDisk) -> Result<DiskServer, Box<NotServed>> {
         let Self { socket, options } = self;
         let path = socket.path().to_path_buf();
-        let failed = |operation| {
-            let path = path.clone();
-            move |source: io::Error| ServerError::Worker { path, operation, source }
+        let failed = |operation, source, disk| {
+            let error = ServerError::Worker { path: path.clone(), operation, source };
+            Box::new(NotServed { error, disk })
         };
         let shared = Arc::new(Shared::default());
         shared.size.store(disk.disk.size_bytes(), Ordering::Relaxed);
         shared.writeback.store(true, Ordering::Relaxed);
         // Both ends of a pair: closing one wakes the listener.
-        let (stop, stopped) = UnixStream::pair().map_err(failed("socketpair"))?;
+        let (stop, stopped) = match UnixStream::pair() {
+            Ok(ends) => ends,
+            Err(error) => return Err(failed("socketpair", error, disk)),
+        };
+        // Closed when the worker's thread ends, however it does.
+        let (alive, worker_ended) = match UnixStream::pair() {
+            Ok(ends) => ends,
+            Err(error) => return Err(failed("socketpair", error, disk)),
+        };
         let name: String = path
             .file_stem()
             .map_or_else(|| "disk".into(), |stem| stem.to_string_lossy().into_owned());
@@ -126,10 +136,14 @@ impl Listening {
             id: options.id(),
             poll: Duration::from_micros(options.poll_us.into()),
         };
-        // Closed when the worker's thread ends, however it does.
-        let (alive, worker_ended) = UnixStream::pair().map_err(failed("socketpair"))?;
-        let (worker, thread) =
-            spawn(worker_options, disk, Arc::clone(&shared), alive).map_err(failed("start"))?;
+        let Started { handle: worker, thread } =
+            match spawn(worker_options, disk, Arc::clone(&shared), alive) {
+                Ok(started) => started,
+                Err(refused) => {
+                    let (error, disk) = *refused;
+                    return Err(failed("start", error, disk));
+                }
+            };
         let context = SessionContext {
             worker: worker.clone(),
             shared: Arc::clone(&shared),
@@ -139,14 +153,14 @@ impl Listening {
         };
         let listener =
             std::thread::Builder::new().name(format!("{name}:listen")).spawn(move || {
-                Listener { socket, context, stopped, worker_ended, session: None }.run()
+                Listener { socket, context, stopped, worker_ended, sessions: Vec::new() }.run()
             });
         let listener = match listener {
             Ok(listener) => listener,
             Err(source) => {
                 let _ = worker.call(Request::Shutdown);
-                let _ = thread.join();
-                return Err(failed("thread")(source));
+                let disk = thread.join().expect("the worker catches its panics");
+                return Err(failed("thread", source, disk));
             }
         };
         tracing::info!(
@@ -241,7 +255,7 @@ struct Listener {
     stopped: UnixStream,
     /// Readable (at its end) when the worker has ended.
     worker_ended: UnixStream,
-    session: Option<RunningSession>,
+    sessions: Vec<RunningSession>,
 }
 
 struct RunningSession {
@@ -273,14 +287,14 @@ impl Listener {
                 self.accept();
             }
         }
-        if let Some(session) = self.session.take() {
+        for session in self.sessions {
             let _ = session.stream.shutdown(Shutdown::Both);
             let _ = session.thread.join();
         }
     }
 
     fn accept(&mut self) {
-        let path = self.socket.path();
+        let path = self.socket.path().to_path_buf();
         let stream = match self.socket.listener.accept() {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -290,24 +304,29 @@ impl Listener {
                 return;
             }
         };
-        if let Some(session) = self.session.take() {
-            if !session.thread.is_finished() && !hung_up(&session.stream) {
-                tracing::warn!(
-                    socket = %path.display(),
-                    "a second front end was turned away: the disk is in use by the first"
-                );
-                self.session = Some(session);
-                return;
-            }
-            let _ = session.thread.join();
+        self.clean_up();
+        if self.sessions.len() >= FRONT_ENDS_MAX {
+            tracing::warn!(
+                socket = %path.display(),
+                "a front end was turned away: {FRONT_ENDS_MAX} others are connected"
+            );
+            return;
         }
-        self.session = match self.start(stream) {
-            Ok(session) => Some(session),
+        match self.start(stream) {
+            Ok(session) => self.sessions.push(session),
             Err(error) => {
                 tracing::warn!(socket = %self.socket.path().display(), %error, "no thread for a front end");
-                None
             }
-        };
+        }
+    }
+
+    /// Waits for the sessions whose front ends have gone: the next one may be the same guest, and finds its disk free.
+    fn clean_up(&mut self) {
+        let over =
+            |session: &mut RunningSession| session.thread.is_finished() || hung_up(&session.stream);
+        for session in self.sessions.extract_if(.., over) {
+            let _ = session.thread.join();
+        }
     }
 
     fn start(&self, stream: UnixStream) -> io::Result<RunningSession> {
@@ -319,9 +338,8 @@ impl Listener {
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             let shared = Arc::clone(&context.shared);
             shared.sessions.fetch_add(1, Ordering::Relaxed);
-            shared.connected.store(true, Ordering::Relaxed);
-            serve(stream, context, &path);
-            shared.connected.store(false, Ordering::Relaxed);
+            let id = shared.front_ends.enter();
+            serve(stream, context, id, &path);
             // Other handles to the connection are open still; the front end is to see its end now.
             let _ = closing.shutdown(Shutdown::Both);
         })?;
@@ -330,27 +348,4 @@ impl Listener {
 }
 
 #[cfg(test)]
-#[path = "../tests/serve/rig.rs"]
-#[allow(dead_code)]
-mod rig;
-
-#[cfg(test)]
-mod tests {
-    use super::rig::Rig;
-    use super::*;
-    use std::io::Read;
-
-    #[test]
-    fn a_panic_in_the_worker_costs_this_disk_only_and_the_disk_is_handed_back() {
-        let mut rig = Rig::start(1 << 20, 64 << 20);
-        let mut front_end = UnixStream::connect(rig.socket()).unwrap();
-        rig.wait_until("connected", |rig| rig.server().stats().connected);
-        let answer = rig.server().worker.call(Request::Panic);
-        assert!(answer.is_err());
-        assert_eq!(front_end.read(&mut [0; 1]).unwrap(), 0, "the front end is cut off");
-        rig.wait_until("socket removed", |rig| !rig.socket().exists());
-        assert!(rig.server().stats().worker_failed);
-        let disk = rig.stop();
-        assert_eq!(disk.disk.size_bytes(), 1 << 20);
-    }
-}
+mod tests;

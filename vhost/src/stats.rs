@@ -1,5 +1,6 @@
 //! Counters of a served disk.
 
+use crate::front_ends::FrontEnds;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Counts since the disk's worker was started, and its present state.
@@ -46,7 +47,7 @@ pub(crate) struct Shared {
     /// Bytes of the disk.
     pub size: AtomicU64,
     pub sessions: AtomicU64,
-    pub connected: AtomicBool,
+    pub front_ends: FrontEnds,
     /// The driver's choice of the write cache; outlives sessions, because a guest that goes on after its front end
     /// reconnected does not state it again.
     pub writeback: AtomicBool,
@@ -130,7 +131,7 @@ impl Shared {
             fetching,
             interrupts,
             sessions: self.sessions.load(Ordering::Relaxed),
-            connected: self.connected.load(Ordering::Relaxed),
+            connected: self.front_ends.count() > 0,
             write_through: self.write_through.load(Ordering::Relaxed),
             worker_failed: self.worker_failed.load(Ordering::Relaxed),
         }

@@ -11,9 +11,10 @@ use super::parts::Parts;
 use crate::api::VdiState;
 use crate::error::{Failure, Kind, Result};
 use crate::names::socket_path;
-use ballast_vhost::{DiskServer, Listening, ServerOptions, Stats};
+use ballast_vhost::{DiskServer, Listening, NotServed, ServerOptions, Stats};
 use blockstore::types::Lsn;
 use blockstore::{AttachOptions, Vdi};
+use cache::disk::AttachedDisk;
 use cache::{CacheError, VdiIdentity};
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,8 @@ pub struct Served {
     pub socket: Option<PathBuf>,
     view: Mutex<View>,
     server: Mutex<Option<DiskServer>>,
+    /// Its log is open and no server would take it: the next attempt goes on from here.
+    unserved: Mutex<Option<AttachedDisk>>,
     /// Held during a transition; the handle in the store while attached.
     handle: tokio::sync::Mutex<Option<Arc<Vdi>>>,
 }
@@ -63,6 +66,7 @@ impl Served {
             socket: socket_path(run_dir, name, uuid).ok(),
             view: Mutex::new(View { size, state, error: None, gone: false }),
             server: Mutex::new(None),
+            unserved: Mutex::new(None),
             handle: tokio::sync::Mutex::new(None),
         }
     }
@@ -145,11 +149,23 @@ impl Served {
         self.view.lock().size = size;
         let (cache, identity, vdi) = (Arc::clone(&parts.cache), identity(size), Arc::clone(vdi));
         let runtime = tokio::runtime::Handle::current();
-        // Recovery is work for a processor: it has a thread of its own.
-        let disk = blocking(move || runtime.block_on(cache.attach(&identity, vdi))).await?;
-        let server = blocking(move || listening.run(disk)).await?;
-        *self.server.lock() = Some(server);
-        Ok(())
+        let unserved = self.unserved.lock().take();
+        let disk = match unserved {
+            Some(disk) => disk,
+            // Recovery is work for a processor: it has a thread of its own.
+            None => blocking(move || runtime.block_on(cache.attach(&identity, vdi))).await?,
+        };
+        match blocking(move || Ok::<_, Failure>(listening.run(disk))).await? {
+            Ok(server) => {
+                *self.server.lock() = Some(server);
+                Ok(())
+            }
+            Err(not_served) => {
+                let NotServed { error, disk } = *not_served;
+                *self.unserved.lock() = Some(disk);
+                Err(error.into())
+            }
+        }
     }
 
     async fn attach_in_store(
@@ -211,6 +227,10 @@ impl Served {
     }
 
     async fn go_down(&self, parts: &Parts, vdi: &Vdi, handle: &mut Option<Arc<Vdi>>) -> Result<()> {
+        if self.unserved.lock().is_some() {
+            // Nobody is there to seal its log.
+            self.stop_server(parts).await?;
+        }
         // Most of it while a virtual machine that is cut off on purpose may still write.
         parts.cache.drain(self.uuid).await?;
         self.stop_server(parts).await?;
@@ -265,8 +285,14 @@ impl Served {
 
     /// Ends its server and seals its log; the flusher goes on. Used at the agent's stop, too.
     pub async fn stop_server(&self, parts: &Parts) -> Result<()> {
-        let Some(server) = self.server.lock().take() else { return Ok(()) };
-        let disk = blocking(move || Ok::<_, Failure>(server.stop())).await?;
+        let server = self.server.lock().take();
+        let disk = match server {
+            Some(server) => blocking(move || Ok::<_, Failure>(server.stop())).await?,
+            None => match self.unserved.lock().take() {
+                Some(disk) => disk,
+                None => return Ok(()),
+            },
+        };
         Ok(parts.cache.release(self.uuid, disk).await?)
     }
 
@@ -295,7 +321,7 @@ impl Served {
     /// Commits everything acknowledged so far; waits for a transition under way.
     pub async fn drain(&self, parts: &Parts) -> Result<Lsn> {
         drop(self.handle.lock().await);
-        if parts.cache.vdi_status(self.uuid).is_none() {
+        if parts.cache.vdi_status(self.uuid).is_none() || self.unserved.lock().is_some() {
             self.refuse_gone()?;
             return Err(self.log_not_open());
         }

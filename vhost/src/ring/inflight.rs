@@ -20,6 +20,7 @@
 //! Nothing in the region is trusted: indexes are bounded, lists are followed for as many steps as there are entries.
 //! It covers the death of this process, not of the host; replayed writes are simply written once more.
 
+use super::may_die;
 use crate::sigbus::Guard;
 use std::fs::File;
 use std::io;
@@ -143,15 +144,6 @@ pub(crate) struct InflightQueue {
     batch: Vec<u16>,
 }
 
-/// What a queue's part says at the start of its ring.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Found {
-    /// It was never used: the front end's idea of where to go on holds.
-    Fresh,
-    /// Requests to be served again, oldest first.
-    Live(Vec<u16>),
-}
-
 impl InflightQueue {
     /// The part of `queue`, if the region has one and it is large enough for a ring of `size` entries.
     pub(crate) fn attach(region: &Arc<InflightRegion>, queue: u16, size: u16) -> Option<Self> {
@@ -169,16 +161,17 @@ impl InflightQueue {
         })
     }
 
-    /// Brings the part in line with the ring's used index and tells what was under way.
-    pub(crate) fn recover(&mut self, used_index: u16) -> Found {
+    /// Brings the part in line with the ring's used index and tells which requests are to be served again, oldest first.
+    pub(crate) fn recover(&mut self, used_index: u16) -> Vec<u16> {
         if self.version().load(Ordering::Acquire) == 0 {
             for head in 0..self.entries {
                 self.mark(head).store(0, Ordering::Relaxed);
             }
             self.desc_num().store(self.entries, Ordering::Relaxed);
             self.used_index().store(used_index, Ordering::Release);
+            may_die();
             self.version().store(VERSION, Ordering::Release);
-            return Found::Fresh;
+            return Vec::new();
         }
         let last_batch = used_index.wrapping_sub(self.used_index().load(Ordering::Acquire));
         let mut head = self.last_batch_head().load(Ordering::Relaxed);
@@ -187,6 +180,7 @@ impl InflightQueue {
                 break;
             }
             self.mark(head).store(0, Ordering::Relaxed);
+            may_die();
             head = self.next(head).load(Ordering::Relaxed);
         }
         self.used_index().store(used_index, Ordering::Release);
@@ -195,20 +189,23 @@ impl InflightQueue {
             marked.map(|head| (self.count(head).load(Ordering::Relaxed), head)).collect();
         heads.sort_unstable();
         self.counter = heads.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
-        Found::Live(heads.into_iter().map(|(_, head)| head).collect())
+        heads.into_iter().map(|(_, head)| head).collect()
     }
 
     /// A chain was taken.
     pub(crate) fn taken(&mut self, head: u16) {
         self.count(head).store(self.counter, Ordering::Relaxed);
         self.counter = self.counter.wrapping_add(1);
+        may_die();
         self.mark(head).store(1, Ordering::Release);
+        may_die();
     }
 
     /// A chain will be given back with the next batch.
     pub(crate) fn link(&mut self, head: u16) {
         let before = self.last_batch_head().load(Ordering::Relaxed);
         self.next(head).store(before, Ordering::Relaxed);
+        may_die();
         self.last_batch_head().store(head, Ordering::Release);
         self.batch.push(head);
     }
@@ -217,6 +214,7 @@ impl InflightQueue {
     pub(crate) fn published(&mut self, used_index: u16) {
         for at in 0..self.batch.len() {
             self.mark(self.batch[at]).store(0, Ordering::Release);
+            may_die();
         }
         self.batch.clear();
         self.used_index().store(used_index, Ordering::Release);
@@ -281,10 +279,10 @@ mod tests {
     #[test]
     fn a_fresh_part_takes_over_the_rings_used_index() {
         let region = region();
-        assert_eq!(attach(&region).recover(500), Found::Fresh);
+        assert_eq!(attach(&region).recover(500), Vec::<u16>::new());
         // Descriptor 0 must not be lost by a batch that never was.
         attach(&region).taken(0);
-        assert_eq!(attach(&region).recover(500), Found::Live(vec![0]));
+        assert_eq!(attach(&region).recover(500), vec![0]);
     }
 
     #[test]
@@ -298,10 +296,10 @@ mod tests {
         queue.link(2);
         queue.published(1);
         let mut again = attach(&region);
-        assert_eq!(again.recover(1), Found::Live(vec![5, 7, 0]));
+        assert_eq!(again.recover(1), vec![5, 7, 0]);
         // The order goes on after a second death.
         again.taken(2);
-        assert_eq!(attach(&region).recover(1), Found::Live(vec![5, 7, 0, 2]));
+        assert_eq!(attach(&region).recover(1), vec![5, 7, 0, 2]);
     }
 
     /// Death between any two steps of giving two chains back: before the used index is published both are still to be
@@ -325,7 +323,7 @@ mod tests {
                 }
             }
             let expected = if steps < 3 { vec![3, 4, 6] } else { vec![4] };
-            assert_eq!(attach(&region).recover(used), Found::Live(expected), "after {steps} steps");
+            assert_eq!(attach(&region).recover(used), expected, "after {steps} steps");
         }
     }
 
@@ -374,12 +372,11 @@ mod tests {
                 // SAFETY: inside the queue's part.
                 unsafe { queue.base.add(at).write(*byte) };
             }
-            if let Found::Live(heads) = queue.recover(used) {
-                let mut sorted = heads.clone();
-                sorted.sort_unstable();
-                sorted.dedup();
-                prop_assert!(sorted.len() == heads.len() && heads.iter().all(|&head| head < SIZE));
-            }
+            let heads = queue.recover(used);
+            let mut sorted = heads.clone();
+            sorted.sort_unstable();
+            sorted.dedup();
+            prop_assert!(sorted.len() == heads.len() && heads.iter().all(|&head| head < SIZE));
         }
     }
 }

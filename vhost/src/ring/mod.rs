@@ -11,15 +11,18 @@
 //! Order: an element is written before the index that covers it (release), the index before the event fields are read
 //! (full fence), and the available index is read (acquire) before the entries that it covers.
 
+#[cfg(test)]
+mod deaths;
 mod inflight;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use inflight::InflightRegion;
 
+use crate::dirty::DirtyLog;
 use crate::memory::GuestMap;
 use crate::request::Chain;
-use inflight::{Found, InflightQueue};
+use inflight::InflightQueue;
 use std::collections::VecDeque;
 use std::io;
 use std::num::Wrapping;
@@ -77,6 +80,8 @@ pub(crate) struct SplitRing {
     kicks: Kicks,
     /// Where the front end remembers what was taken.
     inflight: Option<InflightQueue>,
+    /// Where the used ring's pages are marked when they were written.
+    log: Option<Arc<DirtyLog>>,
     /// Heads that a process before this one took and never gave back: to be served first.
     replay: VecDeque<u16>,
 }
@@ -118,6 +123,7 @@ impl SplitRing {
             published: Wrapping(0),
             kicks: Kicks::Unknown,
             inflight: None,
+            log: None,
             replay: VecDeque::new(),
         };
         ring.next_used = Wrapping(ring.used_word(2).load(Ordering::Acquire));
@@ -126,16 +132,21 @@ impl SplitRing {
     }
 
     /// Tracks requests in part `queue` of `region`, if it has one for this ring, and serves again what that says was
-    /// under way. With such a part in use the front end's base is not believed: one front end says the used index, another
-    /// the available index, and only the region knows.
+    /// under way. The front end's base is not believed then: one front end says the used index, another the available
+    /// index, and only the region knows. One that was never used says that nothing was taken beyond the used index: a
+    /// process that died before its first request leaves it so.
     pub(crate) fn track(&mut self, region: &Arc<InflightRegion>, queue: u16) {
         let Some(mut part) = InflightQueue::attach(region, queue, self.layout.size) else { return };
-        if let Found::Live(heads) = part.recover(self.published.0) {
-            self.next_avail = self.published + Wrapping(heads.len() as u16);
-            self.seen_avail = self.next_avail;
-            self.replay = heads.into();
-        }
+        let heads = part.recover(self.published.0);
+        self.next_avail = self.published + Wrapping(heads.len() as u16);
+        self.seen_avail = self.next_avail;
+        self.replay = heads.into();
         self.inflight = Some(part);
+    }
+
+    /// Marks the used ring's pages in `log` from now on.
+    pub(crate) fn set_log(&mut self, log: Option<Arc<DirtyLog>>) {
+        self.log = log;
     }
 
     /// The same ring over another snapshot of the guest's memory.
@@ -145,6 +156,7 @@ impl SplitRing {
         moved.next_used = self.next_used;
         moved.published = self.published;
         moved.inflight = self.inflight.take();
+        moved.log = self.log.take();
         moved.replay = std::mem::take(&mut self.replay);
         *self = moved;
         Ok(())
@@ -190,6 +202,7 @@ impl SplitRing {
             return Err(Broken::Head { head, size: self.layout.size });
         }
         self.next_avail += 1;
+        may_die();
         if let Some(inflight) = &mut self.inflight {
             inflight.taken(head);
         }
@@ -208,9 +221,11 @@ impl SplitRing {
         // multiple of 4 only, hence unaligned. The guest may read it at any time but has no business to.
         unsafe { self.used.add(4 + 8 * slot).cast::<u64>().write_unaligned(element) };
         self.next_used += 1;
+        may_die();
         if let Some(inflight) = &mut self.inflight {
             inflight.link(head);
         }
+        may_die();
     }
 
     /// Lets the guest see what was given back since the last call; true if it wants an interrupt for it.
@@ -220,9 +235,19 @@ impl SplitRing {
         }
         let before = std::mem::replace(&mut self.published, self.next_used);
         self.used_word(2).store(self.next_used.0.to_le(), Ordering::Release);
+        may_die();
+        self.mark_used(2, 2);
+        let (size, first) = (self.layout.size, before.0 & (self.layout.size - 1));
+        let count = (self.next_used - before).0;
+        if count > size - first {
+            self.mark_used(4, 8 * usize::from(size));
+        } else {
+            self.mark_used(4 + 8 * usize::from(first), 8 * usize::from(count));
+        }
         if let Some(inflight) = &mut self.inflight {
             inflight.published(self.next_used.0);
         }
+        may_die();
         // The index must be visible before the guest's wish is read: it sets its wish, then looks at the index.
         fence(Ordering::SeqCst);
         if self.event_idx {
@@ -239,8 +264,10 @@ impl SplitRing {
             if self.event_idx {
                 let event_at = 4 + 8 * usize::from(self.layout.size);
                 self.used_word(event_at).store(self.next_avail.0.to_le(), Ordering::Relaxed);
+                self.mark_used(event_at, 2);
             } else if !matches!(self.kicks, Kicks::On(_)) {
                 self.used_word(0).store(0, Ordering::Relaxed);
+                self.mark_used(0, 2);
             }
             self.kicks = Kicks::On(self.next_avail);
             // The wish must be visible before the index is read: the guest adds a chain, then looks at the wish.
@@ -261,7 +288,15 @@ impl SplitRing {
     pub(crate) fn refuse_kicks(&mut self) {
         if !self.event_idx && self.kicks != Kicks::Off {
             self.used_word(0).store(USED_FLAG_NO_NOTIFY.to_le(), Ordering::Relaxed);
+            self.mark_used(0, 2);
             self.kicks = Kicks::Off;
+        }
+    }
+
+    /// `len` bytes at byte `at` of the used ring were written.
+    fn mark_used(&self, at: usize, len: usize) {
+        if let Some(log) = &self.log {
+            log.mark(self.layout.used.0 + at as u64, len as u64);
         }
     }
 
@@ -278,6 +313,12 @@ impl SplitRing {
         // keeps mapped. Both sides access these words atomically.
         unsafe { AtomicU16::from_ptr(self.used.add(at).cast()) }
     }
+}
+
+/// A place between two stores that others can see, where the process may die. Tests make it.
+fn may_die() {
+    #[cfg(test)]
+    deaths::may_die();
 }
 
 fn invalid(message: String) -> io::Error {

@@ -1,5 +1,6 @@
 //! What the session and the server ask of a worker. Each request is answered once it has taken effect.
 
+use crate::dirty::DirtyLog;
 use crate::memory::GuestMap;
 use crate::ring::{InflightRegion, Layout};
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -15,6 +16,8 @@ pub(crate) enum Request {
     Memory(Arc<GuestMap>),
     /// What the driver may ask for.
     Features(DriverFeatures),
+    /// Mark the guest's pages that are written from now on here, or nowhere.
+    Log(Option<Arc<DirtyLog>>),
     /// Serve a ring.
     Start(StartRing),
     /// Stop taking requests from a ring and answer when none of its requests is under way: with its next available

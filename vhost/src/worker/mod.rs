@@ -22,6 +22,7 @@ mod write;
 pub(crate) use control::{DriverFeatures, Handle, Reply, Request, StartRing, gone};
 
 use crate::config::ID_LEN;
+use crate::dirty::DirtyLog;
 use crate::memory::GuestMap;
 use crate::request::Limits;
 use crate::sigbus;
@@ -58,20 +59,42 @@ pub(crate) struct WorkerOptions {
     pub poll: Duration,
 }
 
-/// Starts a worker for `disk`. The thread's result is the disk, as far as it got; `alive` is closed when it ends.
+/// A worker that was started.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub handle: Handle,
+    /// The thread's result is the disk, as far as it got.
+    pub thread: JoinHandle<AttachedDisk>,
+}
+
+/// Starts a worker for `disk`, or gives it back. `alive` is closed when the worker ends.
 pub(crate) fn spawn(
     options: WorkerOptions,
     disk: AttachedDisk,
     shared: Arc<Shared>,
     alive: UnixStream,
-) -> std::io::Result<(Handle, JoinHandle<AttachedDisk>)> {
-    let (handle, requests, wake) = Handle::new()?;
+) -> Result<Started, Box<(std::io::Error, AttachedDisk)>> {
+    let (handle, requests, wake) = match Handle::new() {
+        Ok(ends) => ends,
+        Err(error) => return Err(Box::new((error, disk))),
+    };
     let (ready, started) = bounded(1);
+    // The disk follows when there is a thread to take it: one that cannot be started takes all that it was given along.
+    let (give, take) = bounded::<AttachedDisk>(1);
     let thread = std::thread::Builder::new().name(options.name.clone()).spawn(move || {
         let _alive = alive;
+        let disk = take.recv().expect("the disk was sent before the sender went");
         // io_uring's single-issuer mode wants the ring made by the thread that uses it.
         let legs: Vec<_> = disk.legs.iter().map(AsRawFd::as_raw_fd).collect();
-        match Uring::new(&legs) {
+        let uring = if legs.is_empty() {
+            Err(std::io::Error::new(
+                std::io::ErrorKind::InvalidInput,
+                "the disk has no cache device",
+            ))
+        } else {
+            Uring::new(&legs)
+        };
+        match uring {
             Ok(uring) => {
                 let _ = ready.send(Ok(()));
                 Worker::new(options, disk, uring, requests, wake, shared).run()
@@ -81,14 +104,18 @@ pub(crate) fn spawn(
                 disk
             }
         }
-    })?;
-    match started.recv() {
-        Ok(Ok(())) => Ok((handle, thread)),
-        Ok(Err(error)) => {
-            let _ = thread.join();
-            Err(error)
+    });
+    let thread = match thread {
+        Ok(thread) => thread,
+        Err(error) => return Err(Box::new((error, disk))),
+    };
+    give.send(disk).expect("the thread waits for the disk");
+    match started.recv().unwrap_or_else(|_| Err(gone())) {
+        Ok(()) => Ok(Started { handle, thread }),
+        Err(error) => {
+            let disk = thread.join().expect("a thread that refused its work ends in order");
+            Err(Box::new((error, disk)))
         }
-        Err(_) => Err(gone()),
     }
 }
 
@@ -111,6 +138,8 @@ struct Worker {
     fetch_ids: u64,
     limits: Limits,
     map: Arc<GuestMap>,
+    /// Where pages that are written are marked, while a front end wants that.
+    log: Option<Arc<DirtyLog>>,
     requests: Receiver<Envelope>,
     wake: Arc<EventFd>,
     shared: Arc<Shared>,
@@ -150,7 +179,7 @@ impl Worker {
             write_zeroes: false,
         };
         Self {
-            io: Io::new(uring, attached.disk.readable_legs()),
+            io: Io::new(uring, attached.legs.len()),
             queues: Queues::new(options.queues),
             slots: Slots::default(),
             stalled: Stalled::default(),
@@ -159,6 +188,7 @@ impl Worker {
             fetch_ids: u64::from(WORKERS.fetch_add(1, Ordering::Relaxed)) << 32,
             limits,
             map: Arc::default(),
+            log: None,
             requests,
             wake,
             shared,
@@ -207,7 +237,6 @@ impl Worker {
             if std::mem::take(&mut self.link_ready) {
                 self.take_messages();
             }
-            self.io.readable = self.attached.disk.readable_legs();
             let more = self.take_requests();
             self.drive();
             // Before the guest sees its completions, so that whoever saw them finds them counted.
@@ -344,6 +373,7 @@ impl Worker {
         let size = self.attached.disk.size_bytes();
         self.limits.capacity = size / 512;
         self.shared.size.store(size, Ordering::Relaxed);
+        self.shared.front_ends.config_changed();
     }
 
     fn take_control(&mut self) {
@@ -359,8 +389,14 @@ impl Worker {
                     self.limits.write_zeroes = features.write_zeroes;
                     Ok(None)
                 }
+                Request::Log(log) => {
+                    self.queues.set_log(log.as_ref());
+                    self.log = log;
+                    Ok(None)
+                }
                 Request::Start(start) => {
-                    self.queues.start(start, &self.map, &mut self.io.uring).map(|()| None)
+                    let (map, log) = (&self.map, self.log.as_ref());
+                    self.queues.start(start, map, log, &mut self.io.uring).map(|()| None)
                 }
                 Request::Stop { queue } => {
                     self.queues.stop(queue, reply);

@@ -2,6 +2,7 @@
 
 use super::control::{Reply, StartRing};
 use super::uring::{Token, Uring};
+use crate::dirty::DirtyLog;
 use crate::memory::GuestMap;
 use crate::request::Chain;
 use crate::ring::SplitRing;
@@ -70,10 +71,12 @@ impl Queues {
         &mut self,
         start: StartRing,
         map: &Arc<GuestMap>,
+        log: Option<&Arc<DirtyLog>>,
         uring: &mut Uring,
     ) -> std::io::Result<()> {
         let mut ring =
             SplitRing::new(start.layout, Arc::clone(map), start.event_idx, start.next_avail)?;
+        ring.set_log(log.cloned());
         if let Some(region) = &start.inflight {
             ring.track(region, start.queue);
         }
@@ -148,6 +151,13 @@ impl Queues {
             if let Err(error) = moved {
                 tracing::info!(queue = index, %error, "the new memory table leaves out a running ring: it rests");
             }
+        }
+    }
+
+    /// Marks what is written to the rings from now on in `log`, or nowhere.
+    pub(super) fn set_log(&mut self, log: Option<&Arc<DirtyLog>>) {
+        for running in self.queues.iter_mut().filter_map(|queue| queue.running.as_mut()) {
+            running.ring.set_log(log.cloned());
         }
     }
 

@@ -195,8 +195,7 @@ impl Worker {
         let tag = match &operation {
             Operation::Direct { tag, .. }
             | Operation::Bounce { tag, .. }
-            | Operation::Block { tag, .. }
-            | Operation::Repair { tag, .. } => *tag,
+            | Operation::Block { tag, .. } => *tag,
             other => {
                 debug_assert!(false, "{other:?} is no read");
                 return;
@@ -216,9 +215,6 @@ impl Worker {
                 }
                 Operation::Block { read, buffer, .. } => {
                     read::block_done(slot, tag, read, buffer, result, context);
-                }
-                Operation::Repair { read, leg, buffer, .. } => {
-                    read::repair_done(slot, read, leg, buffer, result, context);
                 }
                 _ => {}
             }
@@ -304,6 +300,9 @@ impl Worker {
         if !slot.orphan {
             // SAFETY: the address was resolved in the memory map that the slot holds.
             unsafe { slot.request.status.write_volatile(status) };
+            if let Some(log) = &self.log {
+                slot.mark_dirty(log);
+            }
         }
         self.give_back(index, written);
     }
@@ -323,6 +322,7 @@ impl Worker {
         self.stalled.clear();
         self.waiting.clear();
         self.map = Arc::default();
+        self.log = None;
         let under_way: Vec<u32> = self.slots.in_use().collect();
         for index in under_way {
             let slot = self.slots.at(index);

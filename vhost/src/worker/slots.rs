@@ -1,6 +1,7 @@
 //! Requests under way: one slot each, kept for reuse with all its buffers.
 
 use super::read::ReadState;
+use crate::dirty::DirtyLog;
 use crate::memory::GuestMap;
 use crate::request::{Kind, Request, STATUS_OK};
 use cache::disk::Tag;
@@ -50,6 +51,21 @@ impl Slot {
             _ => 0,
         };
         u32::try_from(data).unwrap_or(u32::MAX - 1).saturating_add(1)
+    }
+
+    /// Marks what this request wrote to guest memory: its status, and all of a read's buffers, for one that failed may
+    /// have filled any part of them.
+    pub(super) fn mark_dirty(&self, log: &DirtyLog) {
+        let Some(map) = &self.map else { return };
+        let mark = |host: *const u8, len: usize| {
+            if let Some(address) = map.guest_address(host) {
+                log.mark(address, len as u64);
+            }
+        };
+        mark(self.request.status, 1);
+        if matches!(self.request.kind, Kind::Read | Kind::GetId) {
+            self.request.data.iter().for_each(|piece| mark(piece.iov_base.cast(), piece.iov_len));
+        }
     }
 }
 

@@ -270,6 +270,19 @@ fn a_driver_that_cannot_flush_gets_durable_writes() {
     assert!(!rig.server().stats().write_through);
 }
 
+/// What completed while the write cache was on must be durable once it was switched off: the driver counts on that from
+/// then on, and sends no flush.
+#[test]
+fn switching_the_write_cache_off_makes_durable_what_was_written_before() {
+    let rig = Rig::with_flusher(MIB, 64 * MIB, 3_600_000, |_| ());
+    let mut guest = Guest::simple(&rig.socket());
+    assert_eq!(guest.write(0, &[1; 512]), OK);
+    let (written, durable) = rig.lsns();
+    assert!(durable < written, "nothing asked for durability yet: {durable} of {written}");
+    guest.set_write_cache(false);
+    assert_eq!(rig.lsns(), (written, written));
+}
+
 #[test]
 fn the_configuration_is_told_byte_for_byte() {
     let rig = Rig::start(5 * MIB, 64 * MIB);

@@ -38,6 +38,7 @@ pub mod feature {
     pub const MQ: u64 = 1 << 12;
     pub const DISCARD: u64 = 1 << 13;
     pub const WRITE_ZEROES: u64 = 1 << 14;
+    pub const LOG_ALL: u64 = 1 << 26;
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const PROTOCOL: u64 = 1 << 30;
     pub const VERSION_1: u64 = 1 << 32;
@@ -162,6 +163,11 @@ impl Queue {
         head
     }
 
+    /// Where the used ring lies.
+    pub fn used_ring(&self) -> u64 {
+        self.area + USED
+    }
+
     pub fn status_address(&self, head: u16) -> u64 {
         self.area + STATUSES + u64::from(head)
     }
@@ -271,7 +277,9 @@ impl Guest {
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::BACKEND_REQ;
         front_end.set_protocol_features(protocol & wanted)?;
         front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         front_end.set_features(accepted)?;

@@ -3,6 +3,7 @@
 mod data;
 mod guest;
 mod load;
+mod migration;
 mod replay;
 mod rig;
 mod sessions;

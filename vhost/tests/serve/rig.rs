@@ -96,6 +96,16 @@ impl Rig {
     }
 
     pub fn with_options(size: u64, cache: u64, change: impl FnOnce(&mut ServerOptions)) -> Self {
+        Self::with_flusher(size, cache, 20, change)
+    }
+
+    /// As [`Self::start`], and what is written is left alone for `max_age_ms`.
+    pub fn with_flusher(
+        size: u64,
+        cache: u64,
+        max_age_ms: u64,
+        change: impl FnOnce(&mut ServerOptions),
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -111,7 +121,7 @@ impl Rig {
             let opened = Cache::open(CacheOptions {
                 path: dir.path().join("cache"),
                 create_size: Some(cache),
-                flush: FlushOptions { max_age_ms: 20, ..FlushOptions::default() },
+                flush: FlushOptions { max_age_ms, ..FlushOptions::default() },
                 image_bytes: 4 << 20,
             })
             .await
@@ -147,6 +157,17 @@ impl Rig {
     /// Returns when everything acknowledged is in the backing's image.
     pub fn drain(&self) {
         self.runtime.block_on(self.cache.drain(self.vdi.uuid)).unwrap();
+    }
+
+    /// Last LSN given out, and last LSN that is durable.
+    pub fn lsns(&self) -> (u64, u64) {
+        let status = self.cache.vdi_status(self.vdi.uuid).unwrap();
+        (status.last_lsn, status.flushed_lsn)
+    }
+
+    /// Grows the disk.
+    pub fn resize(&self, bytes: u64) {
+        self.runtime.block_on(self.cache.resize(self.vdi.uuid, bytes)).unwrap();
     }
 
     /// Flips a bit in each copy of `content` on the cache device; returns how many there were.

@@ -28,13 +28,15 @@ fn sessions_follow_one_another() {
 }
 
 #[test]
-fn a_second_front_end_is_turned_away_and_the_first_not_disturbed() {
+fn more_front_ends_than_a_migration_needs_are_turned_away_and_the_first_not_disturbed() {
     let rig = Rig::start(MIB, 64 * MIB);
     let mut first = Guest::simple(&rig.socket());
-    let mut second = UnixStream::connect(rig.socket()).unwrap();
-    assert_eq!(second.read(&mut [0; 16]).unwrap(), 0, "closed at once");
+    let others: Vec<_> = (0..3).map(|_| UnixStream::connect(rig.socket()).unwrap()).collect();
+    let mut last = UnixStream::connect(rig.socket()).unwrap();
+    assert_eq!(last.read(&mut [0; 16]).unwrap(), 0, "closed at once");
     assert_eq!(first.write(0, &[3; 512]), OK);
     assert!(first.is_connected());
+    drop(others);
 }
 
 /// A front end that only connects, and one that sends rubbish, must not keep others out.

@@ -5,9 +5,16 @@
 //! answered when the ring's last request is finished (INV-VH-5). Each change of state is awaited before the message is
 //! acknowledged, so that what a front end was told is true.
 //!
+//! Until its first ring starts, and from when its last one has stopped, a session keeps what it is told to itself: the
+//! worker serves another front end then, or none (`front_ends`).
+//!
 //! Any message that is malformed or cannot be carried out ends the connection; the disk is then free for the next.
 
+mod channel;
+
 use crate::config::{self, Geometry, MEM_SLOTS_MAX, WRITEBACK_OFFSET, feature};
+use crate::dirty::DirtyLog;
+use crate::front_ends::FrontEndId;
 use crate::memory::{MemoryTable, Region, RegionPlace};
 use crate::ring::{InflightRegion, Layout};
 use crate::stats::Shared;
@@ -34,6 +41,8 @@ use vhost::vhost_user::{
 
 /// How often a session that waits for the worker looks whether its front end is still there.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How long a front end whose rings start waits for another to let go of the disk.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What all sessions of a disk share.
 #[derive(Clone, Debug)]
@@ -60,6 +69,7 @@ struct QueueSetup {
 
 struct Session {
     context: SessionContext,
+    id: FrontEndId,
     /// A second handle to the connection, to see it end while a message is being handled.
     peer: UnixStream,
     features: u64,
@@ -67,17 +77,25 @@ struct Session {
     queues: Vec<QueueSetup>,
     /// Used by rings that start from now on.
     inflight: Option<Arc<InflightRegion>>,
+    /// Where pages that we write are marked while LOG_ALL is on.
+    log: Option<Arc<DirtyLog>>,
+    /// A ring of this connection was started before.
+    started: bool,
 }
 
-/// Serves a front end until it leaves or is cut off. Blocks.
-pub(crate) fn serve(stream: UnixStream, context: SessionContext, path: &Path) {
-    let worker = context.worker.clone();
-    match Session::new(&stream, context) {
+/// Serves front end `id` until it leaves or is cut off. Blocks.
+pub(crate) fn serve(stream: UnixStream, context: SessionContext, id: FrontEndId, path: &Path) {
+    let (worker, shared) = (context.worker.clone(), Arc::clone(&context.shared));
+    match Session::new(&stream, context, id) {
         Ok(session) => {
             tracing::info!(socket = %path.display(), "front end connected");
             let session = Arc::new(Mutex::new(session));
+            let peer = stream.try_clone();
             let mut handler = BackendReqHandler::from_stream(stream, session);
             let end = loop {
+                if let Some(channel) = peer.as_ref().ok().and_then(channel::peek) {
+                    shared.front_ends.set_channel(id, channel);
+                }
                 if let Err(error) = handler.handle_request() {
                     break error;
                 }
@@ -95,12 +113,15 @@ pub(crate) fn serve(stream: UnixStream, context: SessionContext, path: &Path) {
             tracing::warn!(socket = %path.display(), %error, "front end could not be served");
         }
     }
-    // An error means that the worker has ended, and its rings with it.
-    let _ = worker.call(Request::EndSession);
+    if shared.front_ends.serves(id) {
+        // An error means that the worker has ended, and its rings with it.
+        let _ = worker.call(Request::EndSession);
+    }
+    shared.front_ends.leave(id);
 }
 
 impl Session {
-    fn new(stream: &UnixStream, context: SessionContext) -> io::Result<Self> {
+    fn new(stream: &UnixStream, context: SessionContext, id: FrontEndId) -> io::Result<Self> {
         let queue = || QueueSetup { size: context.queue_size_max, ..QueueSetup::default() };
         let queues = std::iter::repeat_with(queue).take(usize::from(context.queues)).collect();
         Ok(Self {
@@ -109,6 +130,9 @@ impl Session {
             memory: MemoryTable::default(),
             queues,
             inflight: None,
+            log: None,
+            started: false,
+            id,
             context,
         })
     }
@@ -138,6 +162,40 @@ impl Session {
         }
     }
 
+    /// The worker serves this session.
+    fn is_served(&self) -> bool {
+        self.context.shared.front_ends.serves(self.id)
+    }
+
+    /// Makes the worker serve this session: tells it what was kept back until now.
+    fn claim(&mut self) -> Result<()> {
+        if self.is_served() {
+            return Ok(());
+        }
+        if !self.context.shared.front_ends.claim(self.id, CLAIM_PATIENCE) {
+            return Err(Error::InvalidOperation("the disk is in use by another front end"));
+        }
+        let map = self.memory.snapshot().map_err(handler)?;
+        self.ask(Request::Memory(Arc::new(map)))?;
+        self.tell_features()
+    }
+
+    /// Tells the worker what was negotiated.
+    fn tell_features(&self) -> Result<()> {
+        self.ask(Request::Features(DriverFeatures {
+            discard: self.features & feature::DISCARD != 0,
+            write_zeroes: self.features & feature::WRITE_ZEROES != 0,
+        }))?;
+        self.tell_log()?;
+        self.apply_write_cache()
+    }
+
+    /// Tells the worker where to mark the pages that it writes, if anywhere.
+    fn tell_log(&self) -> Result<()> {
+        let on = self.features & feature::LOG_ALL != 0;
+        self.ask(Request::Log(self.log.clone().filter(|_| on))).map(|_| ())
+    }
+
     /// Starts a queue if everything about it is known.
     fn try_start(&mut self, index: u32) -> Result<()> {
         let negotiated = self.features & feature::PROTOCOL_FEATURES != 0;
@@ -155,6 +213,7 @@ impl Session {
         let enabled = queue.enabled || !negotiated;
         let call = queue.call.as_ref().map(File::try_clone).transpose().map_err(handler)?;
         let layout = self.layout(size, addresses)?;
+        self.claim()?;
         let Some(kick) = self.queue(index)?.kick.take() else { return Ok(()) };
         let queue = index as u16;
         let inflight = self.inflight.clone();
@@ -162,6 +221,10 @@ impl Session {
             StartRing { queue, layout, next_avail, event_idx, kick, call, enabled, inflight };
         self.ask(Request::Start(start))?;
         self.queue(index)?.running = true;
+        if !std::mem::replace(&mut self.started, true) {
+            // The disk may have grown while this front end was served by nobody.
+            self.context.shared.front_ends.config_may_have_changed(self.id);
+        }
         Ok(())
     }
 
@@ -190,7 +253,9 @@ impl Session {
     /// Hands the memory table to the worker, then starts what waited for memory.
     fn use_memory(&mut self) -> Result<()> {
         let map = self.memory.snapshot().map_err(handler)?;
-        self.ask(Request::Memory(Arc::new(map)))?;
+        if self.is_served() {
+            self.ask(Request::Memory(Arc::new(map)))?;
+        }
         (0..u32::from(self.context.queues)).try_for_each(|index| self.try_start(index))
     }
 
@@ -242,11 +307,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Err(Error::FeatureMismatch);
         }
         self.features = features;
-        self.ask(Request::Features(DriverFeatures {
-            discard: features & feature::DISCARD != 0,
-            write_zeroes: features & feature::WRITE_ZEROES != 0,
-        }))?;
-        self.apply_write_cache()
+        if self.is_served() { self.tell_features() } else { Ok(()) }
     }
 
     fn set_mem_table(
@@ -294,7 +355,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let addresses = Some((descriptor, available, used));
         let queue = self.queue(index)?;
         if queue.running {
-            // Sent again to switch dirty logging, which is not offered.
+            // Sent again when dirty logging is switched. We mark the used ring by its guest address, in every case.
             return if queue.addresses == addresses { Ok(()) } else { Err(Error::InvalidParam) };
         }
         queue.addresses = addresses;
@@ -314,7 +375,12 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.stop(index)?;
         let queue = self.queue(index)?;
         queue.kick = None;
-        Ok(VhostUserVringState::new(index, u32::from(queue.base)))
+        let base = u32::from(queue.base);
+        if self.is_served() && !self.queues.iter().any(|queue| queue.running) {
+            self.ask(Request::EndSession)?;
+            self.context.shared.front_ends.release(self.id);
+        }
+        Ok(VhostUserVringState::new(index, base))
     }
 
     fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {
@@ -376,11 +442,14 @@ impl VhostUserBackendReqHandlerMut for Session {
             Some(1) => true,
             _ => return Err(Error::InvalidParam),
         };
+        if !self.is_served() && self.context.shared.front_ends.count() > 1 {
+            return Err(Error::InvalidOperation("the disk is in use by another front end"));
+        }
         self.context.shared.writeback.store(writeback, Ordering::Relaxed);
         if let Some(region) = &self.inflight {
             region.set_write_cache(writeback);
         }
-        self.apply_write_cache()
+        if self.is_served() { self.apply_write_cache() } else { Ok(()) }
     }
 
     fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
@@ -406,7 +475,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         let region = InflightRegion::map(file, offset, len, queues, size).map_err(handler)?;
         if let Some(on) = region.write_cache() {
             self.context.shared.writeback.store(on, Ordering::Relaxed);
-            self.apply_write_cache()?;
+            if self.is_served() {
+                self.apply_write_cache()?;
+            }
         }
         self.inflight = Some(Arc::new(region));
         Ok(())
@@ -460,8 +531,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         Err(Error::InvalidOperation("SHMEM was not offered"))
     }
 
-    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
-        Err(Error::InvalidOperation("LOG_SHMFD was not offered"))
+    fn set_log_base(&mut self, place: &VhostUserLog, file: File) -> Result<()> {
+        let (offset, len) = (place.mmap_offset, place.mmap_size);
+        self.log = Some(Arc::new(DirtyLog::map(file, offset, len).map_err(handler)?));
+        // The front end reads the former log once more when this is acknowledged, and never again.
+        if self.is_served() { self.tell_log() } else { Ok(()) }
     }
 }
 

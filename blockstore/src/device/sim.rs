@@ -96,6 +96,13 @@ impl SimDevice {
         Self::open_session(Arc::clone(&self.target))
     }
 
+    /// An independent device with a copy of all that this one holds now, unflushed writes included: shows what a power
+    /// loss at this moment would leave, without having one.
+    #[must_use]
+    pub fn fork(&self, seed: u64) -> Self {
+        Self::open_session(Arc::new(self.target.fork(seed)))
+    }
+
     /// This session as the store takes it.
     #[must_use]
     pub fn device(&self) -> Device {

@@ -69,6 +69,18 @@ impl Media {
         }
     }
 
+    /// An independent copy, with choices of its own from here on.
+    pub(super) fn fork(&self, seed: u64) -> Self {
+        Self {
+            tear_unit: self.tear_unit,
+            current: self.current.clone(),
+            durable: self.durable.clone(),
+            diverged: self.diverged.clone(),
+            unflushed: self.unflushed.clone(),
+            rng: StdRng::seed_from_u64(seed),
+        }
+    }
+
     /// Fills `buf` with what the device shows at `offset`.
     pub(super) fn read(&self, offset: u64, buf: &mut [u8]) {
         read_image(&self.current, offset, buf);

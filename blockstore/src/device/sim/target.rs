@@ -122,6 +122,17 @@ impl Action {
 impl Target {
     pub(super) fn new(options: SimOptions) -> Self {
         let media = Media::new(options.logical_block as usize, options.seed);
+        Self::holding(options, media)
+    }
+
+    /// A copy of what is there now, without sessions; nothing in flight reaches it.
+    pub(super) fn fork(&self, seed: u64) -> Self {
+        let options = SimOptions { seed, ..self.options.clone() };
+        let media = self.state.lock().media.fork(seed);
+        Self::holding(options, media)
+    }
+
+    fn holding(options: SimOptions, media: Media) -> Self {
         let state = State {
             media,
             sessions: Vec::new(),

@@ -483,3 +483,22 @@ fn what_is_in_flight_at_a_crash_never_lands_after_it() {
         });
     }
 }
+
+#[test]
+fn a_fork_loses_what_a_power_loss_would_and_leaves_the_device_alone() {
+    for seed in 0..20 {
+        run(async {
+            let device = device(seed);
+            device.write(0, vec![block_of(1)]).await.unwrap();
+            device.flush().await.unwrap();
+            device.write(0, vec![block_of(2)]).await.unwrap();
+            let fork = device.fork(seed);
+            assert_eq!(fork.peek(0, BLOCK), block_of(2), "it shows what the device shows");
+            fork.crash();
+            let sector = fork.peek(0, SECTOR);
+            assert!(sector == [1; SECTOR] || sector == [2; SECTOR], "the old or the new");
+            assert_eq!(device.peek(0, BLOCK), block_of(2));
+            assert_eq!(device.unflushed_count(), 1, "the device itself lost nothing");
+        });
+    }
+}

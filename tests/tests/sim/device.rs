@@ -1,0 +1,123 @@
+//! A simulated device that takes its time, and notes what it is asked.
+//!
+//! Delays come before an operation (so that operations under way together overtake each other) and after it (late
+//! replies), in milliseconds of the runtime's clock, from a seed of its own.
+
+use crate::trace::Trace;
+use async_trait::async_trait;
+use blockstore::buf::AlignedBuf;
+use blockstore::device::sim::SimDevice;
+use blockstore::device::{BlockDevice, CawOutcome, DeviceError, DeviceInfo};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// How slow a device is. Shared with whoever changes it.
+#[derive(Debug, Default)]
+pub struct Pace {
+    /// Of 100 operations, so many wait at all.
+    pub share: AtomicU64,
+    /// The longest wait, milliseconds.
+    pub most_ms: AtomicU64,
+}
+
+impl Pace {
+    pub fn set(&self, share: u64, most_ms: u64) {
+        self.share.store(share, Ordering::Relaxed);
+        self.most_ms.store(most_ms, Ordering::Relaxed);
+    }
+}
+
+/// A session with a simulated device.
+#[derive(Debug)]
+pub struct Timed {
+    name: u64,
+    sim: SimDevice,
+    pace: Arc<Pace>,
+    rng: Mutex<SmallRng>,
+    trace: Arc<Trace>,
+}
+
+impl Timed {
+    pub fn new(name: u64, sim: SimDevice, pace: Arc<Pace>, seed: u64, trace: Arc<Trace>) -> Self {
+        Self { name, sim, pace, rng: Mutex::new(SmallRng::seed_from_u64(seed)), trace }
+    }
+
+    async fn wait(&self) {
+        let ms = {
+            let mut rng = self.rng.lock();
+            let waits = rng.random_range(0..100) < self.pace.share.load(Ordering::Relaxed);
+            let most = self.pace.most_ms.load(Ordering::Relaxed);
+            if waits && most > 0 { rng.random_range(1..=most) } else { 0 }
+        };
+        if ms > 0 {
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+        }
+    }
+
+    fn note<T>(&self, what: u64, offset: u64, len: u64, result: &Result<T, DeviceError>) {
+        let outcome = result.as_ref().map_or_else(|error| 1 + error.kind as u64, |_| 0);
+        self.trace.note([self.name * 8 + what, offset, len, outcome]);
+    }
+}
+
+#[async_trait]
+impl BlockDevice for Timed {
+    fn info(&self) -> &DeviceInfo {
+        self.sim.info()
+    }
+
+    async fn read(&self, offset: u64, len: usize) -> Result<AlignedBuf, DeviceError> {
+        self.wait().await;
+        let result = self.sim.read(offset, len).await;
+        self.note(0, offset, len as u64, &result);
+        self.wait().await;
+        result
+    }
+
+    async fn write(&self, offset: u64, data: Vec<Bytes>) -> Result<(), DeviceError> {
+        let len = data.iter().map(|piece| piece.len() as u64).sum();
+        self.wait().await;
+        let result = self.sim.write(offset, data).await;
+        self.note(1, offset, len, &result);
+        self.wait().await;
+        result
+    }
+
+    async fn flush(&self) -> Result<(), DeviceError> {
+        self.wait().await;
+        let result = self.sim.flush().await;
+        self.note(2, 0, 0, &result);
+        self.wait().await;
+        result
+    }
+
+    async fn compare_and_write(
+        &self,
+        offset: u64,
+        expected: Bytes,
+        new: Bytes,
+    ) -> Result<CawOutcome, DeviceError> {
+        self.wait().await;
+        let result = self.sim.compare_and_write(offset, expected, new).await;
+        let written = u64::from(matches!(result, Ok(CawOutcome::Written)));
+        self.note(3, offset, written, &result);
+        self.wait().await;
+        result
+    }
+
+    async fn discard(&self, offset: u64, len: u64) -> Result<(), DeviceError> {
+        self.wait().await;
+        let result = self.sim.discard(offset, len).await;
+        self.note(4, offset, len, &result);
+        result
+    }
+
+    fn epoch(&self) -> u64 {
+        self.sim.epoch()
+    }
+}

@@ -1,0 +1,254 @@
+//! What a disk should hold: the log of what its guest did, and what of it must have survived.
+//!
+//! Every sector that a guest writes names the disk, its own place and the write that made it, so that data which is stale,
+//! torn, misdirected or another disk's is recognised wherever it turns up.
+
+use blockstore::commit::{Batch, Change};
+use blockstore::crc::crc32c;
+use blockstore::types::{BLOCK_SIZE, SECTOR_SIZE};
+use std::ops::Range;
+
+/// Sectors in a block.
+pub const PER_BLOCK: u64 = (BLOCK_SIZE / SECTOR_SIZE) as u64;
+
+/// One sector's content: the number of the write that made it (0: zeros).
+pub type Image = Vec<u32>;
+
+/// An entry of the log; entry n - 1 has LSN n.
+#[derive(Clone, Debug)]
+struct Done {
+    sectors: Range<u64>,
+    stamp: u32,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Model {
+    disk: u32,
+    log: Vec<Done>,
+    /// With all of the log.
+    now: Image,
+    next_stamp: u32,
+    /// Every write up to here was completed.
+    pub acked: u64,
+    /// A completed flush, or write-through, covers everything up to here.
+    pub flushed: u64,
+    /// The cache device lost power since the last recovery.
+    pub power_lost: bool,
+    /// The store's image as of an LSN, as far as commits told.
+    stored: (Image, u64),
+    /// The guest has asked for all it wanted, and all was answered.
+    pub guest_is_done: bool,
+    /// The first broken promise that was found where nobody could be told.
+    pub broken: Option<String>,
+}
+
+impl Model {
+    pub fn new(disk: u32, blocks: u64) -> Self {
+        let empty = vec![0; (blocks * PER_BLOCK) as usize];
+        Self {
+            disk,
+            log: Vec::new(),
+            now: empty.clone(),
+            next_stamp: 1,
+            acked: 0,
+            flushed: 0,
+            power_lost: false,
+            stored: (empty, 0),
+            guest_is_done: false,
+            broken: None,
+        }
+    }
+
+    pub fn sectors(&self) -> u64 {
+        self.now.len() as u64
+    }
+
+    /// Last LSN given out.
+    pub fn last_lsn(&self) -> u64 {
+        self.log.len() as u64
+    }
+
+    /// A stamp for the next write.
+    pub fn stamp(&mut self) -> u32 {
+        self.next_stamp += 1;
+        self.next_stamp - 1
+    }
+
+    /// The guest's next change, which takes one LSN.
+    pub fn push(&mut self, sectors: Range<u64>, stamp: u32) {
+        self.now[sectors.start as usize..sectors.end as usize].fill(stamp);
+        self.log.push(Done { sectors, stamp });
+    }
+
+    /// A sector as write number `stamp` made it.
+    pub fn sector(&self, stamp: u32, at: u64) -> [u8; SECTOR_SIZE] {
+        let mut bytes = [0u8; SECTOR_SIZE];
+        if stamp != 0 {
+            for chunk in bytes.chunks_exact_mut(16) {
+                chunk[..4].copy_from_slice(&stamp.to_le_bytes());
+                chunk[4..8].copy_from_slice(&self.disk.to_le_bytes());
+                chunk[8..].copy_from_slice(&at.to_le_bytes());
+            }
+        }
+        bytes
+    }
+
+    /// Which write made this sector; words if none did.
+    pub fn stamp_of(&self, bytes: &[u8], at: u64) -> Result<u32, String> {
+        let stamp = u32::from_le_bytes(bytes[..4].try_into().map_err(|_| "no sector")?);
+        if bytes == self.sector(stamp, at) {
+            return Ok(stamp);
+        }
+        let (head, tail) = (&bytes[..16], &bytes[SECTOR_SIZE - 16..]);
+        Err(format!(
+            "disk {}, sector {at} is torn, misdirected or foreign: {head:x?} … {tail:x?}",
+            self.disk
+        ))
+    }
+
+    /// What these sectors hold with all of the log.
+    pub fn now(&self, sectors: Range<u64>) -> Image {
+        self.now[sectors.start as usize..sectors.end as usize].to_vec()
+    }
+
+    /// Judges what a read returned: each sector as it was when the read began (`before`, at LSN `since`), or as a later
+    /// write made it.
+    pub fn check_read(
+        &self,
+        first: u64,
+        bytes: &[u8],
+        before: &[u32],
+        since: u64,
+    ) -> Result<(), String> {
+        for ((at, sector), was) in (first..).zip(bytes.chunks_exact(SECTOR_SIZE)).zip(before) {
+            let found = self.stamp_of(sector, at)?;
+            let later = &self.log[since as usize..];
+            let is_later =
+                || later.iter().any(|done| done.sectors.contains(&at) && done.stamp == found);
+            if found != *was && !is_later() {
+                return Err(format!(
+                    "disk {}, sector {at} reads as write {found}, it was write {was} at LSN {since}",
+                    self.disk
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The disk as it was at `lsn`.
+    pub fn image_at(&self, lsn: u64) -> Image {
+        let mut image = vec![0; self.now.len()];
+        apply(&mut image, &self.log[..lsn as usize]);
+        image
+    }
+
+    /// The log was recovered up to `last`: judges that, and forgets what came after.
+    pub fn recovered(&mut self, last: u64) {
+        let Self { disk, flushed, acked, .. } = *self;
+        assert!(
+            last <= self.last_lsn(),
+            "disk {disk}: LSN {last} was recovered but never given out"
+        );
+        assert!(last >= flushed, "P1, disk {disk}: LSN {last} recovered, {flushed} was flushed");
+        assert!(
+            self.power_lost || last >= acked,
+            "L1, disk {disk}: LSN {last} recovered, {acked} was acknowledged"
+        );
+        self.log.truncate(last as usize);
+        self.now = self.image_at(last);
+        self.acked = last;
+        self.flushed = last;
+        self.power_lost = false;
+        self.guest_is_done = false;
+    }
+
+    /// The store's image was found at `lsn` when the disk was attached.
+    pub fn attached_at(&mut self, lsn: u64) {
+        assert!(lsn <= self.last_lsn(), "disk {}: the store is ahead of the guest", self.disk);
+        self.stored = (self.image_at(lsn), lsn);
+    }
+
+    /// A batch goes to the store, whose image is at `base`: it must lead to the disk as of its LSN (P2).
+    pub fn check_commit(&mut self, base: u64, batch: &Batch) {
+        if base != self.stored.1 {
+            self.stored = (self.image_at(base), base);
+        }
+        let lsn = batch.lsn.0;
+        if lsn <= base || lsn > self.last_lsn() {
+            let last = self.last_lsn();
+            return self
+                .breaks(format!("a commit from LSN {base} to {lsn}, the log ends at {last}"));
+        }
+        let (mut found, mut expected) = (self.stored.0.clone(), self.stored.0.clone());
+        apply(&mut expected, &self.log[base as usize..lsn as usize]);
+        for change in &batch.changes {
+            if let Err(words) = self.apply_change(&mut found, change) {
+                return self.breaks(format!("commit at LSN {lsn}: {words}"));
+            }
+        }
+        if let Some(at) = differs(&found, &expected) {
+            let (found, expected) = (found[at], expected[at]);
+            self.breaks(format!(
+                "P2: the commit at LSN {lsn} would show write {found} in sector {at}, it was {expected}"
+            ));
+        }
+    }
+
+    fn apply_change(&self, image: &mut Image, change: &Change) -> Result<(), String> {
+        match change {
+            Change::Write { lba, crc, data } => {
+                if crc32c(data) != *crc {
+                    return Err(format!("block {lba}: its checksum is not that of its data"));
+                }
+                for (at, sector) in (lba.0 * PER_BLOCK..).zip(data.chunks_exact(SECTOR_SIZE)) {
+                    image[at as usize] = self.stamp_of(sector, at)?;
+                }
+            }
+            Change::Zero { lba, blocks } => {
+                let (from, to) = (lba.0 * PER_BLOCK, (lba.0 + blocks) * PER_BLOCK);
+                image[from as usize..to as usize].fill(0);
+            }
+        }
+        Ok(())
+    }
+
+    /// The commit succeeded.
+    pub fn committed(&mut self, lsn: u64) {
+        if lsn > self.stored.1 && lsn <= self.last_lsn() {
+            let from = self.stored.1 as usize;
+            apply(&mut self.stored.0, &self.log[from..lsn as usize]);
+            self.stored.1 = lsn;
+        }
+    }
+
+    /// The store's image was read from the device and claims to be that of `lsn` (P2).
+    pub fn check_store(&self, lsn: u64, found: &Image) {
+        let disk = self.disk;
+        assert!(
+            lsn <= self.last_lsn(),
+            "P2, disk {disk}: the store holds LSN {lsn}, never given out"
+        );
+        let expected = self.image_at(lsn);
+        if let Some(at) = differs(found, &expected) {
+            let (found, expected) = (found[at], expected[at]);
+            panic!(
+                "P2, disk {disk}: the store at LSN {lsn} shows write {found} in sector {at}, it was {expected}"
+            );
+        }
+    }
+
+    fn breaks(&mut self, words: String) {
+        self.broken.get_or_insert(format!("disk {}: {words}", self.disk));
+    }
+}
+
+fn apply(image: &mut Image, log: &[Done]) {
+    for done in log {
+        image[done.sectors.start as usize..done.sectors.end as usize].fill(done.stamp);
+    }
+}
+
+fn differs(a: &Image, b: &Image) -> Option<usize> {
+    (0..a.len().max(b.len())).find(|&at| a.get(at) != b.get(at))
+}

@@ -1,0 +1,76 @@
+//! What the run of one seed is like: sizes, speeds, faults.
+
+use crate::worker::Habits;
+use blockstore::device::sim::FaultRates;
+use cache::flusher::FlushOptions;
+use rand::Rng;
+use rand::rngs::SmallRng;
+
+/// Drawn from the seed, before anything else.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    /// Blocks of each disk.
+    pub disks: Vec<u64>,
+    pub habits: Habits,
+    pub flush: FlushOptions,
+    /// Bytes of images kept in memory.
+    pub image_bytes: usize,
+    /// Lives of the agent before the last one, which ends in peace.
+    pub lives: u32,
+    /// Outages last up to this long, milliseconds.
+    pub outage_ms: u64,
+    /// Faults of the store's device while the chaos has its turn.
+    pub san: FaultRates,
+    /// The cache device fails writes and flushes in some lives.
+    pub local_fails: bool,
+    /// Blocks of either device rot: detection is what is promised.
+    pub rot: bool,
+}
+
+impl Profile {
+    pub fn draw(rng: &mut SmallRng) -> Self {
+        let disks = (0..rng.random_range(1..=3)).map(|_| rng.random_range(32..=400)).collect();
+        let reads = rng.random_range(5..40);
+        let zeros = rng.random_range(0..10);
+        let flushes = rng.random_range(1..20);
+        let habits = Habits {
+            think_ms: rng.random_range(0..60),
+            burst: rng.random_range(1..12),
+            mix: [100 - reads - zeros - flushes, zeros, flushes],
+            large: if rng.random_bool(0.2) { 2000 } else { 160 },
+        };
+        let flush = FlushOptions {
+            max_age_ms: rng.random_range(50..4000),
+            start_fill: rng.random_range(0.05..0.6),
+            full_speed_fill: 0.6,
+            batch_bytes: rng.random_range(1..8) << 20,
+        };
+        let faulty = rng.random_bool(0.6);
+        let mut rate = |most: f64| if faulty { rng.random_range(0.0..most) } else { 0.0 };
+        let san = FaultRates {
+            read_io: rate(0.02),
+            read_garbled: rate(0.02),
+            write_io: rate(0.02),
+            write_no_space: rate(0.02),
+            flush_io: rate(0.1),
+            unreachable: rate(0.03),
+            unknown: rate(0.05),
+        };
+        let outage_ms = match rng.random_range(0..40) {
+            0 => 24 * 3_600_000,
+            1..6 => 600_000,
+            _ => 20_000,
+        };
+        Self {
+            disks,
+            habits,
+            flush,
+            image_bytes: rng.random_range(1..12) << 20,
+            lives: rng.random_range(2..7),
+            outage_ms,
+            san,
+            local_fails: rng.random_bool(0.2),
+            rot: rng.random_bool(0.1),
+        }
+    }
+}

@@ -1,0 +1,563 @@
+//! A disk's worker and its guest: does with `cache::disk::Disk` on simulated devices what `vhost`'s worker does with it on
+//! io_uring, and checks every answer that the guest gets.
+
+use crate::model::{Model, PER_BLOCK};
+use crate::reading::{Arrived, Reading};
+use blockstore::buf::AlignedBuf;
+use blockstore::device::Device;
+use blockstore::device::sim::SimDevice;
+use blockstore::types::SECTOR_SIZE;
+use cache::disk::{Action, AttachedDisk, OpId, Staged, Tag};
+use cache::link::{FromDisk, ToDisk};
+use futures_util::StreamExt;
+use futures_util::future::{FutureExt, LocalBoxFuture};
+use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
+use rand::Rng;
+use rand::rngs::SmallRng;
+use std::cell::Cell;
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Requests that a guest has under way at once.
+const DEPTH: usize = 24;
+/// Longest time between two looks at the link.
+const IDLE_MAX: Duration = Duration::from_millis(500);
+
+/// What a guest asks for.
+#[derive(Clone, Debug)]
+pub enum Request {
+    Write { sector: u64, sectors: u64, stamp: u32 },
+    Zero { sector: u64, sectors: u64, discard: bool },
+    Flush,
+    Read { sector: u64, sectors: u64 },
+}
+
+/// What the worker has started and waits for.
+pub enum Finished {
+    Io { op: OpId, result: Result<(), i32> },
+    Block(Arrived),
+}
+
+/// Faults that a life may bring, and what they excuse.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Excuses {
+    /// The guest may get errors for writes and flushes: the cache device fails.
+    pub write_errors: bool,
+    /// The guest may get errors for reads: data was damaged where no second copy exists.
+    pub read_errors: bool,
+}
+
+/// How a guest behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct Habits {
+    /// Longest pause between bursts, milliseconds.
+    pub think_ms: u64,
+    /// Requests in a burst at most.
+    pub burst: u32,
+    /// Of 100 requests: writes, zeroings, flushes; the rest reads.
+    pub mix: [u32; 3],
+    /// Sectors in a large write at most.
+    pub large: u64,
+}
+
+/// What all workers of a life share.
+#[derive(Debug)]
+pub struct Orders {
+    /// The agent's session with the cache device: once it is dead, nobody gets any answer.
+    pub host: SimDevice,
+    /// Requests so far, over all lives.
+    pub requests: Arc<AtomicU64>,
+    /// Guests ask for nothing more; workers end when all is answered.
+    pub wind_down: Cell<bool>,
+    /// With that, workers seal their logs and end.
+    pub stop: Cell<bool>,
+}
+
+#[derive(Debug)]
+struct Open {
+    lsn: u64,
+    flush: bool,
+    /// Asked for with the write cache off: the switch that turned it off.
+    through: Option<u32>,
+}
+
+/// See the module.
+pub struct Worker {
+    pub attached: AttachedDisk,
+    pub model: Arc<Mutex<Model>>,
+    legs: Vec<Device>,
+    pub rng: SmallRng,
+    habits: Habits,
+    excuses: Excuses,
+    orders: Rc<Orders>,
+    /// Requests that the guest still has in this life.
+    pub budget: u64,
+    /// Reads of the whole disk that come first.
+    verify: VecDeque<Request>,
+    ios: FuturesUnordered<LocalBoxFuture<'static, Finished>>,
+    stalled: VecDeque<(Tag, Request)>,
+    open: BTreeMap<Tag, Open>,
+    reads: BTreeMap<u64, Reading>,
+    /// Fetch id → (read, first block of the fetch in it, blocks, part of a patch).
+    fetches: BTreeMap<u64, Fetch>,
+    next: u64,
+    /// The write cache is off since this switch.
+    through: Option<u32>,
+    switches: u32,
+    next_burst: Instant,
+    idle: Duration,
+    pub log_failed: bool,
+    rolled: bool,
+    to_the_end: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Fetch {
+    pub read: u64,
+    pub block: u32,
+    pub blocks: u32,
+    pub whole: bool,
+    pub ticket: u64,
+}
+
+impl Worker {
+    pub fn new(
+        attached: AttachedDisk,
+        model: Arc<Mutex<Model>>,
+        legs: Vec<Device>,
+        rng: SmallRng,
+        (habits, excuses, orders): (Habits, Excuses, Rc<Orders>),
+    ) -> Self {
+        Self {
+            attached,
+            model,
+            legs,
+            rng,
+            habits,
+            excuses,
+            orders,
+            budget: 0,
+            verify: VecDeque::new(),
+            ios: FuturesUnordered::new(),
+            stalled: VecDeque::new(),
+            open: BTreeMap::new(),
+            reads: BTreeMap::new(),
+            fetches: BTreeMap::new(),
+            next: 1,
+            through: None,
+            switches: 0,
+            next_burst: Instant::now(),
+            idle: Duration::from_millis(1),
+            log_failed: false,
+            rolled: false,
+            to_the_end: false,
+        }
+    }
+
+    /// The whole disk is read before anything else happens.
+    pub fn verify_all(&mut self) {
+        let sectors = self.model.lock().sectors();
+        let mut sector = 0;
+        while sector < sectors {
+            let len = self.rng.random_range(1..=256.min(sectors - sector));
+            self.verify.push_back(Request::Read { sector, sectors: len });
+            sector += len;
+        }
+    }
+
+    /// Serves its guest until the life's orders let it end, or its log failed.
+    pub async fn run(mut self) -> Self {
+        loop {
+            let mut progress = self.messages();
+            progress |= self.guest();
+            self.drive();
+            if let Some(words) = self.model.lock().broken.take() {
+                panic!("{words}");
+            }
+            if self.is_over() {
+                return self;
+            }
+            self.idle =
+                if progress { Duration::from_millis(1) } else { (self.idle * 2).min(IDLE_MAX) };
+            let until_burst = self.next_burst.saturating_duration_since(Instant::now());
+            let guest_waits = self.wants() && self.open.len() + self.reads.len() < DEPTH;
+            let pause = if guest_waits { self.idle.min(until_burst) } else { self.idle };
+            tokio::select! {
+                biased;
+                Some(finished) = self.ios.next(), if !self.ios.is_empty() => {
+                    self.idle = Duration::from_millis(1);
+                    self.finished(finished);
+                }
+                () = tokio::time::sleep(pause.max(Duration::from_millis(1))) => {}
+            }
+        }
+    }
+
+    /// As [`run`](Self::run), but goes on after its guest is done, until told to stop.
+    pub async fn run_to_the_end(mut self) -> Self {
+        self.to_the_end = true;
+        self.run().await
+    }
+
+    /// The guest has not asked for everything yet.
+    fn wants(&self) -> bool {
+        !self.verify.is_empty() || (self.budget > 0 && !self.orders.wind_down.get())
+    }
+
+    fn is_answered(&self) -> bool {
+        self.open.is_empty() && self.reads.is_empty() && self.stalled.is_empty()
+    }
+
+    fn is_over(&mut self) -> bool {
+        if self.log_failed {
+            return true;
+        }
+        if self.wants() {
+            return false;
+        }
+        if !self.to_the_end {
+            // The others may go on; what is under way then stays under way.
+            return true;
+        }
+        self.model.lock().guest_is_done = self.is_answered();
+        if !self.orders.stop.get() || !self.is_answered() {
+            return false;
+        }
+        if !self.rolled {
+            self.rolled = true;
+            self.attached.disk.on_message(ToDisk::Roll { id: 0 });
+            return false;
+        }
+        self.ios.is_empty() && self.attached.disk.is_quiet()
+    }
+
+    fn messages(&mut self) -> bool {
+        let mut any = false;
+        while let Some(message) = self.attached.link.try_recv() {
+            any = true;
+            match message {
+                ToDisk::Fetched { id, result } => {
+                    let Some(fetch) = self.fetches.remove(&id) else { continue };
+                    let blocks = result.ok();
+                    if let (Some(blocks), true) = (&blocks, fetch.whole)
+                        && let Some(reading) = self.reads.get(&fetch.read)
+                    {
+                        for (lba, block) in (reading.lba(fetch.block)..).zip(blocks) {
+                            if let Some(block) = block {
+                                let lba = blockstore::types::Lba(lba);
+                                self.attached.disk.fill(lba, block, fetch.ticket);
+                            }
+                        }
+                    }
+                    if let Some(reading) = self.reads.get_mut(&fetch.read) {
+                        reading.fetched(&fetch, blocks);
+                        self.advance_read(fetch.read);
+                    }
+                }
+                other => self.attached.disk.on_message(other),
+            }
+        }
+        any
+    }
+
+    fn guest(&mut self) -> bool {
+        if Instant::now() < self.next_burst {
+            return false;
+        }
+        let mut any = false;
+        for _ in 0..self.rng.random_range(1..=self.habits.burst) {
+            if !self.wants() || self.open.len() + self.reads.len() + self.stalled.len() >= DEPTH {
+                break;
+            }
+            any = true;
+            let request = match self.verify.pop_front() {
+                Some(read) => read,
+                None => {
+                    self.budget -= 1;
+                    self.imagine()
+                }
+            };
+            self.submit(request);
+        }
+        let think = match self.rng.random_range(0..1000) {
+            0 => self.rng.random_range(0..5000),
+            1..300 => self.rng.random_range(0..=self.habits.think_ms),
+            _ => 0,
+        };
+        self.next_burst = Instant::now() + Duration::from_millis(think);
+        any
+    }
+
+    fn imagine(&mut self) -> Request {
+        let total = self.model.lock().sectors();
+        let rng = &mut self.rng;
+        let length = |rng: &mut SmallRng, large: u64| match rng.random_range(0..20) {
+            0..12 => PER_BLOCK,
+            12..17 => rng.random_range(1..PER_BLOCK),
+            _ => rng.random_range(1..=large),
+        };
+        let place = |rng: &mut SmallRng, len: u64| {
+            let at = rng.random_range(0..=total - len);
+            if len == PER_BLOCK { at / PER_BLOCK * PER_BLOCK } else { at }
+        };
+        let [writes, zeros, flushes] = self.habits.mix;
+        let kind = rng.random_range(0..100);
+        if kind < writes {
+            let sectors = length(rng, self.habits.large.min(total));
+            let sector = place(rng, sectors);
+            Request::Write { sector, sectors, stamp: self.model.lock().stamp() }
+        } else if kind < writes + zeros {
+            let sectors = rng.random_range(1..=200.min(total));
+            let sector = rng.random_range(0..=total - sectors);
+            Request::Zero { sector, sectors, discard: rng.random() }
+        } else if kind < writes + zeros + flushes {
+            Request::Flush
+        } else {
+            let sectors = length(rng, 128.min(total));
+            Request::Read { sector: place(rng, sectors), sectors }
+        }
+    }
+
+    fn submit(&mut self, request: Request) {
+        self.orders.requests.fetch_add(1, Ordering::Relaxed);
+        let tag = self.next;
+        self.next += 1;
+        if self.rng.random_range(0..500) == 0 {
+            self.switches += 1;
+            self.through = self.through.is_none().then_some(self.switches);
+            self.attached.disk.set_write_through(self.through.is_some());
+        }
+        match request {
+            Request::Read { sector, sectors } => {
+                let model = self.model.lock();
+                let before = model.now(sector..sector + sectors);
+                let reading = Reading::new(tag, sector, sectors, before, model.last_lsn());
+                drop(model);
+                self.reads.insert(tag, reading);
+                self.plan_read(tag);
+            }
+            Request::Flush => {
+                let lsn = self.model.lock().last_lsn();
+                self.open.insert(tag, Open { lsn, flush: true, through: None });
+                self.attached.disk.flush(tag);
+            }
+            other if self.stalled.is_empty() => self.stage(tag, other),
+            other => self.stalled.push_back((tag, other)),
+        }
+    }
+
+    /// Stages a change, or lets the rest of it wait for space.
+    fn stage(&mut self, tag: Tag, request: Request) {
+        match request {
+            Request::Write { sector, sectors, stamp } => {
+                let mut model = self.model.lock();
+                let mut parts = Vec::new();
+                let len = sectors as usize * SECTOR_SIZE;
+                let staged = self.attached.disk.write(tag, sector, len, &mut |at, into| {
+                    let first = sector + (at / SECTOR_SIZE) as u64;
+                    parts.push(first..first + (into.len() / SECTOR_SIZE) as u64);
+                    for (at, out) in (first..).zip(into.chunks_exact_mut(SECTOR_SIZE)) {
+                        out.copy_from_slice(&model.sector(stamp, at));
+                    }
+                });
+                for part in parts {
+                    model.push(part, stamp);
+                }
+                drop(model);
+                match staged {
+                    Staged::Part(bytes) => {
+                        let done = (bytes / SECTOR_SIZE) as u64;
+                        let (sector, sectors) = (sector + done, sectors - done);
+                        self.stalled.push_front((tag, Request::Write { sector, sectors, stamp }));
+                    }
+                    staged => self.staged(tag, staged, true),
+                }
+            }
+            Request::Zero { sector, sectors, discard } => {
+                let staged = self.attached.disk.zero(tag, sector, sectors, discard);
+                let (from, to) = if discard {
+                    (sector.next_multiple_of(PER_BLOCK), (sector + sectors) / PER_BLOCK * PER_BLOCK)
+                } else {
+                    (sector, sector + sectors)
+                };
+                match staged {
+                    Staged::Part(_) => self.stalled.push_front((tag, request)),
+                    staged => {
+                        if staged == Staged::All && from < to {
+                            self.model.lock().push(from..to, 0);
+                        }
+                        self.staged(tag, staged, from < to);
+                    }
+                }
+            }
+            Request::Flush | Request::Read { .. } => unreachable!("only changes are staged"),
+        }
+    }
+
+    fn staged(&mut self, tag: Tag, staged: Staged, changes: bool) {
+        let last = self.model.lock().last_lsn();
+        assert_eq!(last, self.attached.disk.staged_lsn().0, "INV-LOG-1: one LSN for each part");
+        // A discard of less than a block changes nothing and takes no LSN.
+        let lsn = if changes { last } else { 0 };
+        if staged == Staged::Failed {
+            self.log_failed = true;
+            self.excuse(self.excuses.write_errors, "a write failed");
+        } else {
+            self.open.insert(tag, Open { lsn, flush: false, through: self.through });
+        }
+    }
+
+    /// Lets the disk decide, does what it says, publishes what is complete.
+    fn drive(&mut self) {
+        loop {
+            let mut actions = Vec::new();
+            self.attached.disk.poll(&mut actions);
+            let progress = !actions.is_empty();
+            for action in actions {
+                self.act(action);
+            }
+            self.complete();
+            let waiting = self.stalled.len();
+            while let Some((tag, request)) = self.stalled.pop_front() {
+                let before = (self.stalled.len(), self.attached.disk.staged_lsn());
+                self.stage(tag, request);
+                if self.stalled.len() > before.0 {
+                    break;
+                }
+            }
+            if !progress && self.stalled.len() == waiting {
+                return;
+            }
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Write { op, leg, offset, image, start, len } => {
+                let leg = Arc::clone(&self.legs[usize::from(leg)]);
+                let io = async move {
+                    let result = leg.write(offset, vec![image.slice(start, len)]).await;
+                    Finished::Io { op, result: result.map_err(|_| libc::EIO) }
+                };
+                self.ios.push(io.boxed_local());
+            }
+            Action::Flush { op, leg } => {
+                let leg = Arc::clone(&self.legs[usize::from(leg)]);
+                let io = async move {
+                    Finished::Io { op, result: leg.flush().await.map_err(|_| libc::EIO) }
+                };
+                self.ios.push(io.boxed_local());
+            }
+            Action::Send(message) => {
+                self.log_failed |= matches!(message, FromDisk::Failed { .. });
+                self.attached.link.send(message);
+            }
+        }
+    }
+
+    fn complete(&mut self) {
+        let mut model = self.model.lock();
+        let done: Vec<(Tag, bool)> = self.attached.disk.completions().collect();
+        for (tag, ok) in done {
+            let Some(Open { lsn, flush, through }) = self.open.remove(&tag) else { continue };
+            if !ok {
+                self.log_failed = true;
+                self.excuse(self.excuses.write_errors, "a write or a flush failed");
+                continue;
+            }
+            if flush {
+                model.flushed = model.flushed.max(lsn);
+                continue;
+            }
+            let older = self
+                .open
+                .values()
+                .filter(|open| !open.flush && open.lsn > 0)
+                .map(|open| open.lsn)
+                .min();
+            assert!(older.is_none_or(|older| older >= lsn), "L1: writes complete in LSN order");
+            model.acked = model.acked.max(lsn);
+            if through.is_some() && through == self.through {
+                model.flushed = model.flushed.max(lsn);
+            }
+        }
+    }
+
+    /// Errors reach the guest for certain faults only.
+    fn excuse(&self, excused: bool, what: &str) {
+        assert!(excused || self.orders.host.is_dead(), "{what} without a cause");
+    }
+
+    fn finished(&mut self, finished: Finished) {
+        match finished {
+            Finished::Io { op, result } => self.attached.disk.io_done(op, result),
+            Finished::Block(arrived) => {
+                let id = arrived.read;
+                if let Some(reading) = self.reads.get_mut(&id) {
+                    reading.arrived(arrived, &mut self.attached.disk);
+                    self.advance_read(id);
+                }
+            }
+        }
+    }
+
+    fn plan_read(&mut self, id: u64) {
+        let Some(mut reading) = self.reads.remove(&id) else { return };
+        let wanted = reading.plan(&mut self.attached.disk);
+        for local in wanted.local {
+            let legs = self.legs.clone();
+            let io = async move {
+                let mut data = None;
+                // Twice from the first leg, as a worker does that read into guest memory first.
+                for leg in legs.iter().take(1).chain(&legs) {
+                    let read = leg.read(local.offset, blockstore::types::BLOCK_SIZE).await;
+                    data =
+                        read.ok().filter(|d: &AlignedBuf| blockstore::crc::crc32c(d) == local.crc);
+                    if data.is_some() {
+                        break;
+                    }
+                }
+                Finished::Block(local.with(data))
+            };
+            self.ios.push(io.boxed_local());
+        }
+        for (block, blocks, whole) in wanted.missing {
+            let fetch = self.next;
+            self.next += 1;
+            let ticket = reading.ticket;
+            self.fetches.insert(fetch, Fetch { read: id, block, blocks, whole, ticket });
+            let lba = blockstore::types::Lba(reading.lba(block));
+            self.attached.link.send(FromDisk::Fetch { id: fetch, lba, blocks });
+        }
+        self.reads.insert(id, reading);
+        self.advance_read(id);
+    }
+
+    fn advance_read(&mut self, id: u64) {
+        let Some(reading) = self.reads.get_mut(&id) else { return };
+        reading.unpin(&mut self.attached.disk);
+        if !reading.is_complete() {
+            return;
+        }
+        if reading.again() {
+            return self.plan_read(id);
+        }
+        let Some(reading) = self.reads.remove(&id) else { return };
+        match reading.bytes() {
+            Some(bytes) => {
+                let model = self.model.lock();
+                let checked =
+                    model.check_read(reading.sector, &bytes, &reading.before, reading.since);
+                if let Err(words) = checked {
+                    panic!("{words}");
+                }
+            }
+            None => self.excuse(self.excuses.read_errors, "a read failed"),
+        }
+    }
+}

@@ -8,8 +8,9 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-/// Large buffers are kept for reuse up to so many bytes in all: their page faults cost more than their copying.
-const KEPT_BYTES_MAX: usize = 8 << 20;
+/// Large buffers are kept for reuse while those kept and those in use are at most so many bytes in all: their page faults
+/// cost more than their copying.
+const LARGE_BYTES_MAX: usize = 24 << 20;
 /// Smallest buffer that is kept.
 const KEPT_LEN_MIN: usize = 128 << 10;
 
@@ -17,6 +18,7 @@ const KEPT_LEN_MIN: usize = 128 << 10;
 static KEPT: Mutex<Kept> = Mutex::new(Kept { bytes: 0, buffers: Vec::new() });
 
 struct Kept {
+    /// Bytes of large buffers, kept or in use.
     bytes: usize,
     buffers: Vec<AlignedBuf>,
 }
@@ -27,6 +29,8 @@ pub struct AlignedBuf {
     len: usize,
     /// Bytes allocated, at least `len`.
     capacity: usize,
+    /// Made by [`Self::scratch`], to be kept for reuse.
+    large: bool,
 }
 
 // SAFETY: AlignedBuf owns its memory exclusively, as Box<[u8]> does.
@@ -39,13 +43,13 @@ impl AlignedBuf {
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
         if len == 0 {
-            return Self { ptr: NonNull::dangling(), len, capacity: 0 };
+            return Self { ptr: NonNull::dangling(), len, capacity: 0, large: false };
         }
         let layout = Self::layout(len);
         // SAFETY: the layout has a non-zero size.
         let raw = unsafe { alloc_zeroed(layout) };
         let Some(ptr) = NonNull::new(raw) else { handle_alloc_error(layout) };
-        Self { ptr, len, capacity: len }
+        Self { ptr, len, capacity: len, large: false }
     }
 
     /// `len` bytes of any content, for overwriting: large ones come from buffers used before.
@@ -58,11 +62,14 @@ impl AlignedBuf {
         let mut kept = KEPT.lock();
         let found = kept.buffers.iter().rposition(|buffer| buffer.capacity == capacity);
         let mut buffer = match found {
-            Some(at) => {
-                kept.bytes -= capacity;
-                kept.buffers.swap_remove(at)
+            Some(at) => kept.buffers.swap_remove(at),
+            None => {
+                kept.bytes += capacity;
+                drop(kept);
+                let mut buffer = Self::zeroed(capacity);
+                buffer.large = true;
+                buffer
             }
-            None => Self::zeroed(capacity),
         };
         buffer.len = len;
         buffer
@@ -92,14 +99,14 @@ impl Drop for AlignedBuf {
         if self.capacity == 0 {
             return;
         }
-        if self.capacity >= KEPT_LEN_MIN && self.capacity.is_power_of_two() {
+        if self.large {
             let mut kept = KEPT.lock();
-            if kept.bytes + self.capacity <= KEPT_BYTES_MAX {
+            if kept.bytes <= LARGE_BYTES_MAX {
                 let (ptr, capacity) = (self.ptr, self.capacity);
-                kept.bytes += capacity;
-                kept.buffers.push(Self { ptr, len: capacity, capacity });
+                kept.buffers.push(Self { ptr, len: capacity, capacity, large: true });
                 return;
             }
+            kept.bytes -= self.capacity;
         }
         // SAFETY: allocated in `zeroed` with this very layout, freed once: a buffer that is kept moved on above.
         unsafe { dealloc(self.ptr.as_ptr(), Self::layout(self.capacity)) }

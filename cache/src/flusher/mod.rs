@@ -22,7 +22,7 @@ use std::time::Instant;
 use uuid::Uuid;
 
 /// Segments read at once.
-const READ_AHEAD: usize = 4;
+const READ_AHEAD: usize = 8;
 
 /// A sealed segment to be replayed.
 #[derive(Clone, Debug)]

@@ -179,7 +179,7 @@ impl Worker {
             write_zeroes: false,
         };
         Self {
-            io: Io::new(uring, attached.legs.len()),
+            io: Io::new(uring, attached.disk.readable_legs()),
             queues: Queues::new(options.queues),
             slots: Slots::default(),
             stalled: Stalled::default(),
@@ -237,6 +237,7 @@ impl Worker {
             if std::mem::take(&mut self.link_ready) {
                 self.take_messages();
             }
+            self.io.readable = self.attached.disk.readable_legs();
             let more = self.take_requests();
             self.drive();
             // Before the guest sees its completions, so that whoever saw them finds them counted.

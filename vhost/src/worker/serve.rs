@@ -195,7 +195,8 @@ impl Worker {
         let tag = match &operation {
             Operation::Direct { tag, .. }
             | Operation::Bounce { tag, .. }
-            | Operation::Block { tag, .. } => *tag,
+            | Operation::Block { tag, .. }
+            | Operation::Repair { tag, .. } => *tag,
             other => {
                 debug_assert!(false, "{other:?} is no read");
                 return;
@@ -215,6 +216,9 @@ impl Worker {
                 }
                 Operation::Block { read, buffer, .. } => {
                     read::block_done(slot, tag, read, buffer, result, context);
+                }
+                Operation::Repair { read, leg, buffer, .. } => {
+                    read::repair_done(slot, read, leg, buffer, result, context);
                 }
                 _ => {}
             }

@@ -1,5 +1,7 @@
 //! What the cache needs of the store behind it.
 
+pub(crate) mod deferred;
+
 use async_trait::async_trait;
 use blockstore::types::{Lba, Lsn};
 pub use blockstore::{Batch, Change};

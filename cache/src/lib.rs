@@ -26,6 +26,7 @@ pub mod image;
 pub mod index;
 pub mod link;
 pub mod local;
+mod log_open;
 pub mod pool;
 pub mod recovery;
 pub mod release;

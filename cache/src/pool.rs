@@ -3,6 +3,9 @@
 //! Segments are handed out with a sequence number and a nonce never used before. Clean segments of all disks are
 //! evicted oldest first (INV-POOL-1: those of one disk in order of their sequence, so that no older copy of a block can
 //! outlive a newer one). Locked only when a segment changes hands.
+//!
+//! INV-POOL-2: every segment is free or has an owner, never both. INV-POOL-3 (rule L10): each disk can always have its
+//! floor of dirty segments; what it takes beyond must leave the others theirs, so no disk takes the whole ring.
 
 use crate::disk::plan::SegmentId;
 use crate::format::Geometry;
@@ -34,6 +37,8 @@ struct Inner {
     next_seq: u64,
     clean: BTreeMap<u64, (SegmentId, Uuid)>,
     evicting: u32,
+    /// By segment; none for free ones.
+    owners: Vec<Option<Uuid>>,
     waiting: VecDeque<Uuid>,
     tasks: BTreeMap<Uuid, UnboundedSender<PoolMessage>>,
 }
@@ -75,10 +80,27 @@ impl Pool {
             next_seq,
             clean: BTreeMap::new(),
             evicting: 0,
+            owners: vec![None; geometry.segments as usize],
             waiting: VecDeque::new(),
             tasks: BTreeMap::new(),
         };
         Self { geometry, inner: Mutex::new(inner) }
+    }
+
+    /// Notes who owns segments that were found in use.
+    pub fn adopt(&self, vdi: Uuid, ids: impl Iterator<Item = SegmentId>) {
+        let mut inner = self.inner.lock();
+        for id in ids {
+            inner.owners[id.0 as usize] = Some(vdi);
+        }
+    }
+
+    /// Segments that a disk owns.
+    #[must_use]
+    pub fn owned(&self, vdi: Uuid) -> Vec<SegmentId> {
+        let inner = self.inner.lock();
+        let owned = inner.owners.iter().zip(0..).filter(|(owner, _)| **owner == Some(vdi));
+        owned.map(|(_, id)| SegmentId(id)).collect()
     }
 
     /// Makes a disk's task known.
@@ -95,15 +117,22 @@ impl Pool {
         Self::next_turn(&inner);
     }
 
-    /// Hands out a segment, or queues the disk for the next one that becomes free.
+    /// Hands out a segment, or queues the disk for the next one that becomes free. A disk that has its share is not
+    /// queued: it asks again later.
     pub fn grant(&self, vdi: Uuid) -> Option<Grant> {
         let mut inner = self.inner.lock();
+        if !self.may_have(&inner, vdi) {
+            inner.waiting.retain(|waiting| *waiting != vdi);
+            self.relieve(&mut inner);
+            Self::next_turn(&inner);
+            return None;
+        }
         let first = inner.waiting.front().is_none_or(|front| *front == vdi);
         let granted = if first { inner.free.pop_front() } else { None };
         match granted {
             Some(id) => {
                 inner.waiting.retain(|waiting| *waiting != vdi);
-                let grant = self.make_grant(&mut inner, id);
+                let grant = self.make_grant(&mut inner, vdi, id);
                 self.relieve(&mut inner);
                 Some(grant)
             }
@@ -126,12 +155,12 @@ impl Pool {
     }
 
     /// Hands out up to two segments for a disk that is being attached.
-    pub fn grant_two(&self) -> Vec<Grant> {
+    pub fn grant_two(&self, vdi: Uuid) -> Vec<Grant> {
         let mut inner = self.inner.lock();
         let mut grants = Vec::new();
         for _ in 0..2 {
             if let Some(id) = inner.free.pop_front() {
-                grants.push(self.make_grant(&mut inner, id));
+                grants.push(self.make_grant(&mut inner, vdi, id));
             }
         }
         self.relieve(&mut inner);
@@ -142,7 +171,7 @@ impl Pool {
     /// is durable (rule L2).
     pub fn release(&self, id: SegmentId, was_evicted: bool) {
         let mut inner = self.inner.lock();
-        debug_assert!(!inner.free.contains(&id), "a segment is freed once");
+        assert!(inner.owners[id.0 as usize].take().is_some(), "a segment is freed once");
         if was_evicted {
             inner.evicting = inner.evicting.saturating_sub(1);
         }
@@ -185,11 +214,36 @@ impl Pool {
         (self.geometry.segments / 16).clamp(2, 64)
     }
 
-    fn make_grant(&self, inner: &mut Inner, id: SegmentId) -> Grant {
+    fn make_grant(&self, inner: &mut Inner, vdi: Uuid, id: SegmentId) -> Grant {
+        inner.owners[id.0 as usize] = Some(vdi);
         let seq = inner.next_seq;
         inner.next_seq += 1;
         let roomy = inner.free.len() as u32 >= self.low_water() / 2;
         Grant { id, seq, nonce: random_u64(), roomy }
+    }
+
+    /// Dirty segments that each of so many disks can have whatever the others do.
+    fn floor(&self, disks: usize) -> u32 {
+        (self.geometry.segments / (4 * disks.max(1) as u32)).clamp(2, 64)
+    }
+
+    /// Whether one more segment for this disk leaves the others their floors.
+    fn may_have(&self, inner: &Inner, vdi: Uuid) -> bool {
+        let floor = self.floor(inner.tasks.len());
+        let mut dirty: BTreeMap<Uuid, u32> = inner.tasks.keys().map(|vdi| (*vdi, 0)).collect();
+        for owner in inner.owners.iter().flatten() {
+            dirty.entry(*owner).and_modify(|count| *count += 1);
+        }
+        for (_, owner) in inner.clean.values() {
+            dirty.entry(*owner).and_modify(|count| *count = count.saturating_sub(1));
+        }
+        if dirty.get(&vdi).is_none_or(|count| *count < floor) {
+            return true;
+        }
+        let others = dirty.iter().filter(|(other, _)| **other != vdi);
+        let kept: u32 = others.map(|(_, count)| floor.saturating_sub(*count)).sum();
+        let available = inner.free.len() as u32 + inner.clean.len() as u32 + inner.evicting;
+        kept == 0 || available > kept
     }
 
     /// Asks for the oldest clean segments until enough are free or on their way.
@@ -220,4 +274,72 @@ pub(crate) fn random_u64() -> u64 {
     let mut bytes = [0u8; 8];
     getrandom::fill(&mut bytes).expect("the kernel's random number source works");
     u64::from_le_bytes(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+    const A: Uuid = Uuid::from_u128(1);
+    const B: Uuid = Uuid::from_u128(2);
+
+    fn pool_of(segments: u32) -> (Pool, Vec<UnboundedReceiver<PoolMessage>>) {
+        let geometry = Geometry { segments, ..Geometry::for_size(1 << 30).unwrap() };
+        let pool = Pool::new(geometry, (0..segments).map(SegmentId).collect(), 1);
+        let register = |vdi| {
+            let (task, messages) = unbounded_channel();
+            pool.register(vdi, task);
+            messages
+        };
+        let messages = vec![register(A), register(B)];
+        (pool, messages)
+    }
+
+    #[test]
+    fn a_greedy_disk_leaves_the_other_its_floor() {
+        let (pool, _messages) = pool_of(64);
+        let greedy = std::iter::from_fn(|| pool.grant(A)).count();
+        assert_eq!(greedy, 64 - 8, "an eighth of the ring each is sure");
+        let late = std::iter::from_fn(|| pool.grant(B)).count();
+        assert_eq!(late, 8);
+    }
+
+    #[test]
+    fn a_disk_alone_may_take_the_whole_ring() {
+        let (pool, _messages) = pool_of(64);
+        pool.unregister(B);
+        assert_eq!(std::iter::from_fn(|| pool.grant(A)).count(), 64);
+    }
+
+    #[test]
+    fn clean_segments_count_for_nobody() {
+        let (pool, _messages) = pool_of(64);
+        let grants: Vec<_> = std::iter::from_fn(|| pool.grant(A)).collect();
+        for grant in &grants[..20] {
+            pool.offer_clean(A, grant.id, grant.seq);
+        }
+        // The other's floor is met by what can be evicted, so what is free may be taken.
+        assert_eq!(std::iter::from_fn(|| pool.grant(A)).count(), 8);
+    }
+
+    #[test]
+    fn a_disk_with_its_share_does_not_stand_in_the_queue() {
+        let (pool, mut messages) = pool_of(16);
+        while pool.grant(A).is_some() {}
+        while pool.grant(B).is_some() {}
+        let mut held = pool.owned(B);
+        pool.release(held.pop().unwrap(), false);
+        assert_eq!(messages[1].try_recv(), Ok(PoolMessage::YourTurn), "B waits, A does not");
+    }
+
+    #[test]
+    fn every_segment_is_free_or_owned() {
+        let (pool, _messages) = pool_of(16);
+        let grants = pool.grant_two(A);
+        assert_eq!(pool.owned(A), grants.iter().map(|grant| grant.id).collect::<Vec<_>>());
+        grants.iter().for_each(|grant| pool.release(grant.id, false));
+        assert!(pool.owned(A).is_empty());
+        assert_eq!(pool.counts().free, 16);
+    }
 }

@@ -13,6 +13,7 @@ pub use state::{Phase, VdiStatus};
 pub(crate) use state::{Segment, Segments};
 pub(crate) use task::{Command, VdiTask, VdiTaskParts};
 
+use crate::backing::Backing;
 use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::format::slot::VdiSlot;
@@ -48,6 +49,22 @@ impl VdiHandle {
 
     pub async fn released(&self, vdi: uuid::Uuid, disk: AttachedDisk) -> Result<(), CacheError> {
         self.ask(vdi, |reply| Command::Released { disk: Box::new(disk), reply }).await?
+    }
+
+    pub async fn verify(&self, vdi: uuid::Uuid, store: Lsn) -> Result<(), CacheError> {
+        self.ask(vdi, |reply| Command::Verify { store, reply }).await?
+    }
+
+    pub async fn join(&self, vdi: uuid::Uuid, backing: Arc<dyn Backing>) -> Result<(), CacheError> {
+        self.ask(vdi, |reply| Command::Join { backing, reply }).await?
+    }
+
+    pub async fn refuse(&self, vdi: uuid::Uuid, why: &str) -> Result<(), CacheError> {
+        self.ask(vdi, |reply| Command::Refuse { why: why.to_owned(), reply }).await
+    }
+
+    pub async fn reopen(&self, vdi: uuid::Uuid) -> Result<AttachedDisk, CacheError> {
+        self.ask(vdi, Command::Reopen).await?
     }
 
     pub async fn resize(&self, vdi: uuid::Uuid, bytes: u64) -> Result<(), CacheError> {

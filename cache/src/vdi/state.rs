@@ -47,6 +47,10 @@ pub struct VdiStatus {
     pub commits: u64,
     /// Bytes of log replayed so far.
     pub replayed_bytes: u64,
+    /// Bytes that the store was asked for to answer reads.
+    pub fetched_bytes: u64,
+    /// Bytes of the disk whose place on the cache device is known: they can be read without the store.
+    pub held_bytes: u64,
     /// Bytes of memory that the disk's index takes.
     pub index_bytes: u64,
     /// The last thing that went wrong.
@@ -163,6 +167,25 @@ impl Segments {
             }
         }
         clean
+    }
+
+    /// A segment that was to be evicted stays; it may be offered again.
+    pub fn keep(&mut self, id: SegmentId) {
+        if let Some(segment) = self.list.iter_mut().find(|segment| segment.id == id) {
+            segment.offered = false;
+        }
+    }
+
+    /// Takes over what recovery found; what was known of a segment before still holds.
+    pub fn renew(&mut self, recovered: Self) {
+        let mut known = std::mem::replace(self, recovered).list;
+        for segment in &mut self.list {
+            if let Some(at) = known.iter().position(|k| k.id == segment.id && k.seq == segment.seq)
+                && let Some(before) = known.swap_remove_back(at)
+            {
+                *segment = before;
+            }
+        }
     }
 
     /// Removes a segment; returns its sequence number.

@@ -2,15 +2,17 @@
 
 use super::admission::{Admission, Pressure};
 use super::state::{Phase, Segments, VdiStatus};
+use crate::backing::deferred::Deferred;
 use crate::backing::{Backing, BackingError};
-use crate::disk::AttachedDisk;
+use crate::cache::attach::verified;
 use crate::disk::plan::SegmentId;
+use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::flusher::{self, Drafted, FlushError, FlushOptions, Situation};
 use crate::format::slot::{SlotVdi, VdiSlot};
-use crate::link::{DiskSender, FetchError, FromDisk, ToDisk};
-use crate::local::Local;
-use crate::pool::{Pool, PoolMessage};
+use crate::link::{DiskSender, FetchError, FromDisk, ToDisk, WORKER_PANICKED};
+use crate::log_open::{Ground, OpenLog, belongs};
+use crate::pool::PoolMessage;
 use crate::release;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use parking_lot::Mutex;
@@ -42,6 +44,14 @@ pub(crate) enum Command {
     Drain(oneshot::Sender<Result<Lsn, CacheError>>),
     /// The worker is gone; here is the disk.
     Released { disk: Box<AttachedDisk>, reply: oneshot::Sender<Result<(), CacheError>> },
+    /// Does the store, whose image is at this LSN, fit the log?
+    Verify { store: Lsn, reply: oneshot::Sender<Result<(), CacheError>> },
+    /// The store is there.
+    Join { backing: Arc<dyn Backing>, reply: oneshot::Sender<Result<(), CacheError>> },
+    /// The store cannot be used.
+    Refuse { why: String, reply: oneshot::Sender<()> },
+    /// The worker is gone, with the disk or without: make a new one.
+    Reopen(oneshot::Sender<Result<AttachedDisk, CacheError>>),
     /// The disk grew.
     Resize { bytes: u64, reply: oneshot::Sender<Result<(), CacheError>> },
     /// End; with `forget`, the drained disk leaves the cache. Answers with the slot as it was written last.
@@ -52,20 +62,22 @@ pub(crate) enum Command {
 #[derive(Debug)]
 pub(crate) struct VdiTaskParts {
     pub vdi: Uuid,
-    pub local: Arc<Local>,
-    pub pool: Arc<Pool>,
-    pub backing: Arc<dyn Backing>,
+    pub ground: Ground,
+    pub backing: Arc<Deferred>,
     pub options: FlushOptions,
     /// Bytes of images kept over all disks, and how many may be.
     pub images_held: Arc<AtomicUsize>,
     pub images_max: usize,
     pub slot: VdiSlot,
     pub record: SlotVdi,
+    /// Where the log ended when it was attached: a store that is further had another log.
+    pub recovered: Lsn,
     pub segments: Segments,
     pub sender: DiskSender,
     pub from_disk: mpsc::UnboundedReceiver<FromDisk>,
     pub from_pool: mpsc::UnboundedReceiver<PoolMessage>,
     pub status: Arc<Mutex<VdiStatus>>,
+    pub progress: Arc<Progress>,
 }
 
 struct Waiter {
@@ -120,8 +132,9 @@ pub(crate) struct VdiTask {
     ticks: u32,
     /// The last commit failed; it is tried again.
     failure: Option<String>,
-    /// The log takes no more writes; never cleared.
+    /// The log takes no more writes. Cleared only by recovery, and only if the local device is not to blame.
     log_failure: Option<String>,
+    device_failed: bool,
     /// Last LSN given out, once released.
     last_staged: Lsn,
 }
@@ -150,6 +163,7 @@ impl VdiTask {
             ticks: 0,
             failure: None,
             log_failure: None,
+            device_failed: false,
             last_staged: Lsn(0),
         }
     }
@@ -181,7 +195,7 @@ impl VdiTask {
                 abort.abort();
             }
         }
-        self.p.pool.unregister(self.p.vdi);
+        self.p.ground.pool.unregister(self.p.vdi);
     }
 
     async fn on_disk(&mut self, message: FromDisk) {
@@ -189,7 +203,7 @@ impl VdiTask {
             FromDisk::Fetch { id, lba, blocks } => self.fetch(id, lba, blocks),
             FromDisk::WantSegment => {
                 self.starving = true;
-                tracing::trace!(counts = ?self.p.pool.counts(), pressure = ?self.pressure(), "segment wanted");
+                tracing::trace!(counts = ?self.p.ground.pool.counts(), pressure = ?self.pressure(), "segment wanted");
                 self.feed();
             }
             FromDisk::Opened { .. } => self.open_since = Some(Instant::now()),
@@ -207,11 +221,14 @@ impl VdiTask {
                 }
                 self.answer_waiters();
             }
-            FromDisk::Unused { segment } => self.p.pool.release(segment, false),
+            FromDisk::Unused { segment } => self.p.ground.pool.release(segment, false),
             FromDisk::Evicted { segment } => self.was_evicted(segment).await,
             // Disks hold back what waits for this leg until the others say durably that it is none.
-            FromDisk::LegFailed { leg, reason } => self.p.local.leg_failed(leg, &reason).await,
+            FromDisk::LegFailed { leg, reason } => {
+                self.p.ground.local.leg_failed(leg, &reason).await
+            }
             FromDisk::Failed { reason } => {
+                self.device_failed |= reason != WORKER_PANICKED;
                 self.log_failed(reason);
             }
         }
@@ -229,10 +246,10 @@ impl VdiTask {
         match command {
             Command::Drain(reply) => self.drain(reply),
             Command::Released { disk, reply } => {
-                let sealed = release::seal(*disk, &self.p.local).await;
+                let sealed = release::seal(*disk, &self.p.ground.local).await;
                 self.released = true;
                 self.starving = false;
-                self.p.pool.leave_queue(self.p.vdi);
+                self.p.ground.pool.leave_queue(self.p.vdi);
                 let result = match sealed {
                     Ok(sealed) => {
                         self.last_staged = sealed.last_lsn;
@@ -244,13 +261,26 @@ impl VdiTask {
                     Err(source) => {
                         self.log_failed(format!("sealing the log: {source}"));
                         Err(CacheError::Local {
-                            path: self.p.local.path.clone(),
+                            path: self.p.ground.local.path.clone(),
                             what: "sealing the log",
                             source,
                         })
                     }
                 };
                 let _ = reply.send(result);
+            }
+            Command::Verify { store, reply } => {
+                let _ = reply.send(self.verify(store).map(drop));
+            }
+            Command::Join { backing, reply } => {
+                let _ = reply.send(self.join(backing).await);
+            }
+            Command::Refuse { why, reply } => {
+                self.refuse(why);
+                let _ = reply.send(());
+            }
+            Command::Reopen(reply) => {
+                let _ = reply.send(self.reopen().await);
             }
             Command::Resize { bytes, reply } => {
                 self.p.record.size_bytes = bytes;
@@ -269,11 +299,78 @@ impl VdiTask {
         false
     }
 
+    /// The store's image is at this LSN: it fits the log, or is refused.
+    fn verify(&mut self, store: Lsn) -> Result<Lsn, CacheError> {
+        let verified = verified(&self.p.record, Some(self.p.recovered), store);
+        if let Err(error) = &verified {
+            self.refuse(error.to_string());
+        }
+        verified
+    }
+
+    /// What the store holds already need not be replayed; that is noted durably before anything relies on it.
+    async fn join(&mut self, backing: Arc<dyn Backing>) -> Result<(), CacheError> {
+        self.p.record.committed = self.verify(backing.committed())?;
+        self.failure = None;
+        self.p.backing.join(backing);
+        self.not_before = Instant::now();
+        self.checkpoint_due = true;
+        self.checkpoint().await;
+        tracing::info!(
+            vdi = %self.p.record.name, committed = self.p.record.committed.0, "the store has joined"
+        );
+        Ok(())
+    }
+
+    fn refuse(&mut self, why: String) {
+        tracing::error!(vdi = %self.p.record.name, %why, "the store cannot be used; the log is kept");
+        self.fail_waiters(&why);
+        self.p.backing.refuse(why.clone());
+        self.failure = Some(why);
+    }
+
+    /// Recovers the log as a start would, while commits go on. The old driver's end of the link is gone or about to be.
+    async fn reopen(&mut self) -> Result<AttachedDisk, CacheError> {
+        if self.device_failed {
+            self.log_is_sound()?;
+        }
+        // Evicted segments must be dead on the device before its headers are believed.
+        self.free_evicted().await?;
+        for id in self.evicting.drain(..) {
+            self.p.ground.pool.eviction_failed();
+            self.p.segments.keep(id);
+        }
+        let owned = self.p.ground.pool.owned(self.p.vdi);
+        let mut headers = self.p.ground.local.read_headers().await?;
+        headers.retain(|h| owned.contains(&h.segment) && belongs(h, &self.p.record));
+        headers.sort_unstable_by_key(|header| header.seq);
+        let progress = Arc::clone(&self.p.progress);
+        let record = self.p.record.clone();
+        let open = self.p.ground.open_log(&self.p.slot, record, &headers, progress).await?;
+        let OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn } = open;
+        (self.p.slot, self.p.record) = (slot, record);
+        (self.p.sender, self.p.from_disk) = (sender, from_disk);
+        self.p.segments.renew(segments);
+        // Granted to the former driver and never written to.
+        for id in owned.iter().filter(|id| headers.iter().all(|h| h.segment != **id)) {
+            self.p.ground.pool.release(*id, false);
+        }
+        (self.released, self.starving, self.worker_silent) = (false, false, false);
+        (self.open_since, self.roll_under_way) = (None, None);
+        self.log_failure = None;
+        self.late.clear();
+        for waiter in &mut self.waiters {
+            waiter.lsn.get_or_insert(last_lsn);
+        }
+        self.offer_clean();
+        Ok(disk)
+    }
+
     async fn tick(&mut self) {
         self.ticks += 1;
         if !self.evicted.is_empty() && self.evicting.is_empty() {
             // The slot could not be written before.
-            self.free_evicted().await;
+            let _ = self.free_evicted().await;
         }
         self.give_up_evictions();
         if self.checkpoint_due && self.ticks.is_multiple_of(TICKS_PER_MARKER) {
@@ -353,9 +450,9 @@ impl VdiTask {
             return;
         }
         if !self.admission.admit(self.pressure()) {
-            return self.p.pool.leave_queue(self.p.vdi);
+            return self.p.ground.pool.leave_queue(self.p.vdi);
         }
-        if let Some(grant) = self.p.pool.grant(self.p.vdi) {
+        if let Some(grant) = self.p.ground.pool.grant(self.p.vdi) {
             self.starving = false;
             self.admission.granted();
             tracing::trace!(segment = grant.id.0, "granted");
@@ -369,11 +466,12 @@ impl VdiTask {
             fill: self.fill(),
             dirty_bytes: self.p.segments.bytes(self.p.record.committed).0,
             target_bytes: self.p.images_max as u64 / 4 * 3,
-            store_answers: !stuck && self.failure.is_none(),
+            store_answers: !stuck && self.failure.is_none() && self.p.backing.is_joined(),
         }
     }
 
     fn fetch(&self, id: u64, lba: Lba, blocks: u32) {
+        self.p.status.lock().fetched_bytes += u64::from(blocks) * BLOCK_SIZE as u64;
         let (backing, sender) = (Arc::clone(&self.p.backing), self.p.sender.clone());
         let name = self.p.record.name.clone();
         // One task per fetch: as many as the guest's queues hold requests, not more.
@@ -387,7 +485,7 @@ impl VdiTask {
     }
 
     fn fill(&self) -> f64 {
-        self.p.pool.counts().fill()
+        self.p.ground.pool.counts().fill()
     }
 
     fn is_urgent(&self) -> bool {
@@ -395,7 +493,8 @@ impl VdiTask {
     }
 
     fn start_commit(&mut self) {
-        if self.commit.is_some() || Instant::now() < self.not_before {
+        let joined = self.p.backing.is_joined();
+        if !joined || self.commit.is_some() || Instant::now() < self.not_before {
             return;
         }
         let committed = self.p.record.committed;
@@ -430,7 +529,7 @@ impl VdiTask {
         let batch = self.p.segments.batch(after, self.p.options.batch_bytes);
         let lsn = batch.last()?.last_lsn;
         let bytes = batch.iter().map(|s| u64::from(s.used_blocks) * BLOCK_SIZE as u64).sum();
-        let (local, vdi) = (Arc::clone(&self.p.local), self.p.vdi);
+        let (local, vdi) = (Arc::clone(&self.p.ground.local), self.p.vdi);
         let task = tokio::spawn(async move { flusher::draft(&local, vdi, after, batch).await });
         Some(Drafting { task, lsn, bytes })
     }
@@ -491,7 +590,7 @@ impl VdiTask {
             return;
         }
         for (id, seq) in self.p.segments.newly_clean(self.p.record.committed) {
-            self.p.pool.offer_clean(self.p.vdi, id, seq);
+            self.p.ground.pool.offer_clean(self.p.vdi, id, seq);
         }
     }
 
@@ -501,24 +600,26 @@ impl VdiTask {
         if overdue {
             self.note_error("the disk's worker does not answer; its read cache stays");
             for _ in self.evicting.drain(..) {
-                self.p.pool.eviction_failed();
+                self.p.ground.pool.eviction_failed();
             }
             self.worker_silent = true;
         }
     }
 
     async fn evict(&mut self, id: SegmentId) {
-        let Some(segment) = self.p.segments.get(id) else { return self.p.pool.eviction_failed() };
+        let Some(segment) = self.p.segments.get(id) else {
+            return self.p.ground.pool.eviction_failed();
+        };
         let (seq, last_lsn) = (segment.seq, segment.last_lsn);
         if self.worker_silent {
-            return self.p.pool.eviction_failed();
+            return self.p.ground.pool.eviction_failed();
         }
         if self.released {
             // No worker, no reads: nothing refers to it but the slot.
             self.evicting.push(id);
             return self.was_evicted(id).await;
         }
-        match flusher::lbas_of(&self.p.local, self.p.vdi, id, seq, last_lsn).await {
+        match flusher::lbas_of(&self.p.ground.local, self.p.vdi, id, seq, last_lsn).await {
             Ok(lbas) => {
                 self.evicting.push(id);
                 self.evict_asked = Instant::now();
@@ -527,7 +628,7 @@ impl VdiTask {
             }
             // It stays: without its list the index cannot be cleaned.
             Err(error) => {
-                self.p.pool.eviction_failed();
+                self.p.ground.pool.eviction_failed();
                 self.note_error(&error.to_string());
             }
         }
@@ -547,33 +648,37 @@ impl VdiTask {
         if !self.evicting.is_empty() && self.evicted.len() < 16 {
             return;
         }
-        self.free_evicted().await;
+        let _ = self.free_evicted().await;
     }
 
     /// Writes the slot that names the evicted segments dead, then frees them.
-    async fn free_evicted(&mut self) {
+    async fn free_evicted(&mut self) -> Result<(), CacheError> {
+        if self.evicted.is_empty() {
+            return Ok(());
+        }
         let newest = self.evicted.iter().map(|(_, seq)| *seq).max().unwrap_or(0);
         self.p.record.evicted_below = self.p.record.evicted_below.max(newest + 1);
-        match self.write_slot().await {
-            Ok(()) => {
-                for (id, _) in self.evicted.drain(..) {
-                    let counted = !self.late.contains(&id);
-                    self.p.pool.release(id, counted);
-                }
-                self.late.clear();
-                self.feed();
-            }
-            Err(error) => self.note_error(&error.to_string()),
+        if let Err(error) = self.write_slot().await {
+            self.note_error(&error.to_string());
+            return Err(error);
         }
+        for (id, _) in self.evicted.drain(..) {
+            let counted = !self.late.contains(&id);
+            self.p.ground.pool.release(id, counted);
+        }
+        self.late.clear();
+        self.feed();
+        Ok(())
     }
 
     async fn write_slot(&mut self) -> Result<(), CacheError> {
-        self.p.record.sequence_seen = self.p.record.sequence_seen.max(self.p.pool.next_seq());
+        self.p.record.sequence_seen =
+            self.p.record.sequence_seen.max(self.p.ground.pool.next_seq());
         let mut slot = self.p.slot.clone();
         slot.sequence += 1;
         slot.vdi = Some(self.p.record.clone());
         // A write that failed may have torn its copy: the next one must go there again, not to the good one.
-        self.p.local.write_slot(&slot).await?;
+        self.p.ground.local.write_slot(&slot).await?;
         self.p.slot = slot;
         Ok(())
     }
@@ -595,21 +700,21 @@ impl VdiTask {
         let mut slot = self.p.slot.clone();
         slot.sequence += 1;
         slot.vdi = None;
-        self.p.local.write_slot(&slot).await?;
+        self.p.ground.local.write_slot(&slot).await?;
         self.p.slot = slot;
         // Slot gone, so nothing here is anyone's: the pool must ask for no more evictions, and those it has asked for are
         // settled.
-        self.p.pool.unregister(self.p.vdi);
+        self.p.ground.pool.unregister(self.p.vdi);
         while let Ok(message) = self.p.from_pool.try_recv() {
             if matches!(message, PoolMessage::Evict(_)) {
-                self.p.pool.eviction_failed();
+                self.p.ground.pool.eviction_failed();
             }
         }
         for id in self.p.segments.ids() {
-            self.p.pool.release(id, self.evicting.contains(&id));
+            self.p.ground.pool.release(id, self.evicting.contains(&id));
         }
         for (id, _) in self.evicted.drain(..) {
-            self.p.pool.release(id, true);
+            self.p.ground.pool.release(id, true);
         }
         Ok(())
     }

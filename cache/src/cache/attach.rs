@@ -1,0 +1,175 @@
+//! Attaching disks: with the store at hand, or from the local device alone.
+//!
+//! Several disks may be attached at once: the cache's lock is held for moments only, and a disk on its way is named in
+//! `attaching`, so that nobody else touches its slot.
+
+use super::{Cache, VdiIdentity};
+use crate::backing::Backing;
+use crate::backing::deferred::Deferred;
+use crate::disk::{AttachedDisk, Progress};
+use crate::error::CacheError;
+use crate::format::segment::SegmentHeader;
+use crate::format::slot::{SlotVdi, VdiSlot};
+use crate::log_open::OpenLog;
+use crate::vdi::{VdiHandle, VdiStatus, VdiTaskParts};
+use blockstore::types::Lsn;
+use hashbrown::HashSet;
+use parking_lot::Mutex;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// A disk that nobody else may attach or forget for now.
+struct Claim<'a> {
+    vdi: Uuid,
+    among: &'a Mutex<HashSet<Uuid>>,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.among.lock().remove(&self.vdi);
+    }
+}
+
+impl Cache {
+    /// Recovers the log of a disk that has one (see [`Self::reserve`]) and returns the disk, ready to be driven. Its
+    /// flusher runs from here on.
+    ///
+    /// # Errors
+    /// The log does not fit the store or is damaged; the local device's; no segments. Nothing was changed.
+    pub async fn attach(
+        &self,
+        vdi: &VdiIdentity,
+        backing: Arc<dyn Backing>,
+    ) -> Result<AttachedDisk, CacheError> {
+        let (_claim, slot, record, headers) = self.claim(vdi.uuid).await?;
+        let record = SlotVdi {
+            name: vdi.name.clone(),
+            size_bytes: vdi.size_bytes,
+            committed: verified(&record, None, backing.committed())?,
+            ..record
+        };
+        self.open_log(slot, record, &headers, Deferred::joined(backing)).await
+    }
+
+    /// As [`Self::attach`], from the local device alone: what the log does not hold is waited for, and nothing is
+    /// committed, until [`Self::join`].
+    ///
+    /// # Errors
+    /// As [`Self::attach`], and [`CacheError::NeverServed`]: the store may not know this log.
+    pub async fn attach_alone(&self, vdi: Uuid) -> Result<AttachedDisk, CacheError> {
+        let (_claim, slot, record, headers) = self.claim(vdi).await?;
+        if record.epoch == 0 {
+            return Err(CacheError::NeverServed { name: record.name, vdi });
+        }
+        let store = Deferred::waiting(record.committed);
+        self.open_log(slot, record, &headers, store).await
+    }
+
+    /// The store of a disk that was attached alone is there: from now on misses are read from it, and the log is
+    /// committed to it.
+    ///
+    /// # Errors
+    /// As [`Self::verify`].
+    pub async fn join(&self, vdi: Uuid, backing: Arc<dyn Backing>) -> Result<(), CacheError> {
+        self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.join(vdi, backing).await
+    }
+
+    /// Whether the store, whose image of the disk is at `store`, fits the log of an attached disk.
+    ///
+    /// # Errors
+    /// [`CacheError::StoreIsOlder`] or [`CacheError::LogIsOlder`]: nothing was changed, and the disk was cut off from
+    /// the store, see [`Self::refuse`].
+    pub async fn verify(&self, vdi: Uuid, store: Lsn) -> Result<(), CacheError> {
+        self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.verify(vdi, store).await
+    }
+
+    /// The store of a disk that was attached alone cannot be used: what waits for it fails with the reason, and so do
+    /// drains. The log is kept. [`Self::join`] may still be tried.
+    ///
+    /// # Errors
+    /// [`CacheError::NotAttached`].
+    pub async fn refuse(&self, vdi: Uuid, why: &str) -> Result<(), CacheError> {
+        self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.refuse(vdi, why).await
+    }
+
+    /// Opens the log of an attached disk again, whose driver has ended without giving the disk back in order, or was
+    /// released. What was acknowledged is all there.
+    ///
+    /// # Errors
+    /// The local device's. The disk stays without a driver; its flusher goes on.
+    pub async fn reopen(&self, vdi: Uuid) -> Result<AttachedDisk, CacheError> {
+        self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.reopen(vdi).await
+    }
+
+    async fn claim(
+        &self,
+        vdi: Uuid,
+    ) -> Result<(Claim<'_>, VdiSlot, SlotVdi, Vec<SegmentHeader>), CacheError> {
+        let inner = self.inner.lock().await;
+        let slot = inner.slots.iter().find(|s| s.vdi.as_ref().is_some_and(|v| v.uuid == vdi));
+        let slot = slot.ok_or(CacheError::NotAttached { vdi })?.clone();
+        let record = slot.vdi.clone().ok_or(CacheError::NotAttached { vdi })?;
+        if self.handle(vdi).is_some() || !self.attaching.lock().insert(vdi) {
+            return Err(CacheError::Attached { name: record.name, vdi });
+        }
+        let claim = Claim { vdi, among: &self.attaching };
+        Ok((claim, slot, record, inner.found.get(&vdi).cloned().unwrap_or_default()))
+    }
+
+    async fn open_log(
+        &self,
+        slot: VdiSlot,
+        record: SlotVdi,
+        headers: &[SegmentHeader],
+        backing: Deferred,
+    ) -> Result<AttachedDisk, CacheError> {
+        let progress = Arc::new(Progress::default());
+        let open = self.ground.open_log(&slot, record, headers, Arc::clone(&progress)).await?;
+        let mut inner = self.inner.lock().await;
+        inner.slots[slot.slot as usize] = open.slot.clone();
+        inner.found.remove(&open.record.uuid);
+        Ok(self.start(open, backing, progress))
+    }
+
+    /// Cannot fail: what recovery decided is durable, and the segments it freed are free.
+    fn start(&self, open: OpenLog, backing: Deferred, progress: Arc<Progress>) -> AttachedDisk {
+        let (to_task, from_pool) = tokio::sync::mpsc::unbounded_channel();
+        let (vdi, name) = (open.record.uuid, open.record.name.clone());
+        self.ground.pool.register(vdi, to_task);
+        let parts = VdiTaskParts {
+            vdi,
+            ground: self.ground.clone(),
+            backing: Arc::new(backing),
+            options: self.options.flush,
+            images_held: Arc::clone(&self.images_held),
+            images_max: self.options.image_bytes,
+            slot: open.slot,
+            record: open.record,
+            recovered: open.last_lsn,
+            segments: open.segments,
+            sender: open.sender,
+            from_disk: open.from_disk,
+            from_pool,
+            status: Arc::new(Mutex::new(VdiStatus::default())),
+            progress: Arc::clone(&progress),
+        };
+        let handle = VdiHandle::spawn(name, progress, parts);
+        self.handles.lock().insert(vdi, Arc::new(handle));
+        open.disk
+    }
+}
+
+/// The LSN at which the store's image of a disk is, if that fits its log, which ended at `log` when it was opened.
+///
+/// # Errors
+/// One of them is older than the other knows it was.
+pub(crate) fn verified(record: &SlotVdi, log: Option<Lsn>, store: Lsn) -> Result<Lsn, CacheError> {
+    let (name, vdi) = (record.name.clone(), record.uuid);
+    if store < record.committed {
+        return Err(CacheError::StoreIsOlder { name, vdi, store, log: record.committed });
+    }
+    match log {
+        Some(log) if store > log => Err(CacheError::LogIsOlder { name, vdi, store, log }),
+        _ => Ok(store),
+    }
+}

@@ -1,0 +1,302 @@
+//! Goal: what may go wrong between a disk, its task and the pool costs no data and no segments.
+//! Method: a real cache on a temporary file, disks driven by hand, the store in memory. The clock is tokio's and stands
+//! still while anything can run.
+
+use crate::backing::{Backing, BackingError, Batch, Change};
+use crate::disk::plan::SegmentId;
+use crate::disk::{Action, AttachedDisk, Staged};
+use crate::flusher::FlushOptions;
+use crate::link::ToDisk;
+use crate::local::Local;
+use crate::release::run_once;
+use crate::{Cache, CacheOptions, VdiIdentity};
+use async_trait::async_trait;
+use blockstore::device::sim::{Fault, OpKind, SimDevice};
+use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+/// Room for fifteen segments of 1 MiB.
+const CACHE_BYTES: u64 = 16 << 20;
+/// More than any test needs.
+const TURNS_MAX: u32 = 100_000;
+
+/// The store: an image and the LSN that it stands at.
+#[derive(Debug, Default)]
+struct Store {
+    image: Mutex<(Lsn, BTreeMap<u64, u8>)>,
+}
+
+#[async_trait]
+impl Backing for Store {
+    fn committed(&self) -> Lsn {
+        self.image.lock().0
+    }
+
+    async fn read(&self, lba: Lba, blocks: u32) -> Result<Vec<Option<Bytes>>, BackingError> {
+        let image = self.image.lock();
+        let block = |n| image.1.get(&n).map(|&byte| Bytes::from(vec![byte; BLOCK_SIZE]));
+        Ok((lba.0..lba.0 + u64::from(blocks)).map(block).collect())
+    }
+
+    async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
+        let mut image = self.image.lock();
+        for change in &batch.changes {
+            let Change::Write { lba, data, .. } = change else { continue };
+            image.1.insert(lba.0, data[0]);
+        }
+        image.0 = batch.lsn;
+        Ok(())
+    }
+}
+
+fn options(path: PathBuf) -> CacheOptions {
+    CacheOptions {
+        path,
+        create_size: Some(CACHE_BYTES),
+        flush: FlushOptions { max_age_ms: 20, ..FlushOptions::default() },
+        // Nothing stays in memory: what is replayed is read back.
+        image_bytes: 0,
+    }
+}
+
+async fn open(dir: &TempDir) -> Arc<Cache> {
+    Cache::open(options(dir.path().join("cache"))).await.unwrap()
+}
+
+fn vdi(n: u128) -> VdiIdentity {
+    VdiIdentity { uuid: Uuid::from_u128(n), name: format!("disk-{n}"), size_bytes: 64 << 20 }
+}
+
+/// A disk and who drives it.
+struct Guest {
+    vdi: VdiIdentity,
+    store: Arc<Store>,
+    attached: AttachedDisk,
+    tag: u64,
+}
+
+impl Guest {
+    async fn new(cache: &Cache, n: u128) -> Self {
+        let (vdi, store) = (vdi(n), Arc::new(Store::default()));
+        cache.reserve(&vdi).await.unwrap();
+        let attached = cache.attach(&vdi, store.clone()).await.unwrap();
+        Self { vdi, store, attached, tag: 0 }
+    }
+
+    /// One turn of a worker's loop.
+    fn turn(&mut self) {
+        while let Some(message) = self.attached.link.try_recv() {
+            if !matches!(message, ToDisk::Fetched { .. }) {
+                self.attached.disk.on_message(message);
+            }
+        }
+        let mut messages = Vec::new();
+        while run_once(&mut self.attached, &mut messages) {}
+        messages.into_iter().for_each(|message| self.attached.link.send(message));
+        self.attached.disk.completions();
+    }
+
+    fn stage(&mut self, lba: u64, byte: u8) -> Staged {
+        self.tag += 1;
+        self.attached.disk.write(self.tag, lba * 8, BLOCK_SIZE, &mut |_, dst| dst.fill(byte))
+    }
+
+    /// Writes blocks, one after the other, each as soon as there is room.
+    async fn write(&mut self, lbas: std::ops::Range<u64>, byte: u8) {
+        for lba in lbas {
+            for turn in 0.. {
+                if self.stage(lba, byte) == Staged::All {
+                    break;
+                }
+                assert!(turn < TURNS_MAX, "a writer waits for ever");
+                self.turn();
+                pause().await;
+            }
+        }
+        self.turn();
+    }
+
+    /// Runs until everything is committed.
+    async fn drain(&mut self, cache: &Cache) {
+        let mut drained = std::pin::pin!(cache.drain(self.vdi.uuid));
+        for _ in 0..TURNS_MAX {
+            self.turn();
+            tokio::select! {
+                biased;
+                result = &mut drained => return assert!(result.unwrap() >= Lsn(1)),
+                () = pause() => {}
+            }
+        }
+        panic!("the drain does not end");
+    }
+
+    async fn leave(self, cache: &Cache) {
+        cache.release(self.vdi.uuid, self.attached).await.unwrap();
+        cache.drain(self.vdi.uuid).await.unwrap();
+        cache.detach(self.vdi.uuid).await.unwrap();
+    }
+}
+
+/// A turn's time. The devices are real and their time is too: the clock must not run away from them.
+async fn pause() {
+    std::thread::sleep(Duration::from_micros(100));
+    tokio::time::sleep(Duration::from_millis(1)).await;
+}
+
+fn assert_empty(cache: &Cache) {
+    let counts = cache.ground.pool.counts();
+    assert_eq!((counts.free, counts.clean), (counts.segments, 0), "every segment is free");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attach_that_fails_late_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let vdi = vdi(1);
+    cache.reserve(&vdi).await.unwrap();
+    let (slots, counts) =
+        (cache.ground.local.read_slots().await.unwrap(), cache.ground.pool.counts());
+    // The worker's own handle on the device cannot be opened.
+    let (path, away) = (dir.path().join("cache"), dir.path().join("away"));
+    std::fs::rename(&path, &away).unwrap();
+    cache.attach(&vdi, Arc::new(Store::default())).await.unwrap_err();
+    std::fs::rename(&away, &path).unwrap();
+    assert_eq!(cache.ground.local.read_slots().await.unwrap(), slots);
+    assert_eq!(cache.ground.pool.counts(), counts);
+    let attached = cache.attach(&vdi, Arc::new(Store::default())).await.unwrap();
+    cache.release(vdi.uuid, attached).await.unwrap();
+    cache.detach(vdi.uuid).await.unwrap();
+    assert_empty(&cache);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attach_whose_slot_cannot_be_written_gives_its_segments_back() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let sim = SimDevice::new(CACHE_BYTES, 1);
+    let local = Local::make_on(file.path(), sim.device()).await.unwrap();
+    let cache = Cache::on_local(options(file.path().into()), local).await.unwrap();
+    let vdi = vdi(1);
+    cache.reserve(&vdi).await.unwrap();
+    let counts = cache.ground.pool.counts();
+    sim.inject(OpKind::Write, 0, Fault::Io);
+    cache.attach(&vdi, Arc::new(Store::default())).await.unwrap_err();
+    assert_eq!(cache.ground.pool.counts(), counts);
+    let _attached = cache.attach(&vdi, Arc::new(Store::default())).await.unwrap();
+    assert_eq!(cache.ground.pool.counts().free, counts.free - 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_log_is_never_taken_for_drained() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut guest = Guest::new(&cache, 1).await;
+    assert_eq!(guest.stage(0, 7), Staged::All);
+    let mut actions = Vec::new();
+    guest.attached.disk.poll(&mut actions);
+    for action in actions {
+        if let Action::Write { op, .. } | Action::Flush { op, .. } = action {
+            guest.attached.disk.io_done(op, Err(libc::EIO));
+        }
+    }
+    guest.turn();
+    pause().await;
+    let uuid = guest.vdi.uuid;
+    cache.drain(uuid).await.unwrap_err();
+    cache.release(uuid, guest.attached).await.unwrap_err();
+    cache.drain(uuid).await.unwrap_err();
+    cache.detach(uuid).await.unwrap_err();
+    assert_eq!(cache.attached().await.len(), 1, "the log is kept");
+    assert!(cache.ground.local.read_slots().await.unwrap().iter().any(|slot| slot.vdi.is_some()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sealed_segment_that_lost_records_is_not_replayed_up_to_the_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut guest = Guest::new(&cache, 1).await;
+    for lba in 0..8 {
+        guest.write(lba..lba + 1, 7).await;
+    }
+    // Sealed on the device before the task hears of it, damaged before it replays it.
+    guest.attached.disk.on_message(ToDisk::Roll { id: 1000 });
+    let mut messages = Vec::new();
+    while run_once(&mut guest.attached, &mut messages) {}
+    let headers = cache.ground.local.read_headers().await.unwrap();
+    let [header] = headers.as_slice() else { panic!("one segment was written: {headers:?}") };
+    damage(&cache, &dir.path().join("cache"), header.segment);
+    messages.into_iter().for_each(|message| guest.attached.link.send(message));
+    let error = cache.drain(guest.vdi.uuid);
+    let error = tokio::select! {
+        result = error => result.unwrap_err(),
+        () = drive(&mut guest) => unreachable!("a drive has no end"),
+    };
+    assert!(error.to_string().contains("is damaged"), "{error}");
+    assert_eq!(guest.store.committed(), Lsn(0), "nothing was committed");
+}
+
+/// Spoils the summary, and the record in the middle, of a segment.
+fn damage(cache: &Cache, path: &Path, segment: SegmentId) {
+    let (geometry, block) = (&cache.ground.local.geometry, BLOCK_SIZE as u64);
+    let start = geometry.segment_offset(segment);
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    let spoilt = [0x5a; BLOCK_SIZE];
+    file.write_all_at(&spoilt, start + geometry.segment_size - block).unwrap();
+    // Header, then records of two blocks each.
+    file.write_all_at(&spoilt, start + block * 7).unwrap();
+    file.sync_all().unwrap();
+}
+
+async fn drive(guest: &mut Guest) {
+    loop {
+        guest.turn();
+        pause().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_is_silent_does_not_stop_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut silent = Guest::new(&cache, 1).await;
+    silent.write(0..1500, 1).await;
+    silent.drain(&cache).await;
+    // Wants more than is free; what the silent one holds would do.
+    let mut busy = Guest::new(&cache, 2).await;
+    for round in 0..3 {
+        busy.write(0..3000, round).await;
+    }
+    busy.drain(&cache).await;
+    // It was only slow: what it gives back late is counted once.
+    for _ in 0..100 {
+        silent.turn();
+        pause().await;
+    }
+    silent.leave(&cache).await;
+    busy.leave(&cache).await;
+    assert_empty(&cache);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_leaves_amid_evictions_leaves_no_debt() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut leaving = Guest::new(&cache, 1).await;
+    leaving.write(0..1500, 1).await;
+    leaving.drain(&cache).await;
+    let mut staying = Guest::new(&cache, 2).await;
+    staying.write(0..2000, 2).await;
+    assert!(cache.ground.pool.counts().clean > 0, "evictions are asked for and not answered");
+    leaving.leave(&cache).await;
+    staying.write(0..6000, 3).await;
+    staying.drain(&cache).await;
+    staying.leave(&cache).await;
+    assert_empty(&cache);
+}

@@ -1,0 +1,173 @@
+//! Opening a disk's log: recover it, make that durable, hand out the disk. Used when a disk is attached, and again when
+//! its worker died.
+
+use crate::disk::{AttachedDisk, Disk, Identity, Progress, Start};
+use crate::error::CacheError;
+use crate::format::segment::SegmentHeader;
+use crate::format::slot::{SlotVdi, VdiSlot};
+use crate::image::ImagePool;
+use crate::link::{self, DiskSender, FromDisk, Grant};
+use crate::local::Local;
+use crate::pool::Pool;
+use crate::recovery::{self, Live, Recovered};
+use crate::vdi::{Segment, Segments};
+use blockstore::types::Lsn;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+/// What every log of a cache needs.
+#[derive(Clone, Debug)]
+pub(crate) struct Ground {
+    pub local: Arc<Local>,
+    pub pool: Arc<Pool>,
+    pub images: Arc<ImagePool>,
+}
+
+/// A log that is open.
+#[derive(Debug)]
+pub(crate) struct OpenLog {
+    /// As it stands on the device now, and what is in it.
+    pub slot: VdiSlot,
+    pub record: SlotVdi,
+    /// For the disk's driver.
+    pub disk: AttachedDisk,
+    /// The other ends of the disk's link.
+    pub sender: DiskSender,
+    pub from_disk: UnboundedReceiver<FromDisk>,
+    /// Sealed segments.
+    pub segments: Segments,
+    /// Where the log ended.
+    pub last_lsn: Lsn,
+}
+
+impl Ground {
+    /// Recovers the log of `record`, which says how far the store is, from `headers` (by sequence), and opens it under
+    /// the next epoch. If this fails, nothing was changed, or nothing that the next attempt would not do again.
+    pub async fn open_log(
+        &self,
+        slot: &VdiSlot,
+        record: SlotVdi,
+        headers: &[SegmentHeader],
+        progress: Arc<Progress>,
+    ) -> Result<OpenLog, CacheError> {
+        let started = Instant::now();
+        let recovered = recovery::recover(&self.local, &record, record.committed, headers).await?;
+        // Everything that can fail for want of resources comes before anything is changed.
+        let link = link::pair().map_err(|source| CacheError::Local {
+            path: self.local.path.clone(),
+            what: "eventfd",
+            source,
+        })?;
+        let legs = self.local.worker_files()?;
+        let grants = self.two_segments(record.uuid, record.epoch == 0).await?;
+        let record = SlotVdi {
+            epoch: record.epoch + 1,
+            first_lsn: recovered.last_lsn.plus(1),
+            sequence_seen: self.pool.next_seq(),
+            ..record
+        };
+        let slot =
+            VdiSlot { sequence: slot.sequence + 1, slot: slot.slot, vdi: Some(record.clone()) };
+        let settled = match recovery::settle(&self.local, &recovered).await {
+            Ok(()) => self.local.write_slot(&slot).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = settled {
+            // Nothing was appended: the next attempt recovers to the same end.
+            for grant in grants {
+                self.pool.release(grant.id, false);
+            }
+            return Err(error);
+        }
+        tracing::info!(
+            vdi = %record.name, last_lsn = recovered.last_lsn.0, committed = record.committed.0,
+            segments = recovered.live.len(), ms = started.elapsed().as_millis() as u64, "log recovered"
+        );
+        let (link, sender, from_disk) = link;
+        let last_lsn = recovered.last_lsn;
+        let segments = sealed(&recovered.live);
+        for id in &recovered.dead {
+            self.pool.release(*id, false);
+        }
+        // From here on the worker is told of each change of the set of legs.
+        let members = self.local.join(sender.clone());
+        let disk = Disk::on_legs(self.start(&record, recovered, grants, progress), members);
+        let disk = AttachedDisk { disk, link, legs };
+        Ok(OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn })
+    }
+
+    fn start(
+        &self,
+        record: &SlotVdi,
+        recovered: Recovered,
+        grants: Vec<Grant>,
+        progress: Arc<Progress>,
+    ) -> Start {
+        Start {
+            identity: Identity {
+                cache: self.local.cache_uuid(),
+                vdi: record.uuid,
+                log_id: record.log_id,
+                epoch: record.epoch,
+            },
+            geometry: self.local.geometry,
+            size_bytes: record.size_bytes,
+            sealed: recovered.live.iter().map(|live| (live.id, live.last_lsn)).collect(),
+            index: recovered.index,
+            last_lsn: recovered.last_lsn,
+            committed: record.committed,
+            grants,
+            images: Arc::clone(&self.images),
+            progress,
+        }
+    }
+
+    /// Two free segments for a disk, waiting a little for evictions. A disk that comes back with a full ring takes
+    /// what there is: its flusher makes room, and until then its writers wait. Only a new disk is refused (rule L10).
+    async fn two_segments(&self, vdi: Uuid, is_new: bool) -> Result<Vec<Grant>, CacheError> {
+        const ATTEMPTS: u32 = 100;
+        let mut grants = self.pool.grant_two(vdi);
+        for _ in 0..ATTEMPTS {
+            if grants.len() >= 2 || !is_new {
+                return Ok(grants);
+            }
+            for grant in grants.drain(..) {
+                self.pool.release(grant.id, false);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            grants = self.pool.grant_two(vdi);
+        }
+        let free = grants.len() as u32;
+        for grant in grants {
+            self.pool.release(grant.id, false);
+        }
+        Err(CacheError::NoSegments { free })
+    }
+}
+
+fn sealed(live: &[Live]) -> Segments {
+    let mut segments = Segments::default();
+    for live in live {
+        segments.push(Segment {
+            id: live.id,
+            seq: live.seq,
+            first_lsn: live.first_lsn,
+            last_lsn: live.last_lsn,
+            used_blocks: live.used_blocks,
+            image: None,
+            since: Instant::now(),
+            offered: false,
+        });
+    }
+    segments
+}
+
+/// True if the segment belongs to the log that `record` describes.
+pub(crate) fn belongs(header: &SegmentHeader, record: &SlotVdi) -> bool {
+    header.vdi == record.uuid
+        && header.log_id == record.log_id
+        && header.seq >= record.evicted_below
+}

@@ -1,5 +1,5 @@
 //! Goal: each case that recovery can meet is judged as documented. Method: segments made up by hand, one case a test. What
-//! real crashes leave is in tests/log_crash.rs.
+//! real crashes leave is in tests/log_crash.
 
 use super::{AssembleError, Assembler, Found, Recovered, from_summary};
 use crate::disk::plan::SegmentId;

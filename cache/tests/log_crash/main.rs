@@ -1,8 +1,11 @@
 //! Goal: whatever a guest did and whenever the power or the agent failed, the recovered disk is a prefix of the log that
 //! holds everything a completed flush covered (P1, P2), and, if only the agent died, everything acknowledged (rule L1); the
-//! image that the flusher commits is at every LSN exactly the disk as it was then.
-//! Method: the real `Disk`, recovery and flusher on a simulated device whose unflushed writes get lost, torn and
+//! image that the flusher commits is at every LSN exactly the disk as it was then. On two legs all of this holds although
+//! one of them is lost, damaged or left behind at any moment (rule L5, `legs.rs`).
+//! Method: the real `Disk`, recovery and flusher on simulated devices whose unflushed writes get lost, torn and
 //! reordered at a crash; a seeded guest; a model that keeps the log of what the guest did. `CACHE_SEEDS=N` runs more.
+
+mod legs;
 
 use async_trait::async_trait;
 use blockstore::crc::crc32c;
@@ -22,7 +25,6 @@ use cache::recovery;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;
 
@@ -112,7 +114,8 @@ fn block_of(image: &Image, lba: u64) -> Vec<u8> {
 
 struct Rig {
     rng: SmallRng,
-    sim: SimDevice,
+    sims: Vec<SimDevice>,
+    faults: legs::Faults,
     local: Arc<Local>,
     disk: Disk,
     store: Arc<Store>,
@@ -123,7 +126,7 @@ struct Rig {
     wants: bool,
     sealed: VecDeque<SealedSegment>,
     pending: Vec<Action>,
-    done_ops: Vec<OpId>,
+    done_ops: Vec<(OpId, Result<(), i32>)>,
     log: Vec<Done>,
     next_tag: u64,
     next_stamp: u32,
@@ -137,10 +140,10 @@ struct Rig {
 }
 
 impl Rig {
-    async fn new(seed: u64) -> Self {
+    async fn new(seed: u64, legs: usize) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let sim = SimDevice::new(16 << 20, rng.random());
-        let local = Arc::new(Local::make_on(Path::new("sim"), sim.device()).await.unwrap());
+        let sims: Vec<_> = (0..legs).map(|_| SimDevice::new(16 << 20, rng.random())).collect();
+        let local = Arc::new(Local::make_legs(legs::named(&sims)).await.unwrap());
         let store = Arc::new(Store { image: Mutex::new((vec![0; SECTORS as usize], 0)) });
         let slot = SlotVdi {
             uuid: VDI,
@@ -158,11 +161,14 @@ impl Rig {
         let images = ImagePool::new(local.geometry.segment_size as usize, 4);
         let start =
             start(&local, &slot, &images, Lsn(0), Lsn(0), Default::default(), vec![], vec![]);
+        let local_members = local.members();
+        let faults = legs::Faults::new(&mut rng, legs);
         let mut rig = Self {
             rng,
-            sim,
+            sims,
+            faults,
             local,
-            disk: Disk::new(start),
+            disk: Disk::on_legs(start, local_members),
             store,
             slot,
             images,
@@ -328,7 +334,8 @@ impl Rig {
                 self.free.push_back(segment);
                 self.feed();
             }
-            FromDisk::LegFailed { reason, .. } | FromDisk::Failed { reason } => panic!("{reason}"),
+            FromDisk::LegFailed { leg, .. } => self.leg_failed(leg),
+            FromDisk::Failed { reason } => panic!("{reason}"),
             _ => {}
         }
     }
@@ -340,13 +347,14 @@ impl Rig {
         }
         let at = self.rng.random_range(0..self.pending.len());
         match self.pending.swap_remove(at) {
-            Action::Write { op, offset, image, start, len, .. } => {
-                self.sim.write(offset, vec![image.slice(start, len)]).await.unwrap();
-                self.done_ops.push(op);
+            Action::Write { op, leg, offset, image, start, len } => {
+                let data = vec![image.slice(start, len)];
+                let result = self.sims[usize::from(leg)].write(offset, data).await;
+                self.done_ops.push((op, self.result(leg, result)));
             }
-            Action::Flush { op, .. } => {
-                self.sim.flush().await.unwrap();
-                self.done_ops.push(op);
+            Action::Flush { op, leg } => {
+                let result = self.sims[usize::from(leg)].flush().await;
+                self.done_ops.push((op, self.result(leg, result)));
             }
             Action::Send(_) => unreachable!(),
         }
@@ -355,8 +363,8 @@ impl Rig {
     fn complete(&mut self) {
         if !self.done_ops.is_empty() {
             let at = self.rng.random_range(0..self.done_ops.len());
-            let op = self.done_ops.swap_remove(at);
-            self.disk.io_done(op, Ok(()));
+            let (op, result) = self.done_ops.swap_remove(at);
+            self.disk.io_done(op, result);
         }
     }
 
@@ -430,11 +438,11 @@ impl Rig {
             for piece in &plan.pieces {
                 match piece {
                     Piece::Local { block, blocks, offset } => {
-                        let read = self.sim.peek(*offset, *blocks as usize * BLOCK_SIZE);
-                        for (n, block_bytes) in read.chunks_exact(BLOCK_SIZE).enumerate() {
-                            assert_eq!(crc32c(block_bytes), plan.crcs[*block as usize + n]);
+                        for n in 0..*blocks {
+                            let crc = plan.crcs[(block + n) as usize];
+                            let at = offset + u64::from(n) * BLOCK_SIZE as u64;
+                            bytes.extend(self.block_at(at, crc));
                         }
-                        bytes.extend(read);
                     }
                     Piece::Memory { blocks, image, start, .. } => {
                         bytes.extend(image.bytes(*start, *blocks as usize * BLOCK_SIZE));
@@ -473,11 +481,7 @@ impl Rig {
 
     fn source(&self, source: &BlockSource, store: &Image, lba: u64) -> Vec<u8> {
         match source {
-            BlockSource::Local { offset, crc } => {
-                let bytes = self.sim.peek(*offset, BLOCK_SIZE);
-                assert_eq!(crc32c(&bytes), *crc);
-                bytes
-            }
+            BlockSource::Local { offset, crc } => self.block_at(*offset, *crc),
             BlockSource::Memory { image, start } => image.bytes(*start, BLOCK_SIZE).to_vec(),
             BlockSource::Zero => vec![0; BLOCK_SIZE],
             BlockSource::Miss => block_of(store, lba),
@@ -488,21 +492,22 @@ impl Rig {
     async fn crash(&mut self) {
         let mut power = self.rng.random_bool(0.5);
         if power {
-            self.sim.crash();
+            self.sims.iter().for_each(SimDevice::crash);
         } else {
             // What was submitted goes through or not, what was acknowledged has.
             for action in std::mem::take(&mut self.pending) {
-                if let Action::Write { offset, image, start, len, .. } = action
+                if let Action::Write { leg, offset, image, start, len, .. } = action
                     && self.rng.random_bool(0.5)
                 {
-                    self.sim.write(offset, vec![image.slice(start, len)]).await.unwrap();
+                    let data = vec![image.slice(start, len)];
+                    let result = self.sims[usize::from(leg)].write(offset, data).await;
+                    let _ = self.result(leg, result);
                 }
             }
         }
         let recovered = loop {
-            self.sim = self.sim.connect();
-            let local = Local::on_device(Path::new("sim"), self.sim.device()).await.unwrap();
-            self.local = Arc::new(local);
+            self.open_again().await;
+            self.rot().await;
             let mut headers = self.local.read_headers().await.unwrap();
             headers.retain(|h| h.log_id == LOG_ID && h.seq >= self.slot.evicted_below);
             headers.sort_by_key(|h| h.seq);
@@ -510,13 +515,10 @@ impl Rig {
             let recovered =
                 recovery::recover(&self.local, &self.slot, store, &headers).await.unwrap();
             if self.rng.random_bool(0.3) {
-                self.sim.crash_after(self.rng.random_range(0..6));
-                let result = recovery::settle(&self.local, &recovered).await;
-                self.sim.crash();
+                let polls = self.rng.random_range(0..40);
+                legs::cut_short(recovery::settle(&self.local, &recovered), polls).await;
+                self.sims.iter().for_each(SimDevice::crash);
                 power = true;
-                if result.is_ok() || self.rng.random_bool(0.5) {
-                    continue;
-                }
             } else {
                 recovery::settle(&self.local, &recovered).await.unwrap();
                 break recovered;
@@ -554,7 +556,8 @@ impl Rig {
         let segments = (used as u32).min(self.local.geometry.segments);
         self.free = (0..segments).map(SegmentId).filter(|id| !live.contains(id)).collect();
         let sealed = recovered.live.iter().map(|l| (l.id, l.last_lsn)).collect();
-        self.disk = Disk::new(start(
+        let members = self.local.members();
+        let start = start(
             &self.local,
             &self.slot,
             &self.images,
@@ -563,7 +566,8 @@ impl Rig {
             recovered.index,
             sealed,
             vec![],
-        ));
+        );
+        self.disk = Disk::on_legs(start, members);
         self.pending.clear();
         self.done_ops.clear();
         self.open.clear();
@@ -581,6 +585,7 @@ impl Rig {
             self.device().await;
             self.complete();
             self.poll();
+            self.put_out().await;
         }
         assert!(self.disk.is_quiet(), "without new requests the log comes to rest");
         assert!(self.open.is_empty(), "every request was answered");
@@ -617,8 +622,8 @@ fn start(
     }
 }
 
-async fn run(seed: u64) {
-    let mut rig = Rig::new(seed).await;
+async fn run(seed: u64, legs: usize) {
+    let mut rig = Rig::new(seed, legs).await;
     for _ in 0..rig.rng.random_range(1..6) {
         for _ in 0..rig.rng.random_range(10..1500) {
             match rig.rng.random_range(0..100) {
@@ -628,6 +633,9 @@ async fn run(seed: u64) {
                 85..90 => rig.commit().await,
                 90..94 => rig.evict().await,
                 94 => rig.disk.on_message(ToDisk::Roll { id: 1 }),
+                96 => rig.put_out().await,
+                97 if rig.rng.random_bool(0.05) => rig.lose_leg(),
+                98 if rig.rng.random_bool(0.3) => rig.rot().await,
                 95 if rig.rng.random_bool(0.1) => {
                     let now = rig.image_at(rig.disk.staged_lsn().0);
                     assert_eq!(rig.read_all(), now, "a read returns the newest data");
@@ -645,20 +653,30 @@ async fn run(seed: u64) {
     }
 }
 
-#[test]
-fn a_crash_at_any_moment_leaves_a_prefix_that_holds_all_that_was_flushed() {
+fn run_seeds(legs: usize, name: &str) {
     let seeds =
         std::env::var("CACHE_SEEDS").map_or(150, |s| s.parse().expect("CACHE_SEEDS is a number"));
     let first = std::env::var("CACHE_FIRST_SEED").map_or(0, |s| s.parse().expect("a number"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     for seed in first..first + seeds {
-        let result =
-            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(run(seed))));
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            runtime.block_on(run(seed, legs))
+        }));
         if let Err(panic) = result {
             eprintln!(
-                "seed {seed} failed; repeat with CACHE_FIRST_SEED={seed} CACHE_SEEDS=1 cargo test -p cache --test log_crash"
+                "seed {seed} failed; repeat with CACHE_FIRST_SEED={seed} CACHE_SEEDS=1 cargo test -p cache --test log_crash {name}"
             );
             std::panic::resume_unwind(panic);
         }
     }
+}
+
+#[test]
+fn a_crash_at_any_moment_leaves_a_prefix_that_holds_all_that_was_flushed() {
+    run_seeds(1, "a_crash");
+}
+
+#[test]
+fn two_legs_survive_what_happens_to_one_at_any_moment() {
+    run_seeds(2, "two_legs");
 }

@@ -79,6 +79,79 @@ pub struct VdiInfo {
     pub last_error: Option<String>,
     /// A virtual machine is connected.
     pub front_end_connected: bool,
+    /// Requests of the guest that wait: for space in the ring, or for the store.
+    #[serde(default)]
+    pub waiting: Waiting,
+    /// Where its writes lead to.
+    #[serde(default)]
+    pub outlook: Outlook,
+    /// What it can do without the store.
+    #[serde(default)]
+    pub readiness: Readiness,
+    /// Totals since the disk was attached.
+    #[serde(default)]
+    pub totals: Totals,
+    /// An outage drill is under way and ends by itself at this time, in milliseconds of UNIX time.
+    #[serde(default)]
+    pub drill_until: Option<u64>,
+}
+
+/// Requests of a guest that wait.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// Writes, for space in the ring.
+    pub writes: u64,
+    /// Reads, in pieces, for the store.
+    pub reads: u64,
+}
+
+/// What the present rates lead to. Rates are bytes of log per second, over the last minute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outlook {
+    /// What goes into the log.
+    pub write_rate: u64,
+    /// What the store took per second when it was last at work; none until it was.
+    pub drain_rate: Option<u64>,
+    /// With the store away, how long until the ring is full at the present rate of writes; none while nothing is written.
+    /// The ring is shared: the figure of a disk assumes that the others write nothing.
+    pub runway_ms: Option<u64>,
+    /// How long it takes to commit what is not in the store, from now or from the store's return; none if no rate is known.
+    pub drain_eta_ms: Option<u64>,
+}
+
+/// What a disk can do without the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Readiness {
+    /// Bytes of the disk that can be read from the local device.
+    pub held_bytes: u64,
+    /// Their share of the disk's size, 0 to 1. A disk that is not full needs less than 1.
+    pub held_share: f64,
+    /// Share of what the guest read in the last ten minutes that the store was not asked for, 0 to 1; none if it read
+    /// nothing.
+    pub recent_reads_local_share: Option<f64>,
+}
+
+/// Counters of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Read requests.
+    pub reads: u64,
+    /// Bytes that they asked for.
+    pub read_bytes: u64,
+    /// Bytes that the store was asked for to answer them.
+    pub fetched_bytes: u64,
+    /// Write requests.
+    pub writes: u64,
+    /// Bytes in them.
+    pub written_bytes: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Requests that ended with an I/O error although they were valid.
+    pub failed: u64,
+    /// Commits to the store.
+    pub commits: u64,
+    /// Bytes of log in them.
+    pub replayed_bytes: u64,
 }
 
 /// The store as `status` shows it.
@@ -92,6 +165,9 @@ pub struct StoreStatus {
     pub reachable: bool,
     /// Since when it did not, in milliseconds of UNIX time.
     pub down_since: Option<u64>,
+    /// Since when `reachable` has had its value, in milliseconds of UNIX time.
+    #[serde(default)]
+    pub since: u64,
     /// Its last error, which may be over.
     pub last_error: Option<String>,
     /// Operations that wait because the store is full.
@@ -151,6 +227,12 @@ pub struct Status {
     pub cache: CacheStatus,
     /// Disks attached to this host.
     pub vdis: Vec<VdiInfo>,
+    /// Where the writes of all disks lead to.
+    #[serde(default)]
+    pub outlook: Outlook,
+    /// What is not as it should be, in words, the worst first. Empty: all is well.
+    #[serde(default)]
+    pub degraded: Vec<String>,
 }
 
 /// Request of `vdi create`.
@@ -209,6 +291,56 @@ pub struct Done {
     pub name: String,
     /// Its identity.
     pub uuid: Uuid,
+}
+
+/// Request of `outage drill`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrillRequest {
+    /// How long.
+    pub time_ms: u64,
+}
+
+/// Answer of a drill's begin.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DrillBegun {
+    /// Which disk.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// It ends by itself then, in milliseconds of UNIX time.
+    pub until: u64,
+}
+
+/// What `outage drill` reports at the end.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DrillReport {
+    /// Which disk.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// How long it was cut off.
+    pub seconds: f64,
+    /// Writes that the guest made meanwhile.
+    pub writes: u64,
+    /// Bytes in them.
+    pub written_bytes: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Reads.
+    pub reads: u64,
+    /// Bytes that were asked of the store: these reads had to wait.
+    pub missed_bytes: u64,
+    /// The most reads, in pieces, that waited for the store at one time.
+    pub waiting_reads_max: u64,
+    /// The most writes that waited for space in the ring at one time.
+    pub waiting_writes_max: u64,
+    /// The most bytes of log that were not in the store.
+    pub dirty_bytes_max: u64,
+    /// The runway at the end.
+    pub runway_ms: Option<u64>,
+    /// How long it then took until all that was acknowledged was in the store.
+    pub drain_seconds: f64,
 }
 
 /// Request of `cache drain`.

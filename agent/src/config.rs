@@ -7,6 +7,7 @@ use crate::error::{Failure, Kind, Result};
 use crate::units::{parse_duration, parse_size};
 use ballast_vhost::server::{QUEUE_SIZE_MAX, QUEUES_MAX};
 use serde::{Deserialize, Deserializer};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -77,6 +78,9 @@ pub struct AgentArgs {
     /// Commit a write to the store at the latest this long after it was acknowledged
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub flush_max_age: Option<Duration>,
+    /// Serve metrics for Prometheus at this address of the loopback device, like 127.0.0.1:9477
+    #[arg(long, value_name = "ADDRESS", value_parser = crate::metrics::parse_address)]
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 /// The TOML file.
@@ -102,6 +106,15 @@ struct FileConfig {
     memory: MemorySection,
     #[serde(default)]
     flush: FlushSection,
+    #[serde(default)]
+    metrics: MetricsSection,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MetricsSection {
+    #[serde(default, deserialize_with = "metrics_address")]
+    listen: Option<SocketAddr>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -182,6 +195,8 @@ pub struct AgentConfig {
     pub segment_memory: usize,
     /// Longest age of an uncommitted write while the store answers; `None` leaves it to the flusher.
     pub flush_max_age: Option<Duration>,
+    /// Where metrics are served by TCP, if anywhere; a loopback address.
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 impl AgentConfig {
@@ -258,6 +273,7 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         node_memory: args.node_memory.or(file.memory.nodes).unwrap_or(32 << 20),
         segment_memory: args.segment_memory.or(file.memory.segments).unwrap_or(64 << 20),
         flush_max_age: args.flush_max_age.or(file.flush.max_age),
+        metrics_listen: args.metrics_listen.or(file.metrics.listen),
     })
 }
 
@@ -356,6 +372,11 @@ fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::E
 fn memory<'de, D: Deserializer<'de>>(from: D) -> Result<Option<usize>, D::Error> {
     let text = TextOrNumber::deserialize(from)?.into_text();
     parse_memory(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn metrics_address<'de, D: Deserializer<'de>>(from: D) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(from)?;
+    crate::metrics::parse_address(&text).map(Some).map_err(serde::de::Error::custom)
 }
 
 /// A mode must be text: a bare 0660 is no TOML, and a bare 660 would be decimal.

@@ -36,6 +36,8 @@ const FULL: &str = r#"
     segments = 16777216
     [flush]
     max_age = "500ms"
+    [metrics]
+    listen = "127.0.0.1:9477"
 "#;
 
 #[test]
@@ -59,6 +61,7 @@ fn a_file_alone_is_enough() {
         node_memory: 8 << 20,
         segment_memory: 16 << 20,
         flush_max_age: Some(Duration::from_millis(500)),
+        metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 9477))),
     };
     assert_eq!(config, expected);
 }

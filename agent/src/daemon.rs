@@ -7,12 +7,13 @@
 //! carried on by the next start. A kill at any point is as good as a crash: the log covers it.
 
 use crate::config::AgentConfig;
-use crate::control::server::{Gate, Phase, serve};
+use crate::control::server::{Gate, Phase, serve, serve_metrics};
 use crate::error::{Failure, Kind, Result};
 use crate::host::Host;
 use crate::notify;
 use crate::run_dir::{Remembered, RunDir};
 use std::io::IsTerminal;
+use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
@@ -74,6 +75,11 @@ async fn live(config: AgentConfig, run_dir: &RunDir, control: UnixListener) -> R
     let gate = Gate::new();
     let (stop_serving, stopped) = oneshot::channel::<()>();
     let control = adopt(control)?;
+    let metrics = match config.metrics_listen {
+        Some(address) => Some(listen_metrics(address).await?),
+        None => None,
+    };
+    let metrics = metrics.map(|listener| tokio::spawn(serve_metrics(listener, gate.clone())));
     let server = tokio::spawn(serve(control, gate.clone(), async {
         let _ = stopped.await;
     }));
@@ -121,7 +127,17 @@ async fn live(config: AgentConfig, run_dir: &RunDir, control: UnixListener) -> R
         }
     }
     server.abort();
+    if let Some(metrics) = metrics {
+        metrics.abort();
+    }
     Ok(())
+}
+
+async fn listen_metrics(address: SocketAddr) -> Result<tokio::net::TcpListener> {
+    tokio::net::TcpListener::bind(address).await.map_err(|error| {
+        let words = format!("cannot serve metrics on {address}: {error}; give another address");
+        Failure::new(Kind::Failed, words)
+    })
 }
 
 fn adopt(control: UnixListener) -> Result<tokio::net::UnixListener> {

@@ -5,6 +5,7 @@
 //! control/   HTTP over a UNIX socket: server in the daemon, client in the commands
 //! daemon     start, signals, stop
 //! host/      wires store, cache and vhost servers together: attach, detach, drain, status
+//! metrics      the status in Prometheus' words
 //! config, run_dir, names, units, notify, error, api: what the names say
 //! ```
 //!
@@ -17,6 +18,7 @@ mod control;
 mod daemon;
 mod error;
 mod host;
+mod metrics;
 mod names;
 mod notify;
 mod run_dir;

@@ -19,7 +19,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Path of a disk's resource.
-fn at(name: &str, action: &str) -> Result<String> {
+pub(super) fn at(name: &str, action: &str) -> Result<String> {
     if name.is_empty() {
         return Err(Failure::new(Kind::Usage, "the name of a disk must not be empty"));
     }
@@ -65,6 +65,11 @@ pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()>
 pub async fn status(run_dir: &Path, out: Output) -> Result<()> {
     let status: Status = Client::new(run_dir).get("/v1/status").await?;
     out.print(&status, tables::status)
+}
+
+pub async fn metrics(run_dir: &Path, out: Output) -> Result<()> {
+    let text = Client::new(run_dir).get_text("/v1/metrics").await?;
+    out.print(&serde_json::json!({ "metrics": text }), |_| text.clone())
 }
 
 pub async fn cache_status(run_dir: &Path, out: Output) -> Result<()> {

@@ -5,16 +5,18 @@
 
 mod agent_commands;
 mod cache_check;
+mod drill;
 mod output;
 mod store_commands;
 mod tables;
 
 use crate::config::{AgentArgs, DeviceArgs, RUN_DIR_DEFAULT};
 use crate::error::{EXIT_CODES, ErrorBody, Failure, Kind, Result};
-use crate::units::parse_size;
+use crate::units::{parse_duration, parse_size};
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Virtual disks for the VMs of this host: acknowledged by a local log, kept in a store on a shared device.
 #[derive(Debug, Parser)]
@@ -47,6 +49,11 @@ enum Command {
     Cache(CacheCommand),
     /// Show how the agent, its store, its cache and its disks are
     Status,
+    /// Print the status as text for Prometheus
+    Metrics,
+    /// Rehearse an outage of the store
+    #[command(subcommand, arg_required_else_help = true)]
+    Outage(OutageCommand),
 }
 
 /// A store's device.
@@ -162,6 +169,26 @@ enum CacheCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum OutageCommand {
+    /// Cut a disk off from the store on purpose, look on, restore it, drain it, report
+    Drill {
+        /// The disk: name or UUID
+        vdi: String,
+        /// How long; the agent ends the drill then, whatever becomes of this command
+        #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "60s")]
+        time: Duration,
+        /// Begin the drill and return at once
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// End a drill before its time
+    End {
+        /// The disk: name or UUID
+        vdi: String,
+    },
+}
+
 /// Runs the command of this process's arguments.
 #[must_use]
 pub fn run() -> ExitCode {
@@ -225,6 +252,11 @@ fn execute(cli: Cli) -> Result<()> {
             block_on(agent_commands::cache_drain(vdi, &run_dir(), out))
         }
         Command::Status => block_on(agent_commands::status(&run_dir(), out)),
+        Command::Metrics => block_on(agent_commands::metrics(&run_dir(), out)),
+        Command::Outage(OutageCommand::Drill { vdi, time, no_wait }) => {
+            block_on(drill::begin(&vdi, time, !no_wait, &run_dir(), out))
+        }
+        Command::Outage(OutageCommand::End { vdi }) => block_on(drill::end(&vdi, &run_dir(), out)),
     }
 }
 
@@ -273,6 +305,11 @@ mod tests {
             "cache check",
             "cache check /c",
             "status",
+            "metrics",
+            "outage drill db",
+            "--run-dir /r outage drill db --time 10m --no-wait",
+            "outage end db",
+            "agent --metrics-listen 127.0.0.1:9477",
         ] {
             let words = std::iter::once("ballast").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_ok(), "{line}");
@@ -291,6 +328,7 @@ mod tests {
             "agent --queues 0",
             "agent --queue-size 100",
             "status --frob",
+            "agent --metrics-listen 0.0.0.0:9477",
             "outage",
         ] {
             let words = std::iter::once("ballast").chain(line.split(' '));

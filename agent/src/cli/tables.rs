@@ -1,7 +1,10 @@
 //! What people see of the objects in `api`.
 
 use super::output::{Table, fields};
-use crate::api::{CacheStatus, Drained, Status, StoreStatus, Vdi, VdiInfo, VdiState};
+use crate::api::{
+    CacheStatus, Drained, DrillReport, Outlook, Readiness, Status, StoreStatus, Vdi, VdiInfo,
+    VdiState,
+};
 use crate::units::{format_ms, format_size};
 use std::path::Path;
 
@@ -47,9 +50,25 @@ pub fn vdi_info(info: &VdiInfo) -> String {
         ("flushed LSN", info.flushed_lsn.to_string()),
         ("committed LSN", vdi.committed_lsn.to_string()),
         ("not in the store yet", dirty(info)),
+        ("writes", rate(info.outlook.write_rate)),
+        ("runway without the store", runway(&info.outlook)),
+        ("drain takes", drain_time(&info.outlook)),
+        ("held locally", held(&info.readiness)),
+        ("recent reads", local_reads(&info.readiness)),
+        (
+            "waiting",
+            format!(
+                "{} writes for space, {} reads for the store",
+                info.waiting.writes, info.waiting.reads
+            ),
+        ),
     ];
+    if let Some(until) = info.drill_until {
+        pairs.push(("outage drill", drill(until)));
+    }
     if !vdi.attached {
-        pairs.retain(|(key, _)| !matches!(*key, "virtual machine" | "flushed LSN" | "last LSN"));
+        pairs.retain(|(key, _)| ["name", "uuid", "size", "state", "owner"].contains(key));
+        pairs.push(("committed LSN", vdi.committed_lsn.to_string()));
     }
     fields(&pairs)
 }
@@ -66,6 +85,41 @@ fn dirty(info: &VdiInfo) -> String {
         Some(age) => format!("{}, oldest {} ago", format_size(info.dirty_bytes), format_ms(age)),
         None => format_size(info.dirty_bytes),
     }
+}
+
+fn rate(bytes: u64) -> String {
+    if bytes == 0 { "-".into() } else { format!("{}/s", format_size(bytes)) }
+}
+
+fn runway(outlook: &Outlook) -> String {
+    dash(outlook.runway_ms, format_ms)
+}
+
+fn drain_time(outlook: &Outlook) -> String {
+    match outlook.drain_eta_ms {
+        Some(0) => "-".into(),
+        Some(eta) => format_ms(eta),
+        None => "?".into(),
+    }
+}
+
+fn held(readiness: &Readiness) -> String {
+    let share = readiness.held_share * 100.0;
+    format!("{}, {share:.1} % of the disk", format_size(readiness.held_bytes))
+}
+
+fn local_reads(readiness: &Readiness) -> String {
+    let show = |share| format!("{:.1} % from the cache", share * 100.0);
+    dash(readiness.recent_reads_local_share, show)
+}
+
+fn drill(until: u64) -> String {
+    format!("cut off from the store, ends in {}", format_ms(until.saturating_sub(now_ms())))
+}
+
+fn now_ms() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| now.as_millis() as u64)
 }
 
 /// `cache status`.
@@ -94,10 +148,8 @@ fn store_line(store: &StoreStatus) -> String {
     let mut line = if store.reachable {
         format!("{}  up", store.url)
     } else {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let now_ms = now.map_or(0, |now| now.as_millis() as u64);
         let since = dash(store.down_since, |since| {
-            format!("for {}", format_ms(now_ms.saturating_sub(since)))
+            format!("for {}", format_ms(now_ms().saturating_sub(since)))
         });
         format!("{}  DOWN {since}: serving from the cache", store.url)
     };
@@ -139,7 +191,19 @@ pub fn status(status: &Status) -> String {
                 format_size(cache.clean_bytes)
             ),
         ),
+        (
+            "outlook",
+            format!(
+                "writes {}, runway {}, drain {}",
+                rate(status.outlook.write_rate),
+                runway(&status.outlook),
+                drain_time(&status.outlook)
+            ),
+        ),
     ]);
+    for what in &status.degraded {
+        text.push_str(&format!("ATTENTION: {what}\n"));
+    }
     if status.vdis.is_empty() {
         return format!("{text}\nNo disk is attached to this host.\n");
     }
@@ -160,6 +224,71 @@ pub fn status(status: &Status) -> String {
     }
     text.push('\n');
     text.push_str(&table.render());
+    let head =
+        ["DISK", ">WRITES", ">RUNWAY", ">DRAIN", ">HELD LOCALLY", ">RECENT READS", "WAITING"];
+    let mut table = Table::new(&head);
+    for info in &status.vdis {
+        let readiness = &info.readiness;
+        table.row([
+            info.vdi.name.clone(),
+            rate(info.outlook.write_rate),
+            runway(&info.outlook),
+            drain_time(&info.outlook),
+            format!("{:.1} %", readiness.held_share * 100.0),
+            dash(readiness.recent_reads_local_share, |s| format!("{:.1} % local", s * 100.0)),
+            waiting(info),
+        ]);
+    }
+    text.push('\n');
+    text.push_str(&table.render());
+    text
+}
+
+fn waiting(info: &VdiInfo) -> String {
+    match (info.waiting.writes, info.waiting.reads) {
+        (0, 0) => "-".into(),
+        (writes, 0) => format!("{writes} writes for space"),
+        (0, reads) => format!("{reads} reads for the store"),
+        (writes, reads) => format!("{writes} writes for space, {reads} reads for the store"),
+    }
+}
+
+/// While a drill is under way.
+pub fn drill_progress(info: &VdiInfo) -> String {
+    format!(
+        "drill of {}: {} not in the store, runway {}, waiting: {}\n",
+        info.vdi.name,
+        format_size(info.dirty_bytes),
+        runway(&info.outlook),
+        waiting(info)
+    )
+}
+
+/// `outage drill`.
+pub fn drill_report(report: &DrillReport) -> String {
+    let missed = match report.missed_bytes {
+        0 => "none waited for the store".to_owned(),
+        bytes => format!(
+            "{} were not held locally and waited, up to {} at once",
+            format_size(bytes),
+            report.waiting_reads_max
+        ),
+    };
+    let held_up = match report.waiting_writes_max {
+        0 => "none waited for space".to_owned(),
+        writes => format!("the ring was full: up to {writes} waited for space"),
+    };
+    let written = format_size(report.written_bytes);
+    let mut text =
+        format!("{} was cut off from the store for {:.1} s\n", report.name, report.seconds);
+    text.push_str(&fields(&[
+        ("writes", format!("{} of {written}; {held_up}", report.writes)),
+        ("flushes", format!("{}, all from the local log", report.flushes)),
+        ("reads", format!("{}; {missed}", report.reads)),
+        ("not in the store", format!("at most {}", format_size(report.dirty_bytes_max))),
+        ("runway at the end", dash(report.runway_ms, format_ms)),
+        ("drained", format!("{:.1} s after its end", report.drain_seconds)),
+    ]));
     text
 }
 

@@ -30,6 +30,12 @@ impl Client {
         self.request(Method::GET, path, Bytes::new()).await
     }
 
+    /// GET of something that is no JSON.
+    pub async fn get_text(&self, path: &str) -> Result<String> {
+        let body = self.exchange(Method::GET, path, Bytes::new()).await?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+
     /// DELETE.
     pub async fn delete<A: DeserializeOwned>(&self, path: &str) -> Result<A> {
         self.request(Method::DELETE, path, Bytes::new()).await
@@ -42,13 +48,18 @@ impl Client {
         self.request(Method::POST, path, body.into()).await
     }
 
-    /// One connection, one request.
     async fn request<A: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
         body: Bytes,
     ) -> Result<A> {
+        let body = self.exchange(method, path, body).await?;
+        serde_json::from_slice(&body).map_err(|error| self.not_understood(&error))
+    }
+
+    /// One connection, one request. Returns the answer's body.
+    async fn exchange(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|e| self.not_connected(&e))?;
         let broken = |error: hyper::Error| {
             let at = self.socket.display();
@@ -72,7 +83,7 @@ impl Client {
         let body = answer.into_body().collect().await.map_err(broken)?.to_bytes();
         driver.abort();
         if status.is_success() {
-            return serde_json::from_slice(&body).map_err(|error| self.not_understood(&error));
+            return Ok(body);
         }
         match serde_json::from_slice::<ErrorBody>(&body) {
             Ok(body) => Err(body.error),

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! GET    /v1/status                 Status
+//! GET    /v1/metrics                the status as text for Prometheus
 //! GET    /v1/cache                  CacheStatus
 //! POST   /v1/cache/drain            DrainRequest   → Drained
 //! GET    /v1/vdis                   [Vdi]
@@ -11,6 +12,8 @@
 //! POST   /v1/vdis/NAME/attach       Attached
 //! POST   /v1/vdis/NAME/detach       DetachRequest  → Done
 //! POST   /v1/vdis/NAME/resize       ResizeRequest  → Created
+//! POST   /v1/vdis/NAME/drill        DrillRequest   → DrillBegun
+//! DELETE /v1/vdis/NAME/drill        Done
 //! ```
 //!
 //! NAME is a percent-escaped name or UUID. A failure has a status of 400 and above and the body

@@ -5,9 +5,10 @@
 //! can end the daemon: what cannot be understood is answered with words.
 
 use super::REQUEST_BYTES_MAX;
-use crate::api::{CreateRequest, DetachRequest, DrainRequest, ResizeRequest};
+use crate::api::{CreateRequest, DetachRequest, DrainRequest, DrillRequest, ResizeRequest};
 use crate::error::{ErrorBody, Failure, Kind, Result};
 use crate::host::Host;
+use crate::metrics;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, PathRejection};
@@ -20,7 +21,8 @@ use parking_lot::RwLock;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
-use tokio::net::UnixListener;
+use std::time::Duration;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 
 /// Requests under way at one time.
@@ -88,9 +90,24 @@ pub async fn serve(
     }
 }
 
+/// Serves the metrics, and nothing else, on a TCP port.
+pub async fn serve_metrics(listener: TcpListener, gate: Gate) {
+    let router = Router::new()
+        .route("/metrics", get(metrics))
+        .fallback(unknown)
+        .method_not_allowed_fallback(unknown)
+        .layer(middleware::from_fn_with_state(gate.clone(), limit))
+        .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
+        .with_state(gate);
+    if let Err(error) = axum::serve(listener, router).await {
+        tracing::error!("the metrics' port failed: {error}; restart the agent to have it again");
+    }
+}
+
 fn router(gate: Gate) -> Router {
     Router::new()
         .route("/v1/status", get(status))
+        .route("/v1/metrics", get(metrics))
         .route("/v1/cache", get(cache_status))
         .route("/v1/cache/drain", post(drain))
         .route("/v1/vdis", get(list).post(create))
@@ -98,6 +115,7 @@ fn router(gate: Gate) -> Router {
         .route("/v1/vdis/{name}/attach", post(attach))
         .route("/v1/vdis/{name}/detach", post(detach))
         .route("/v1/vdis/{name}/resize", post(resize))
+        .route("/v1/vdis/{name}/drill", post(drill).delete(end_drill))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
         .layer(middleware::from_fn_with_state(gate.clone(), limit))
@@ -128,6 +146,13 @@ async fn unknown(method: Method, uri: Uri) -> Response {
 
 async fn status(State(gate): Gated) -> Response {
     answer(gate.host().map(|host| host.status()))
+}
+
+async fn metrics(State(gate): Gated) -> Response {
+    match gate.host().and_then(|host| metrics::render(&host.status())) {
+        Ok(text) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(failure) => failure.into_response(),
+    }
 }
 
 async fn cache_status(State(gate): Gated) -> Response {
@@ -193,6 +218,20 @@ async fn resize(State(gate): Gated, name: Name, body: Body) -> Response {
         }
         .await,
     )
+}
+
+async fn drill(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let DrillRequest { time_ms } = parse(body)?;
+            gate.host()?.drill(&name_of(name)?, Duration::from_millis(time_ms))
+        }
+        .await,
+    )
+}
+
+async fn end_drill(State(gate): Gated, name: Name) -> Response {
+    answer(async { gate.host()?.end_drill(&name_of(name)?) }.await)
 }
 
 /// Changes nothing that would have to be carried to its end: a caller that goes away ends the wait.

@@ -1,11 +1,14 @@
 //! The host: its store, its cache and the disks that it serves, wired together.
 //!
 //! `store` opens the store, `parts` is what all disks share, `served` is one disk, `requests` and `report` are
-//! what the control API does and shows, `errors` translates. All use of the other crates' APIs is in this folder.
+//! what the control API does and shows, `meters` what the counters foretell, `drill` cuts a disk off
+//! on purpose, `errors` translates. All use of the other crates' APIs is in this folder.
 //!
 //! A disk that does not come back at the start, or whose worker fails, is shown as failed; all others go on.
 
+mod drill;
 mod errors;
+mod meters;
 mod parts;
 mod report;
 mod requests;
@@ -39,6 +42,8 @@ pub struct Host {
     started: Instant,
     /// Disks attached to this host, by identity. Held for moments only.
     served: Mutex<BTreeMap<Uuid, Arc<Served>>>,
+    /// What `status` foretells.
+    meters: Mutex<meters::Meters>,
     /// Heartbeat, and disks on their way back. Ended at the stop.
     tasks: Mutex<JoinSet<()>>,
 }
@@ -94,10 +99,12 @@ impl Host {
             name,
             started: Instant::now(),
             served: Mutex::default(),
+            meters: Mutex::default(),
             tasks: Mutex::default(),
         });
         host.bring_back().await;
         host.spawn(heartbeat(Arc::clone(&host.parts)));
+        host.spawn(report::read_meters(Arc::downgrade(&host)));
         Ok(host)
     }
 
@@ -133,6 +140,8 @@ impl Host {
         for disk in served {
             let parts = Arc::clone(&self.parts);
             stopping.spawn(async move {
+                // What was written during a drill had better reach the store now.
+                disk.drill.restore();
                 if let Err(failure) = disk.shut_down(&parts, deadline).await {
                     tracing::error!(vdi = %disk.name, "its server did not stop in good order: {failure}");
                 }

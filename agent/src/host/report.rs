@@ -1,9 +1,45 @@
 //! What `status`, `vdi list`, `vdi info` and `cache status` show. Nothing here waits for the store, except the list.
 
 use super::Host;
+use super::meters::{PERIOD, Reading};
 use super::served::Served;
-use crate::api::{AgentStatus, CacheStatus, Status, StoreStatus, Vdi, VdiInfo, VdiState};
+use crate::api::{
+    AgentStatus, CacheStatus, Status, StoreStatus, Totals, Vdi, VdiInfo, VdiState, Waiting,
+};
 use crate::error::Result;
+use std::collections::BTreeMap;
+use std::sync::Weak;
+use std::time::Instant;
+
+/// Share of the ring from which `status` calls it nearly full.
+const NEARLY_FULL: f64 = 0.8;
+
+/// Reads the meters of all disks for as long as the host lives.
+pub(super) async fn read_meters(host: Weak<Host>) {
+    let mut tick = tokio::time::interval(PERIOD);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let Some(host) = host.upgrade() else { return };
+        let store_answers = host.parts.store.health().reachable;
+        let disks: Vec<_> = host.served.lock().values().cloned().collect();
+        let readings = disks.iter().filter_map(|disk| {
+            let log = host.parts.cache.vdi_status(disk.uuid)?;
+            let stats = disk.stats().unwrap_or_default();
+            let reading = Reading {
+                at: Instant::now(),
+                dirty: log.dirty_bytes,
+                replayed: log.replayed_bytes,
+                written: stats.written_bytes,
+                read: stats.read_bytes,
+                fetched: log.fetched_bytes,
+                store_answers: store_answers && disk.drill.until_ms().is_none(),
+            };
+            Some((disk.uuid, reading))
+        });
+        host.meters.lock().take(readings);
+    }
+}
 
 impl Host {
     /// Everything, from what is known without asking the store.
@@ -11,6 +47,12 @@ impl Host {
         let disks: Vec<_> = self.served.lock().values().cloned().collect();
         let mut vdis: Vec<_> = disks.iter().map(|disk| self.describe(disk)).collect();
         vdis.sort_by(|a, b| a.vdi.name.cmp(&b.vdi.name));
+        let (store, cache) = (self.store_status(), self.cache_status());
+        let dirty: BTreeMap<_, _> =
+            vdis.iter().map(|info| (info.vdi.uuid, info.dirty_bytes)).collect();
+        let outlook =
+            self.meters.lock().outlook_of_all(&dirty, cache.free_bytes + cache.clean_bytes);
+        let degraded = degraded(&store, &cache, &vdis);
         Status {
             agent: AgentStatus {
                 pid: std::process::id(),
@@ -19,9 +61,11 @@ impl Host {
                 host_uuid: self.identity.host,
                 host_name: self.name.clone(),
             },
-            store: self.store_status(),
-            cache: self.cache_status(),
+            store,
+            cache,
             vdis,
+            outlook,
+            degraded,
         }
     }
 
@@ -33,6 +77,7 @@ impl Host {
             uuid: store.uuid(),
             reachable: health.reachable,
             down_since: (!health.reachable).then_some(health.since_ms),
+            since: health.since_ms,
             last_error: health.last_error,
             waiting_for_space: health.waiting_for_space,
             single_host: store.superblock().single_host,
@@ -61,6 +106,15 @@ impl Host {
         let view = disk.view();
         let log = self.parts.cache.vdi_status(disk.uuid).unwrap_or_default();
         let stats = disk.stats().unwrap_or_default();
+        let ring = self.parts.cache.status();
+        let (outlook, readiness) = {
+            let meters = self.meters.lock();
+            let room = ring.free_bytes + ring.clean_bytes;
+            (
+                meters.outlook(disk.uuid, log.dirty_bytes, room),
+                meters.readiness(disk.uuid, log.held_bytes, view.size),
+            )
+        };
         let (state, own_error) = if stats.worker_failed {
             let words =
                 "its worker failed inside (the agent's log has the details): restart the agent";
@@ -87,6 +141,21 @@ impl Host {
             oldest_dirty_ms: log.oldest_dirty_ms,
             last_error: own_error.or(log.last_error),
             front_end_connected: stats.connected,
+            waiting: Waiting { writes: stats.stalled, reads: stats.fetching },
+            outlook,
+            readiness,
+            totals: Totals {
+                reads: stats.reads,
+                read_bytes: stats.read_bytes,
+                fetched_bytes: log.fetched_bytes,
+                writes: stats.writes,
+                written_bytes: stats.written_bytes,
+                flushes: stats.flushes,
+                failed: stats.failed,
+                commits: log.commits,
+                replayed_bytes: log.replayed_bytes,
+            },
+            drill_until: disk.drill.until_ms(),
         }
     }
 
@@ -115,6 +184,11 @@ impl Host {
             oldest_dirty_ms: None,
             last_error: None,
             front_end_connected: false,
+            waiting: Waiting::default(),
+            outlook: Default::default(),
+            readiness: Default::default(),
+            totals: Totals::default(),
+            drill_until: None,
         }
     }
 
@@ -133,4 +207,33 @@ impl Host {
             None => Ok(self.describe_stored(&self.parts.store.lookup_vdi(name).await?)),
         }
     }
+}
+
+/// What is not as it should be, the worst first.
+fn degraded(store: &StoreStatus, cache: &CacheStatus, vdis: &[VdiInfo]) -> Vec<String> {
+    let mut found = Vec::new();
+    for info in vdis.iter().filter(|info| info.vdi.state == VdiState::Failed) {
+        let why = info.last_error.as_deref().unwrap_or("see the agent's log");
+        found.push(format!("disk '{}' has failed: {why}", info.vdi.name));
+    }
+    let waiting: u64 = vdis.iter().map(|info| info.waiting.writes).sum();
+    if waiting > 0 && cache.fill >= NEARLY_FULL {
+        found.push(format!("the ring is full: {waiting} writes wait for the store"));
+    } else if cache.fill >= NEARLY_FULL {
+        found.push(format!("the ring is {:.0} % full", cache.fill * 100.0));
+    }
+    if !store.reachable {
+        found.push("the store does not answer: serving from the cache".to_owned());
+        let reads: u64 = vdis.iter().map(|info| info.waiting.reads).sum();
+        if reads > 0 {
+            found.push(format!("{reads} reads of what is not held locally wait for the store"));
+        }
+    }
+    if store.waiting_for_space > 0 {
+        found.push("the store is full: commits wait for free space".to_owned());
+    }
+    for info in vdis.iter().filter(|info| info.drill_until.is_some()) {
+        found.push(format!("an outage drill cuts disk '{}' off from the store", info.vdi.name));
+    }
+    found
 }

@@ -1,12 +1,13 @@
 //! What the control API changes.
 
 use super::Host;
+use super::drill::TIME_MAX;
 use super::served::Served;
-use crate::api::{Attached, Created, Done, Drained, DrainedVdi};
+use crate::api::{Attached, Created, Done, Drained, DrainedVdi, DrillBegun, VdiState};
 use crate::error::{Failure, Kind, Result};
 use crate::names::check_vdi_name;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
@@ -118,6 +119,13 @@ impl Host {
             };
             return Err(Failure::new(Kind::Conflict, words));
         };
+        if disk.drill.until_ms().is_some() {
+            let words = format!(
+                "disk '{0}' cannot be drained during its outage drill: 'ballast outage end {0}' first",
+                disk.name
+            );
+            return Err(Failure::new(Kind::Conflict, words));
+        }
         disk.take_down(&self.parts, force).await?;
         self.remove(&disk);
         Ok(Done { name: disk.name.clone(), uuid: disk.uuid })
@@ -137,6 +145,46 @@ impl Host {
             }
         };
         Ok(Created { name, uuid, size })
+    }
+
+    /// Cuts a disk off from the store for a while.
+    pub fn drill(&self, name: &str, time: Duration) -> Result<DrillBegun> {
+        if time.is_zero() || time > TIME_MAX {
+            let hours = TIME_MAX.as_secs() / 3600;
+            let words = format!("a drill of {time:?} is not possible: give up to {hours}h");
+            return Err(Failure::new(Kind::Usage, words));
+        }
+        let disk = self.drillable(name)?;
+        if disk.view().state != VdiState::Running {
+            let words = format!("disk '{}' is not served now: see 'ballast status'", disk.name);
+            return Err(Failure::new(Kind::Conflict, words));
+        }
+        let until = disk.drill.cut(time);
+        tracing::warn!(vdi = %disk.name, seconds = time.as_secs(), "outage drill: cut off from the store");
+        let (name, uuid) = (disk.name.clone(), disk.uuid);
+        self.spawn(async move {
+            disk.drill.connected().await;
+            tracing::warn!(vdi = %disk.name, "outage drill: over");
+        });
+        Ok(DrillBegun { name, uuid, until })
+    }
+
+    /// Ends a drill before its time.
+    pub fn end_drill(&self, name: &str) -> Result<Done> {
+        let disk = self.drillable(name)?;
+        if !disk.drill.restore() {
+            let words = format!("no outage drill of disk '{}' is under way", disk.name);
+            return Err(Failure::new(Kind::Conflict, words));
+        }
+        Ok(Done { name: disk.name.clone(), uuid: disk.uuid })
+    }
+
+    fn drillable(&self, name: &str) -> Result<Arc<Served>> {
+        self.find_served(name).ok_or_else(|| {
+            let words =
+                format!("no disk '{name}' is attached to this host: see 'ballast vdi list'");
+            Failure::new(Kind::NotFound, words)
+        })
     }
 
     /// Returns when all that was acknowledged before is committed.

@@ -7,6 +7,7 @@
 //! disk that the next start brings back, drained or not: an attach or detach that a crash cut off is simply
 //! asked for again. One transition at a time; each runs to its end.
 
+use super::drill::{Switch, Switched};
 use super::parts::Parts;
 use crate::api::VdiState;
 use crate::error::{Failure, Kind, Result};
@@ -34,6 +35,8 @@ pub struct Served {
     pub name: String,
     /// Where it is served, unless the run directory's path leaves no room for a socket.
     pub socket: Option<PathBuf>,
+    /// Between its log and the store.
+    pub drill: Arc<Switch>,
     view: Mutex<View>,
     server: Mutex<Option<DiskServer>>,
     /// Its log is open and no server would take it: the next attempt goes on from here.
@@ -64,6 +67,7 @@ impl Served {
             uuid,
             name: name.to_owned(),
             socket: socket_path(run_dir, name, uuid).ok(),
+            drill: Arc::new(Switch::new()),
             view: Mutex::new(View { size, state, error: None, gone: false }),
             server: Mutex::new(None),
             unserved: Mutex::new(None),
@@ -153,7 +157,10 @@ impl Served {
         let disk = match unserved {
             Some(disk) => disk,
             // Recovery is work for a processor: it has a thread of its own.
-            None => blocking(move || runtime.block_on(cache.attach(&identity, vdi))).await?,
+            None => {
+                let backing = Arc::new(Switched::new(vdi, Arc::clone(&self.drill)));
+                blocking(move || runtime.block_on(cache.attach(&identity, backing))).await?
+            }
         };
         match blocking(move || Ok::<_, Failure>(listening.run(disk))).await? {
             Ok(server) => {

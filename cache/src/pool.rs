@@ -39,6 +39,8 @@ struct Inner {
     evicting: u32,
     /// By segment; none for free ones.
     owners: Vec<Option<Uuid>>,
+    /// Segments that each disk owns and that are not in `clean`; kept in step by [`Self::dirtied`] and [`Self::cleaned`].
+    dirty: BTreeMap<Uuid, u32>,
     waiting: VecDeque<Uuid>,
     tasks: BTreeMap<Uuid, UnboundedSender<PoolMessage>>,
 }
@@ -81,6 +83,7 @@ impl Pool {
             clean: BTreeMap::new(),
             evicting: 0,
             owners: vec![None; geometry.segments as usize],
+            dirty: BTreeMap::new(),
             waiting: VecDeque::new(),
             tasks: BTreeMap::new(),
         };
@@ -92,6 +95,7 @@ impl Pool {
         let mut inner = self.inner.lock();
         for id in ids {
             inner.owners[id.0 as usize] = Some(vdi);
+            inner.dirtied(vdi);
         }
     }
 
@@ -113,7 +117,11 @@ impl Pool {
         let mut inner = self.inner.lock();
         inner.tasks.remove(&vdi);
         inner.waiting.retain(|waiting| *waiting != vdi);
+        let before = inner.clean.len();
         inner.clean.retain(|_, (_, owner)| *owner != vdi);
+        for _ in inner.clean.len()..before {
+            inner.dirtied(vdi);
+        }
         Self::next_turn(&inner);
     }
 
@@ -171,7 +179,8 @@ impl Pool {
     /// is durable (rule L2).
     pub fn release(&self, id: SegmentId, was_evicted: bool) {
         let mut inner = self.inner.lock();
-        assert!(inner.owners[id.0 as usize].take().is_some(), "a segment is freed once");
+        let owner = inner.owners[id.0 as usize].take().expect("a segment is freed once");
+        inner.cleaned(owner);
         if was_evicted {
             inner.evicting = inner.evicting.saturating_sub(1);
         }
@@ -188,7 +197,9 @@ impl Pool {
     /// A segment is clean: it may be evicted when space is short.
     pub fn offer_clean(&self, vdi: Uuid, id: SegmentId, seq: u64) {
         let mut inner = self.inner.lock();
-        inner.clean.insert(seq, (id, vdi));
+        if inner.clean.insert(seq, (id, vdi)).is_none() {
+            inner.cleaned(vdi);
+        }
         self.relieve(&mut inner);
     }
 
@@ -216,6 +227,7 @@ impl Pool {
 
     fn make_grant(&self, inner: &mut Inner, vdi: Uuid, id: SegmentId) -> Grant {
         inner.owners[id.0 as usize] = Some(vdi);
+        inner.dirtied(vdi);
         let seq = inner.next_seq;
         inner.next_seq += 1;
         let roomy = inner.free.len() as u32 >= self.low_water() / 2;
@@ -230,18 +242,12 @@ impl Pool {
     /// Whether one more segment for this disk leaves the others their floors.
     fn may_have(&self, inner: &Inner, vdi: Uuid) -> bool {
         let floor = self.floor(inner.tasks.len());
-        let mut dirty: BTreeMap<Uuid, u32> = inner.tasks.keys().map(|vdi| (*vdi, 0)).collect();
-        for owner in inner.owners.iter().flatten() {
-            dirty.entry(*owner).and_modify(|count| *count += 1);
-        }
-        for (_, owner) in inner.clean.values() {
-            dirty.entry(*owner).and_modify(|count| *count = count.saturating_sub(1));
-        }
-        if dirty.get(&vdi).is_none_or(|count| *count < floor) {
+        let dirty = |vdi: &Uuid| inner.dirty.get(vdi).copied().unwrap_or(0);
+        if !inner.tasks.contains_key(&vdi) || dirty(&vdi) < floor {
             return true;
         }
-        let others = dirty.iter().filter(|(other, _)| **other != vdi);
-        let kept: u32 = others.map(|(_, count)| floor.saturating_sub(*count)).sum();
+        let others = inner.tasks.keys().filter(|other| **other != vdi);
+        let kept: u32 = others.map(|other| floor.saturating_sub(dirty(other))).sum();
         let available = inner.free.len() as u32 + inner.clean.len() as u32 + inner.evicting;
         kept == 0 || available > kept
     }
@@ -251,6 +257,7 @@ impl Pool {
         let wanted = self.low_water() + inner.waiting.len() as u32;
         while (inner.free.len() as u32) + inner.evicting < wanted {
             let Some((_, (id, vdi))) = inner.clean.pop_first() else { break };
+            inner.dirtied(vdi);
             if let Some(task) = inner.tasks.get(&vdi)
                 && task.send(PoolMessage::Evict(id)).is_ok()
             {
@@ -265,6 +272,25 @@ impl Pool {
         {
             // A task that is gone unregisters itself and so leaves the queue.
             let _ = task.send(PoolMessage::YourTurn);
+        }
+    }
+}
+
+impl Inner {
+    /// A disk has one more segment that is not clean.
+    fn dirtied(&mut self, vdi: Uuid) {
+        *self.dirty.entry(vdi).or_default() += 1;
+    }
+
+    /// A disk has one segment less that is not clean.
+    fn cleaned(&mut self, vdi: Uuid) {
+        if let Some(count) = self.dirty.get_mut(&vdi) {
+            *count -= 1;
+            if *count == 0 {
+                self.dirty.remove(&vdi);
+            }
+        } else {
+            debug_assert!(false, "a disk without dirty segments has one less");
         }
     }
 }

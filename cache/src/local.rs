@@ -10,6 +10,8 @@
 mod choose;
 mod create;
 mod opening;
+#[cfg(test)]
+mod tests;
 
 pub use opening::{LegState, Mode};
 

@@ -6,7 +6,7 @@ use super::segment::SegmentHeader;
 use super::slot::{SlotVdi, VdiSlot};
 use super::summary::{Summary, blocks_for};
 use super::superblock::Superblock;
-use super::{FormatError, Geometry, Membership};
+use super::{FormatError, Geometry, LegSet, Membership};
 use crate::disk::plan::SegmentId;
 use blockstore::crc::crc32c;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
@@ -170,6 +170,31 @@ fn numbers_that_no_log_holds_are_refused_though_the_checksum_is_right() {
 }
 
 #[test]
+fn a_superblock_says_which_legs_hold_everything() {
+    let legs = vec![Uuid::from_u128(3), Uuid::from_u128(4)];
+    let both = Membership { id: Uuid::from_u128(5), ..Membership::new(legs) };
+    let of = |leg: u128, membership: &Membership| Superblock {
+        leg: Uuid::from_u128(leg),
+        membership: membership.clone(),
+        ..superblock()
+    };
+    let alone = both.without(LegSet::FIRST).unwrap();
+    assert_eq!((alone.events, alone.members), (1, LegSet::NONE.with(1)));
+    assert_ne!(alone.id, both.id);
+    assert!(alone.without(LegSet::NONE.with(1)).is_none(), "one leg must be left");
+    for good in [of(3, &both), of(4, &both), of(4, &alone)] {
+        assert_eq!(Superblock::decode(&good.encode()), Ok(good));
+    }
+    assert_eq!(crc32c(&of(4, &both).encode()), GOLDEN_MIRRORED);
+    // A leg that is no member never says so; one that is not in its own list is none of the cache's.
+    let twice = Membership { legs: vec![Uuid::from_u128(3); 2], ..both.clone() };
+    let nobody = Membership { members: LegSet::NONE, ..both.clone() };
+    for bad in [of(3, &alone), of(9, &both), of(3, &twice), of(3, &nobody)] {
+        assert!(Superblock::decode(&bad.encode()).is_err(), "{bad:?}");
+    }
+}
+
+#[test]
 fn geometries_fit_their_device() {
     assert!(Geometry::for_size((16 << 20) - 1).is_none());
     for size in [16 << 20, 17 << 20, 1 << 30, 2 << 30, 16 << 30, 1 << 40, 12 << 40] {
@@ -209,4 +234,5 @@ proptest! {
     }
 }
 
+const GOLDEN_MIRRORED: u32 = 0x79fe_8632;
 const GOLDEN: [u32; 5] = [0x5533_f898, 0x956b_1f81, 0x8bad_76c0, 0x742c_b702, 0x0768_b9d0];

@@ -1,6 +1,6 @@
 //! What may happen to one of two legs: it fails, also in the middle of being put out; its copies rot; it is absent at a
-//! start; it comes back as it was when it was left behind. All of it hits one leg of a seed, the victim: what is lost on
-//! both is lost.
+//! start; it comes back as it was when it was left behind. All of it hits one leg at a time, the victim: what is lost on
+//! both is lost. The other leg may be the next victim once a recovery has made both equal.
 
 use super::Rig;
 use blockstore::crc::crc32c;
@@ -31,12 +31,15 @@ pub(super) struct Faults {
     failed: bool,
     /// It was put out, durably.
     out: bool,
+    /// Copies may rot in this seed: then the other leg stays whole for good.
+    rots: bool,
 }
 
 impl Faults {
     pub(super) fn new(rng: &mut SmallRng, legs: usize) -> Self {
         let victim = (legs > 1).then(|| rng.random_range(0..legs as u8));
-        Self { victim, reported: false, failed: false, out: false }
+        let rots = rng.random_bool(0.5);
+        Self { victim, reported: false, failed: false, out: false, rots }
     }
 }
 
@@ -157,9 +160,19 @@ impl Rig {
         self.local = Arc::new(local);
     }
 
+    /// A recovery is finished: whatever the victim lacked it has now, so that the other leg may be the one to go.
+    pub(super) fn recovered(&mut self) {
+        if !self.faults.out && !self.faults.rots && self.rng.random_bool(0.5) {
+            self.faults.victim = self.faults.victim.map(|victim| 1 - victim);
+        }
+    }
+
     /// Some copies on the victim rot: blocks of segments, headers and summaries too.
     pub(super) async fn rot(&mut self) {
         let Some(victim) = self.faults.victim.filter(|_| !self.faults.failed) else { return };
+        if !self.faults.rots {
+            return;
+        }
         let geometry = self.local.geometry;
         for _ in 0..self.rng.random_range(0..4) {
             let id = SegmentId(self.rng.random_range(0..geometry.segments.min(8)));

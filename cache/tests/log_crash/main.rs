@@ -524,6 +524,7 @@ impl Rig {
                 break recovered;
             }
         };
+        self.recovered();
         let last = recovered.last_lsn.0;
         assert!(last >= self.flushed, "P1: LSN {last} recovered, {} was flushed", self.flushed);
         assert!(power || last >= self.acked, "L1: LSN {last} recovered, {} was acked", self.acked);

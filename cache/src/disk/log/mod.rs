@@ -16,6 +16,8 @@ mod append;
 mod durable;
 mod legs;
 mod seal;
+#[cfg(test)]
+mod tests;
 
 use super::{Action, Identity, Tag};
 use crate::disk::plan::SegmentId;

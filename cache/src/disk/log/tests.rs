@@ -1,0 +1,139 @@
+//! Goal: INV-LOG-5: what is acknowledged is on every leg of the set that is durable, whatever fails when. Method: a disk on
+//! two legs whose answers are given by hand. Random schedules with real recovery are in tests/log_crash.
+
+use crate::disk::plan::SegmentId;
+use crate::disk::{Action, Disk, Identity, OpId, Progress, Staged, Start};
+use crate::format::{Geometry, LegSet};
+use crate::image::ImagePool;
+use crate::index::Index;
+use crate::link::{FromDisk, Grant, ToDisk};
+use blockstore::types::{BLOCK_SIZE, Lsn};
+use std::sync::Arc;
+use uuid::Uuid;
+
+fn disk() -> Disk {
+    let geometry = Geometry::for_size(16 << 20).unwrap();
+    let grant = |n| Grant { id: SegmentId(n), seq: u64::from(n) + 1, nonce: 7, roomy: true };
+    let start = Start {
+        identity: Identity { cache: Uuid::nil(), vdi: Uuid::nil(), log_id: 1, epoch: 1 },
+        geometry,
+        size_bytes: 1 << 30,
+        index: Index::default(),
+        last_lsn: Lsn(0),
+        committed: Lsn(0),
+        sealed: Vec::new(),
+        grants: vec![grant(0), grant(1)],
+        images: ImagePool::new(geometry.segment_size as usize, 2),
+        progress: Arc::new(Progress::default()),
+    };
+    Disk::on_legs(start, LegSet::first(2))
+}
+
+/// I/O that the disk wants, by leg, and what it says.
+fn poll(disk: &mut Disk) -> ([Vec<OpId>; 2], Vec<FromDisk>) {
+    let (mut actions, mut ops, mut said) = (Vec::new(), [Vec::new(), Vec::new()], Vec::new());
+    disk.poll(&mut actions);
+    for action in actions {
+        match action {
+            Action::Write { op, leg, .. } | Action::Flush { op, leg } => {
+                ops[usize::from(leg)].push(op);
+            }
+            Action::Send(message) => said.push(message),
+        }
+    }
+    (ops, said)
+}
+
+fn write(disk: &mut Disk, tag: u64) {
+    let staged = disk.write(tag, tag * 8, BLOCK_SIZE, &mut |_, bytes| bytes.fill(tag as u8));
+    assert_eq!(staged, Staged::All);
+}
+
+fn completed(disk: &mut Disk) -> Vec<(u64, bool)> {
+    disk.completions().collect()
+}
+
+fn answer(disk: &mut Disk, ops: &[OpId], result: Result<(), i32>) {
+    for op in ops {
+        disk.io_done(*op, result);
+    }
+}
+
+#[test]
+fn a_write_and_a_flush_are_done_when_both_legs_have_done_them() {
+    let mut disk = disk();
+    write(&mut disk, 1);
+    for tag in [1, 2] {
+        let ([a, b], _) = poll(&mut disk);
+        assert_eq!((a.len(), b.len()), (1, 1));
+        answer(&mut disk, &b, Ok(()));
+        assert_eq!(completed(&mut disk), [], "one leg is not enough");
+        answer(&mut disk, &a, Ok(()));
+        assert_eq!(completed(&mut disk), [(tag, true)]);
+        disk.flush(tag + 1);
+    }
+    assert_eq!(disk.flushed_lsn(), Lsn(1));
+}
+
+#[test]
+fn what_waits_for_a_failed_leg_waits_until_it_is_out() {
+    let mut disk = disk();
+    write(&mut disk, 1);
+    let ([a, b], _) = poll(&mut disk);
+    answer(&mut disk, &a, Ok(()));
+    answer(&mut disk, &b, Err(libc::EIO));
+    let (_, said) = poll(&mut disk);
+    assert!(matches!(said[..], [FromDisk::LegFailed { leg: 1, .. }]), "{said:?}");
+    assert_eq!(disk.readable_legs(), LegSet::FIRST);
+    // More goes to the other leg alone, and waits as well.
+    write(&mut disk, 2);
+    disk.flush(3);
+    let ([a, b], said) = poll(&mut disk);
+    assert_eq!((a.len(), b.len(), said.len()), (1, 0, 0), "the failure is told once");
+    answer(&mut disk, &a, Ok(()));
+    assert_eq!(completed(&mut disk), [], "the set without it is not durable yet");
+    assert!(!disk.is_quiet());
+    disk.on_message(ToDisk::Legs { members: LegSet::FIRST });
+    assert_eq!(completed(&mut disk), [(1, true), (2, true)]);
+    let ([a, b], _) = poll(&mut disk);
+    assert_eq!((a.len(), b.len()), (1, 0));
+    answer(&mut disk, &a, Ok(()));
+    assert_eq!(completed(&mut disk), [(3, true)]);
+    assert!(disk.is_quiet());
+}
+
+#[test]
+fn a_leg_that_another_disk_found_failed_is_waited_for_no_more() {
+    let mut disk = disk();
+    write(&mut disk, 1);
+    let ([a, b], _) = poll(&mut disk);
+    answer(&mut disk, &a, Ok(()));
+    disk.on_message(ToDisk::Legs { members: LegSet::FIRST });
+    assert_eq!(completed(&mut disk), [(1, true)]);
+    // Its answer comes late, or never.
+    answer(&mut disk, &b, Err(libc::EIO));
+    let (ops, said) = poll(&mut disk);
+    assert!(ops.iter().all(Vec::is_empty) && said.is_empty() && disk.is_quiet());
+}
+
+#[test]
+fn with_no_leg_left_requests_fail_and_the_disk_comes_to_rest() {
+    for last in [Some(libc::EIO), None] {
+        let mut disk = disk();
+        write(&mut disk, 1);
+        let ([a, b], _) = poll(&mut disk);
+        answer(&mut disk, &b, Err(libc::EIO));
+        match last {
+            Some(errno) => answer(&mut disk, &a, Err(errno)),
+            // The others could not be written to either.
+            None => {
+                disk.on_message(ToDisk::Legs { members: LegSet::NONE });
+                answer(&mut disk, &a, Ok(()));
+            }
+        }
+        let (_, said) = poll(&mut disk);
+        assert!(said.iter().any(|said| matches!(said, FromDisk::Failed { .. })), "{said:?}");
+        assert_eq!(completed(&mut disk), [(1, false)]);
+        assert!(disk.is_quiet());
+    }
+}

@@ -1,6 +1,6 @@
 # Ballast's commands. Each does its own set-up (see scripts/setup); `make help` lists them.
 #
-# SAN=iscsi make demo     the demo's store is an iSCSI LUN on loopback instead of a file
+# SAN=file make demo      the demo's store is a file, and its outage a drill, instead of an iSCSI LUN that is cut off
 # FUZZ_SECONDS=60         time per fuzz target
 
 SHELL := /bin/bash
@@ -21,7 +21,7 @@ step = @printf '\n==> %s\n' "$(1)"
 help: ## Lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: setup-build setup-test ## A guest's disk survives a kill -9 of the agent, before your eyes (SAN=iscsi: on an iSCSI LUN)
+demo: setup-build setup-test ## A guest's disk survives a kill -9 of the agent and an outage of the store, before your eyes
 	$(call step,build)
 	cargo build $(LOCKED) --release -p agent -p tests --bins
 	$(call step,demo)

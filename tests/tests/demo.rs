@@ -29,6 +29,10 @@ fn it_tells_its_story_to_the_end() {
     assert!(output.status.success(), "{said}\n{errors}");
     for part in [
         "kill -9",
+        "the store is cut off",
+        "DOWN for",
+        "RUNWAY",
+        "the drain has begun by itself",
         "with the right checksums; fsck: clean",
         "vhost-user-blk-pci",
         "cloud-hypervisor",

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use tests::agent_rig::{AgentRig, StoreSpec};
 use tests::client::on_agent::{Client, DiskSpec, FrontEnd, seed_from};
 use tests::client::{End, Mix};
-use tests::guest::workload::verifier;
+use tests::guest::workload::{endless_writer, verifier};
 use tests::guest::{Guest, GuestOptions, Promises};
 use tests::netns::Network;
 use tests::targets::{TcpRelay, TgtOptions, TgtTarget};
@@ -408,7 +408,7 @@ fn a_linux_guest_rides_out_a_pulled_cable() {
         .expect("agent");
     rig.agent().expect("agent").create("vm", 2048 * MIB).expect("create");
     let disks = vec![rig.agent().expect("agent").attach("vm").expect("attach")];
-    let job = endless_writer();
+    let job = endless_writer(512);
     let options = GuestOptions { disks, job, ..GuestOptions::default() };
     let mut guest = Guest::boot(&rig.dir().join("guest"), &options).expect("boot");
     assert_eq!(guest.wait_for("write-cache").expect("write cache"), "write back");
@@ -453,32 +453,4 @@ fn a_linux_guest_rides_out_a_pulled_cable() {
     assert_eq!(checked.last()["verified"], promises.len().to_string());
     rig.shut_down().expect("clean end");
     network.host.enter(|| rig.check_store()).expect("a sound store");
-}
-
-/// Writes, fsyncs and reads back until it is told to stop; then looks for errors.
-fn endless_writer() -> String {
-    r#"
-        disk=$(disk 0)
-        result write-cache "$(cat /sys/block/${disk##*/}/queue/write_cache)"
-        mkfs.ext4 -q "$disk"
-        mount -t ext4 "$disk" /mnt
-        exec 3<&0
-        (await stop <&3; touch /tmp/stop) &
-        n=0
-        while [ ! -e /tmp/stop ]; do
-            name=file$((n % 40))
-            dd if=/dev/urandom of=/tmp/data bs=64k count=8 2>/dev/null
-            sum=$(sha256sum </tmp/data)
-            result withdraw $name
-            dd if=/tmp/data of=/mnt/$name bs=64k conv=notrunc,fsync 2>/dev/null
-            result synced "$name ${sum%% *} $(stat -c %s /tmp/data)"
-            [ "$sum" = "$(sha256sum </mnt/$name)" ] || exit 14
-            n=$((n + 1))
-        done
-        umount /mnt
-        e2fsck -fn "$disk" >/tmp/fsck 2>&1 || { cat /tmp/fsck; exit 12; }
-        if dmesg | grep -E 'EXT4-fs error|I/O error|hung_task|blocked for more'; then exit 13; fi
-        result written $n
-    "#
-    .into()
 }

@@ -154,6 +154,9 @@ fn store_line(store: &StoreStatus) -> String {
         format!("{}  DOWN {since}: serving from the cache", store.url)
     };
     if let Some(error) = store.last_error.as_ref().filter(|_| !store.reachable) {
+        let error = error
+            .strip_prefix(&store.url)
+            .map_or(&**error, |rest| rest.trim_start_matches([':', ' ']));
         line = format!("{line} ({error})");
     }
     if store.waiting_for_space > 0 {

@@ -1,8 +1,8 @@
 //! The demo: what Ballast promises, shown on real parts in about a minute.
 //!
-//! A store, an agent with a cache, a real Linux guest that makes a file system and fsyncs files on
-//! its disk. In the middle of that the agent is killed with -9 and started again; a second guest
-//! then checks every file. [`story`] is the sequence, [`report`] what is printed.
+//! A store on an iSCSI LUN, an agent with a cache, a real Linux guest that makes a file system and
+//! fsyncs files on its disk. In the middle of that the agent is killed with -9 and started again, then
+//! the store is cut off for a while; a second guest at last checks every file. [`story`] is the sequence, [`report`] what is printed.
 //!
 //! Leaves nothing behind. When it fails, the logs stay and the last lines say where.
 
@@ -20,7 +20,8 @@ mod story;
 /// bytes).
 const FOLDER_BYTES_MAX: usize = 64;
 
-/// Runs the demo. `SAN=file` (default) or `SAN=iscsi` in the environment chooses the store.
+/// Runs the demo. `SAN=iscsi` (default) or `SAN=file` in the environment chooses the store; with a file the
+/// outage is a drill.
 pub fn main() -> ExitCode {
     match process::unwind_on_signals().and_then(|()| run()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -38,7 +39,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let san = std::env::var("SAN").unwrap_or_default().parse()?;
+    let san = std::env::var("SAN").unwrap_or_else(|_| "iscsi".into()).parse()?;
     let parent = parent_folder();
     std::fs::create_dir_all(&parent)
         .with_context(|| format!("cannot create {}", parent.display()))?;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use bench::agent::{Agent, AgentConfig, VdiInfo, find_binary};
 
 use crate::guest::process::{POLL, check_interrupted};
-use crate::guest::workload::{Promises, Writer, await_service, verifier};
+use crate::guest::workload::{Promises, await_service, endless_writer, verifier};
 use crate::guest::{Accelerator, Guest, GuestImage, GuestOptions, QemuVersion, San, StorePlace};
 
 use super::report::{Report, line, size, time};
@@ -18,9 +18,11 @@ const CACHE_BYTES: u64 = 1 << 30;
 const STORE_BYTES: u64 = 8 << 30;
 /// Files that are fsynced before the agent is killed.
 const SYNCS_BEFORE_KILL: u64 = 8;
-/// Files the guest writes in all.
-const FILES: u32 = 24;
-const FILE_KIB: u32 = 4096;
+const FILE_KIB: u32 = 2048;
+/// How long the store is away.
+const OUTAGE: Duration = Duration::from_secs(12);
+/// How long a store that is back may take until it is in use again.
+const RETURN_LIMIT: Duration = Duration::from_secs(60);
 /// How long the guest may take to carry on after the agent is back.
 const CARRY_ON_LIMIT: Duration = Duration::from_secs(20);
 /// How long to look for a moment at which the log holds what the store does not.
@@ -34,7 +36,7 @@ pub fn tell(folder: &Path, san: San) -> Result<()> {
     let place = StorePlace::make(san, folder, STORE_BYTES)?;
     let accelerator = crate::guest::accelerator::best(&GuestImage::find()?)?;
     let report = Report::new(format_args!(
-        "Ballast: a guest's disk survives kill -9 of the agent (store on {}, QEMU {}, {})",
+        "Ballast: a guest's disk survives kill -9 of the agent and an outage of the store ({}, QEMU {}, {})",
         place.what,
         QemuVersion::detect()?,
         if accelerator == Accelerator::Kvm { "KVM" } else { "emulated CPU" },
@@ -42,7 +44,8 @@ pub fn tell(folder: &Path, san: San) -> Result<()> {
     let mut stage = Stage::set_up(folder, &place, accelerator, report)?;
     let mut guest = stage.boot_writer()?;
     stage.kill_and_restart(&mut guest)?;
-    let promises = stage.carry_on(guest)?;
+    stage.ride_out(&place, &mut guest)?;
+    let promises = stage.see_off(guest)?;
     stage.drain()?;
     stage.check(&promises)?;
     stage.agent.process_mut().terminate(TERMINATE_LIMIT)?;
@@ -112,9 +115,7 @@ impl Stage {
 
     /// A guest that is in the middle of writing.
     fn boot_writer(&self) -> Result<Guest> {
-        let writer =
-            Writer { format: true, prefix: "file".into(), files: FILES, file_kib: FILE_KIB };
-        let mut guest = self.boot("guest-1", writer.job(), Vec::new())?;
+        let mut guest = self.boot("guest-1", endless_writer(FILE_KIB), Vec::new())?;
         let mode = guest.wait_for("write-cache")?;
         ensure!(
             mode == "write back",
@@ -156,6 +157,57 @@ impl Stage {
             recovered.committed_lsn,
             size(recovered.dirty_bytes),
         ));
+        await_service(guest, CARRY_ON_LIMIT)?;
+        self.report.event("the guest ran all the while, saw a pause, and carries on");
+        Ok(())
+    }
+
+    /// The store goes away under the guest, and comes back.
+    fn ride_out(&self, place: &StorePlace, guest: &mut Guest) -> Result<()> {
+        let cut = Instant::now();
+        if place.cut() {
+            self.report.event("the store is cut off: nothing is answered, nobody says so");
+        } else {
+            let time = format!("{}s", OUTAGE.as_secs());
+            self.agent.control(&["outage", "drill", DISK, "--no-wait", "--time", &time])?;
+            self.report.event(
+                "the store is a file, so its outage is a drill: the disk is cut off from it",
+            );
+        }
+        guest.skip_reported();
+        let mut syncs = 0;
+        while cut.elapsed() < OUTAGE {
+            let synced = guest.wait_for_at_most("synced", RETURN_LIMIT)?;
+            ensure!(synced.is_some(), "the guest's fsync does not return while the store is away");
+            syncs += 1;
+        }
+        self.report.event(format_args!(
+            "the guest fsynced {syncs} files meanwhile; 'ballast status' says:"
+        ));
+        let run_dir = self.config.run_dir().display().to_string();
+        for told in self.config.command(&["--run-dir", &run_dir, "status"])?.lines() {
+            self.report.detail(format_args!("  {told}"));
+        }
+        let dirty = self.agent.info(DISK)?.dirty_bytes;
+        place.restore();
+        let back = Instant::now();
+        self.report.event("the store is back");
+        self.wait_until_draining(dirty)?;
+        self.report.event(format_args!(
+            "the drain has begun by itself, {} later, while the guest writes on",
+            time(back.elapsed())
+        ));
+        Ok(())
+    }
+
+    /// Less than `dirty` bytes wait for the store.
+    fn wait_until_draining(&self, dirty: u64) -> Result<()> {
+        let deadline = Instant::now() + RETURN_LIMIT;
+        while self.agent.info(DISK)?.dirty_bytes >= dirty {
+            ensure!(Instant::now() < deadline, "the drain does not begin");
+            check_interrupted()?;
+            std::thread::sleep(POLL);
+        }
         Ok(())
     }
 
@@ -193,15 +245,14 @@ impl Stage {
     }
 
     /// The first guest's end. Returns what it was promised.
-    fn carry_on(&self, mut guest: Guest) -> Result<Promises> {
-        await_service(&mut guest, CARRY_ON_LIMIT)?;
-        self.report.event("the guest ran all the while, saw a pause, and carries on");
+    fn see_off(&self, mut guest: Guest) -> Result<Promises> {
+        guest.say("stop")?;
         let results = guest.finish().context("the first guest")?.results;
         let mut promises = Promises::default();
         promises.record(&results)?;
         let (syncs, bytes) = (promises.syncs, size(promises.bytes_synced));
         self.report.event(format_args!(
-            "it is off: {bytes} were written and acknowledged, by {syncs} fsyncs"
+            "it is off: {bytes} were written and acknowledged, by {syncs} fsyncs, without an error"
         ));
         Ok(promises)
     }
@@ -212,7 +263,7 @@ impl Stage {
         self.agent.drain()?;
         let after = self.agent.info(DISK)?;
         self.report.event(format_args!(
-            "drained in {}: the store is at write {}, {} were replayed since the agent is back",
+            "drained in {}: the store is at write {}; {} were replayed since the agent is back",
             time(started.elapsed()),
             after.committed_lsn,
             after.committed_lsn.saturating_sub(self.committed_at_restart),

@@ -1,11 +1,11 @@
-//! What a store lies on: a file, or an iSCSI LUN served on loopback.
+//! What a store lies on: a file, or an iSCSI LUN served on loopback, behind a relay that can cut it off.
 
 use std::path::Path;
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
 
-use crate::targets::IstgtTarget;
+use crate::targets::{IstgtTarget, TcpRelay};
 
 /// The choice; the demo takes it from the environment variable `SAN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +28,7 @@ impl FromStr for San {
     }
 }
 
-/// A place for a store. Dropping it ends the iSCSI target, if there is one.
+/// A place for a store. Dropping it ends the iSCSI target and its relay, if there are.
 #[derive(Debug)]
 pub struct StorePlace {
     /// What `--store` takes.
@@ -39,6 +39,7 @@ pub struct StorePlace {
     pub environment: Vec<(String, String)>,
     /// For people.
     pub what: String,
+    relay: Option<TcpRelay>,
     _target: Option<IstgtTarget>,
 }
 
@@ -51,18 +52,38 @@ impl StorePlace {
                 bytes,
                 environment: Vec::new(),
                 what: "a file".into(),
+                relay: None,
                 _target: None,
             }),
             San::Iscsi => {
                 let target = IstgtTarget::start(folder, bytes)?;
+                let relay = TcpRelay::start(target.address())?;
                 Ok(StorePlace {
-                    url: target.url(),
+                    url: target.url_through(relay.address()),
                     bytes,
                     environment: Vec::new(),
                     what: "an iSCSI LUN".into(),
+                    relay: Some(relay),
                     _target: Some(target),
                 })
             }
+        }
+    }
+}
+
+impl StorePlace {
+    /// Cuts the store off: nothing is answered any more, and nobody says so. False: a file cannot be cut off.
+    pub fn cut(&self) -> bool {
+        let Some(relay) = &self.relay else { return false };
+        relay.refuse(true);
+        relay.black_hole();
+        true
+    }
+
+    /// The store can be reached again, over new connections.
+    pub fn restore(&self) {
+        if let Some(relay) = &self.relay {
+            relay.refuse(false);
         }
     }
 }

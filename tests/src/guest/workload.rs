@@ -113,6 +113,38 @@ impl Writer {
     }
 }
 
+/// A job that makes a file system on disk 0 and writes, fsyncs and reads back 40 files of `file_kib` KiB over and over
+/// until the rig says `stop`; then it looks for errors and checks the file system. Reports as [`Writer`] does.
+pub fn endless_writer(file_kib: u32) -> String {
+    let count = file_kib / 64;
+    format!(
+        r#"
+        disk=$(disk 0)
+        result write-cache "$(cat /sys/block/${{disk##*/}}/queue/write_cache)"
+        mkfs.ext4 -q "$disk"
+        mount -t ext4 "$disk" /mnt
+        result mounted "$disk"
+        exec 3<&0
+        (await stop <&3; touch /tmp/stop) &
+        n=0
+        while [ ! -e /tmp/stop ]; do
+            name=file$((n % 40))
+            dd if=/dev/urandom of=/tmp/data bs=64k count={count} 2>/dev/null
+            sum=$(sha256sum </tmp/data)
+            result withdraw $name
+            dd if=/tmp/data of=/mnt/$name bs=64k conv=notrunc,fsync 2>/dev/null
+            result synced "$name ${{sum%% *}} $(stat -c %s /tmp/data)"
+            [ "$sum" = "$(sha256sum </mnt/$name)" ] || exit 14
+            n=$((n + 1))
+        done
+        umount /mnt
+        e2fsck -fn "$disk" >/tmp/fsck 2>&1 || {{ cat /tmp/fsck; exit 12; }}
+        if dmesg | grep -E 'EXT4-fs error|I/O error|blocked for more'; then exit 13; fi
+        result written $n
+        "#
+    )
+}
+
 /// Waits until the guest of a [`Writer`] is served again after its agent was killed and started.
 /// Call [`Guest::skip_reported`] while the agent is dead. One more `fsync` may have returned before
 /// the kill and be reported late: only the second one counts.

@@ -4,10 +4,15 @@
 //! fill. Held at a full ring, everything is read back from the cache device before it is replayed, and nothing is left for
 //! an outage or another disk's burst. So once the ring was nearly full, the writer gets less than the store takes until
 //! the backlog is small enough to be replayed from memory, and then exactly what the store takes. It bursts again once
-//! its demand has fallen below that pace. With the store away none of this applies: the ring is there to be filled.
+//! its demand has stayed below that pace for a while: a backlog that is small for a moment only is not a demand that fell. With the store away none of this applies: the ring is there to be filled.
+
+use std::time::Duration;
 
 /// Share of the ring at which a writer is held.
 const HOLD_FROM: f64 = 0.85;
+
+/// A held writer may burst again when its backlog was small for so long.
+const CALM: Duration = Duration::from_secs(3);
 
 /// What the decision depends on.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,12 +25,16 @@ pub struct Pressure {
     pub target_bytes: u64,
     /// Commits get through.
     pub store_answers: bool,
+    /// When this is so, on any clock.
+    pub at: Duration,
 }
 
 /// The state of one disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Admission {
     held: bool,
+    /// When the backlog of the held disk was last seen not to be small.
+    busy_at: Duration,
     /// Segments that may be granted while the backlog shrinks.
     credit: u64,
 }
@@ -38,7 +47,10 @@ impl Admission {
         }
         if now.fill >= HOLD_FROM {
             self.held = true;
-        } else if self.held && now.dirty_bytes <= now.target_bytes / 4 {
+        }
+        if now.dirty_bytes > now.target_bytes / 4 {
+            self.busy_at = now.at;
+        } else if now.at.saturating_sub(self.busy_at) >= CALM {
             self.held = false;
         }
         if !self.held || now.dirty_bytes <= now.target_bytes {
@@ -67,6 +79,8 @@ impl Admission {
 mod tests {
     use super::*;
 
+    const STEP: Duration = Duration::from_millis(100);
+
     const SEGMENT: u64 = 1 << 20;
     const RING: u64 = 1000 * SEGMENT;
     const TARGET: u64 = 50 * SEGMENT;
@@ -77,6 +91,7 @@ mod tests {
             dirty_bytes: dirty,
             target_bytes: TARGET,
             store_answers: true,
+            at: Duration::ZERO,
         }
     }
 
@@ -110,11 +125,14 @@ mod tests {
     }
 
     #[test]
-    fn a_held_disk_bursts_again_after_its_demand_fell() {
+    fn a_held_disk_bursts_again_after_its_demand_fell_for_good() {
         let mut admission = Admission::default();
-        admission.admit(pressure(RING / 10 * 9));
-        assert!(!admission.admit(pressure(RING / 2)));
-        assert!(admission.admit(pressure(TARGET / 5)));
-        assert!(admission.admit(pressure(RING / 2)));
+        let at = |steps: u32, dirty| Pressure { at: STEP * steps, ..pressure(dirty) };
+        admission.admit(at(0, RING / 10 * 9));
+        assert!(!admission.admit(at(1, RING / 2)));
+        assert!(admission.admit(at(2, TARGET / 5)), "small for a moment");
+        assert!(!admission.admit(at(3, RING / 2)), "and held all the same");
+        assert!(admission.admit(at(40, TARGET / 5)), "small for long");
+        assert!(admission.admit(at(41, RING / 2)));
     }
 }

@@ -125,6 +125,7 @@ pub(crate) struct VdiTask {
     worker_silent: bool,
     starving: bool,
     admission: Admission,
+    started: Instant,
     /// The slot on the device does not say yet what was committed: nothing may turn clean (rule L2).
     checkpoint_due: bool,
     /// The worker is gone: nothing can be rolled or evicted.
@@ -158,6 +159,7 @@ impl VdiTask {
             worker_silent: false,
             starving: false,
             admission: Admission::default(),
+            started: Instant::now(),
             checkpoint_due: false,
             released: false,
             ticks: 0,
@@ -467,6 +469,7 @@ impl VdiTask {
             dirty_bytes: self.p.segments.bytes(self.p.record.committed).0,
             target_bytes: self.p.images_max as u64 / 4 * 3,
             store_answers: !stuck && self.failure.is_none() && self.p.backing.is_joined(),
+            at: self.started.elapsed(),
         }
     }
 

@@ -199,6 +199,9 @@ pub struct CacheStatus {
     pub free_bytes: u64,
     /// Share of the ring that cannot be reclaimed at once: 0 to 1.
     pub fill: f64,
+    /// The devices that it is written to together: one, or two of a mirror.
+    #[serde(default)]
+    pub legs: Vec<cache::LegState>,
 }
 
 /// The agent as `status` shows it.

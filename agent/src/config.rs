@@ -36,9 +36,12 @@ pub struct AgentArgs {
     pub store: Option<String>,
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// The local cache: a file, partition or md array
+    /// The local cache: a file, partition or md array. Given twice, with two devices: mirrored on both
     #[arg(long, value_name = "PATH")]
     pub cache: Vec<PathBuf>,
+    /// Start without a leg of the mirrored cache that is not there, although it may hold writes that the other lacks
+    #[arg(long)]
+    pub degraded: bool,
     /// Create the cache with this size if it does not exist yet
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub cache_size: Option<u64>,
@@ -165,8 +168,13 @@ pub struct AgentConfig {
     pub store: String,
     /// How to reach it.
     pub device: DeviceArgs,
-    /// The cache's one leg. (A second leg is refused below; its place is here.)
+    /// The cache, or the first of its legs.
     pub cache: PathBuf,
+    /// The second leg of a mirrored cache.
+    pub cache_twin: Option<PathBuf>,
+    /// The operator's word that a leg that is not there holds nothing that the other lacks. Never from the file: it is good
+    /// for one start only.
+    pub degraded: bool,
     /// Bytes of a cache that does not exist yet.
     pub cache_size: Option<u64>,
     /// Folder of all sockets.
@@ -211,6 +219,11 @@ impl AgentConfig {
         };
         merge(args, file, run_dir)
     }
+
+    /// The files or devices of the cache.
+    pub fn caches(&self) -> Vec<PathBuf> {
+        std::iter::once(&self.cache).chain(&self.cache_twin).cloned().collect()
+    }
 }
 
 fn usage(message: impl Into<String>) -> Failure {
@@ -240,6 +253,7 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         usage("no store was named: give --store URL, or 'store = \"…\"' in the configuration file")
     })?;
     let caches = if args.cache.is_empty() { file.cache.paths } else { args.cache };
+    let (cache, cache_twin) = one_or_two_legs(caches)?;
     let owner = args.socket_owner.or(file.sockets.owner);
     let queues = args.queues.or(file.disks.queues).unwrap_or(4);
     if !(1..=QUEUES_MAX).contains(&queues) {
@@ -255,7 +269,9 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
             chap_file: args.device.chap_file.or(file.chap_file),
             initiator_name: args.device.initiator_name.or(file.initiator_name),
         },
-        cache: one_cache(caches)?,
+        cache,
+        cache_twin,
+        degraded: args.degraded,
         cache_size: args.cache_size.or(file.cache.size),
         run_dir: run_dir.or(file.run_dir).unwrap_or_else(|| RUN_DIR_DEFAULT.into()),
         log: args.log.or(file.log).unwrap_or_else(|| "info".into()),
@@ -277,18 +293,18 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
     })
 }
 
-fn one_cache(mut caches: Vec<PathBuf>) -> Result<PathBuf> {
-    match caches.len() {
-        0 => Err(usage(
+fn one_or_two_legs(caches: Vec<PathBuf>) -> Result<(PathBuf, Option<PathBuf>)> {
+    let count = caches.len();
+    let mut legs = caches.into_iter();
+    match (legs.next(), legs.next(), legs.next()) {
+        (None, ..) => Err(usage(
             "no cache was named: give --cache PATH, or 'paths = [\"…\"]' in section [cache] of the configuration file",
         )),
-        1 => Ok(caches.remove(0)),
-        _ => Err(usage(format!(
-            "{} caches were named ({} and {}): a cache mirrored on two devices comes with a later version; \
-             give one, which may be an md RAID1 array",
-            caches.len(),
-            caches[0].display(),
-            caches[1].display()
+        (Some(cache), twin, None) => Ok((cache, twin)),
+        (Some(first), _, Some(third)) => Err(usage(format!(
+            "{count} caches were named ({} to {}): a cache is mirrored on two devices at most; name one or two",
+            first.display(),
+            third.display()
         ))),
     }
 }

@@ -47,6 +47,8 @@ fn a_file_alone_is_enough() {
         store: "file:/from-file".into(),
         device: DeviceArgs { chap_file: Some("/chap".into()), initiator_name: None },
         cache: "/cache-from-file".into(),
+        cache_twin: None,
+        degraded: false,
         cache_size: Some(2 << 30),
         run_dir: "/run/from-file".into(),
         log: "debug".into(),
@@ -110,10 +112,19 @@ fn what_is_wrong_in_a_file_is_named_with_its_line() {
 fn what_is_missing_or_not_possible_is_named() {
     refused(AgentArgs { store: None, ..minimal() }, "", &["--store"]);
     refused(AgentArgs { cache: vec![], ..minimal() }, "", &["--cache", "[cache]"]);
-    let two = AgentArgs { cache: vec!["/a".into(), "/b".into()], ..minimal() };
-    refused(two, "", &["/a", "/b", "later version"]);
+    let three = AgentArgs { cache: ["/a", "/b", "/c"].map(Into::into).to_vec(), ..minimal() };
+    refused(three, "", &["3 caches", "/a", "/c", "one or two"]);
     let owner = AgentArgs { socket_owner: Some("no-such-user:0".into()), ..minimal() };
     refused(owner, "", &["no-such-user", "socket owner"]);
+}
+
+#[test]
+fn a_cache_has_one_leg_or_two() {
+    assert_eq!(load(minimal(), "").unwrap().caches().len(), 1);
+    let args = AgentArgs { cache: vec![], degraded: true, ..minimal() };
+    let config = load(args, "[cache]\npaths = [\"/a\", \"/b\"]\n").unwrap();
+    assert_eq!(config.caches(), [PathBuf::from("/a"), PathBuf::from("/b")]);
+    assert!(config.degraded);
 }
 
 #[test]

@@ -90,7 +90,7 @@ async fn live(config: AgentConfig, run_dir: &RunDir, control: UnixListener) -> R
         gate.set(Phase::Starting(doing.to_owned()));
     };
     let timeout = config.shutdown_timeout;
-    let remembered = Remembered { caches: vec![config.cache.clone()] };
+    let remembered = Remembered { caches: config.caches() };
     let started = tokio::select! {
         started = Host::start(config, run_dir.path(), &progress) => Some(started),
         () = signals.stop() => None,

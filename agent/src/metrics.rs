@@ -62,6 +62,9 @@ fn of_host(registry: &mut Registry, status: &Status) {
     gauge("cache_capacity_bytes", "Bytes of the ring", Some(cache.capacity as f64));
     gauge("cache_free_bytes", "Bytes in free segments", Some(cache.free_bytes as f64));
     gauge("cache_clean_bytes", "Bytes in segments of read cache", Some(cache.clean_bytes as f64));
+    let in_step = cache.legs.iter().filter(|leg| leg.member).count();
+    gauge("cache_legs", "Devices that the cache is mirrored on", Some(cache.legs.len() as f64));
+    gauge("cache_legs_in_step", "Those of them that hold everything", Some(in_step as f64));
     gauge("cache_fill", "Share of the ring that holds logs", Some(cache.fill));
     gauge(
         "runway_seconds",
@@ -228,11 +231,16 @@ mod tests {
                 clean_bytes: 20,
                 free_bytes: 70,
                 fill: 0.1,
+                legs: [true, false].map(|member| leg(member)).to_vec(),
             },
             vdis: vec![info],
             outlook: Outlook { runway_ms: Some(60_000), ..Default::default() },
             degraded: vec!["the store does not answer".into()],
         }
+    }
+
+    fn leg(member: bool) -> cache::LegState {
+        cache::LegState { path: "/leg".into(), member, why: None }
     }
 
     #[test]
@@ -247,6 +255,8 @@ mod tests {
             "ballast_store_up 0.0",
             "ballast_runway_seconds 60.0",
             "ballast_degraded 1.0",
+            "ballast_cache_legs 2.0",
+            "ballast_cache_legs_in_step 1.0",
             "ballast_vdi_reads_total{vdi=\"web \\\"1\\\"\\\\\",uuid=\"00000000-0000-0000-0000-000000000000\"} 3",
             "ballast_vdi_drain_seconds{vdi=\"web \\\"1\\\"\\\\\",uuid=\"00000000-0000-0000-0000-000000000000\"} 1.5",
         ] {

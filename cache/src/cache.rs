@@ -12,7 +12,7 @@ use crate::format::Geometry;
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::{SlotVdi, VdiSlot};
 use crate::image::ImagePool;
-use crate::local::{Local, Mode};
+use crate::local::{LegState, Local, Mode};
 use crate::log_open::Ground;
 use crate::pool::Pool;
 use crate::vdi::{VdiHandle, VdiStatus};
@@ -28,7 +28,7 @@ use uuid::Uuid;
 /// How to open a cache.
 #[derive(Clone, Debug)]
 pub struct CacheOptions {
-    /// The cache device or file. (A second leg, a mirror, comes later.)
+    /// The cache device or file; of a mirrored cache the first leg's, for messages.
     pub path: PathBuf,
     /// Create the file with so many bytes if it does not exist.
     pub create_size: Option<u64>,
@@ -116,9 +116,25 @@ struct Inner {
 impl Cache {
     /// Opens the cache, creating it if it does not exist and a size is given. Holds it exclusively.
     pub async fn open(options: CacheOptions) -> Result<Arc<Self>, CacheError> {
+        let legs = [options.path.clone()];
+        Self::open_legs(options, &legs, false).await
+    }
+
+    /// As [`Self::open`], for a cache whose legs are at `paths`, one or two: see [`Local::open_legs`].
+    pub async fn open_legs(
+        options: CacheOptions,
+        paths: &[PathBuf],
+        degraded: bool,
+    ) -> Result<Arc<Self>, CacheError> {
         let mode = Mode::Serve { create_size: options.create_size };
-        let local = Local::open(&options.path, mode).await?;
+        let local = Local::open_legs(paths, mode, degraded).await?;
         Self::on_local(options, local).await
+    }
+
+    /// The devices that the cache is written to together, and what became of each.
+    #[must_use]
+    pub fn legs(&self) -> Vec<LegState> {
+        self.ground.local.leg_states()
     }
 
     /// A cache on a device that is open already.

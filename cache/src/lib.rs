@@ -35,4 +35,5 @@ mod vdi;
 pub use cache::{AttachedRecord, Cache, CacheIdentity, CacheOptions, CacheStatus, VdiIdentity};
 pub use check::{CheckReport, VdiReport, check};
 pub use error::CacheError;
+pub use local::LegState;
 pub use vdi::{Phase, VdiStatus};

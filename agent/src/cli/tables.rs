@@ -141,7 +141,23 @@ pub fn cache_status(cache: &CacheStatus) -> String {
         ("read cache", format_size(cache.clean_bytes)),
         ("free", format_size(cache.free_bytes)),
         ("fill", format!("{:.1} %", cache.fill * 100.0)),
+        ("mirror", mirror_line(&cache.legs)),
     ])
+}
+
+fn mirror_line(legs: &[cache::LegState]) -> String {
+    let lost = legs.iter().filter(|leg| !leg.member);
+    let lost: Vec<_> = lost
+        .map(|leg| {
+            let why = leg.why.as_deref().unwrap_or("not in step");
+            format!("WITHOUT {}: {why}", show_path(&leg.path))
+        })
+        .collect();
+    match (legs.len(), lost.is_empty()) {
+        (0 | 1, true) => "none".to_owned(),
+        (count, true) => format!("{count} legs, all in step"),
+        (_, false) => lost.join("; "),
+    }
 }
 
 fn store_line(store: &StoreStatus) -> String {

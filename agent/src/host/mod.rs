@@ -57,13 +57,14 @@ impl Host {
         progress: &(dyn Fn(&str) + Sync),
     ) -> Result<Arc<Self>> {
         let name = host_name();
-        progress(&format!("opening the cache {}", config.cache.display()));
-        if config.cache.is_dir() {
-            let words = format!(
-                "cache {} is a folder: give a file or a block device",
-                config.cache.display()
-            );
-            return Err(Failure::new(Kind::Usage, words));
+        let legs = config.caches();
+        for path in &legs {
+            progress(&format!("opening the cache {}", path.display()));
+            if path.is_dir() {
+                let folder = path.display();
+                let words = format!("cache {folder} is a folder: give a file or a block device");
+                return Err(Failure::new(Kind::Usage, words));
+            }
         }
         let mut options = CacheOptions {
             path: config.cache.clone(),
@@ -74,7 +75,7 @@ impl Host {
         if let Some(age) = config.flush_max_age {
             options.flush.max_age_ms = age.as_millis() as u64;
         }
-        let cache = Cache::open(options).await?;
+        let cache = Cache::open_legs(options, &legs, config.degraded).await?;
         let identity = cache.identity().await;
         progress(&format!("opening the store {}", store::without_secrets(&config.store)));
         let options = OpenOptions {

@@ -89,7 +89,7 @@ impl Host {
     pub fn cache_status(&self) -> CacheStatus {
         let status = self.parts.cache.status();
         CacheStatus {
-            paths: vec![self.parts.config.cache.clone()],
+            paths: self.parts.config.caches(),
             uuid: self.identity.cache,
             capacity: status.capacity,
             segment_size: status.segment_size,
@@ -98,6 +98,7 @@ impl Host {
             clean_bytes: status.clean_bytes,
             free_bytes: status.free_bytes,
             fill: status.fill,
+            legs: self.parts.cache.legs(),
         }
     }
 
@@ -228,6 +229,10 @@ fn degraded(store: &StoreStatus, cache: &CacheStatus, vdis: &[VdiInfo]) -> Vec<S
         if reads > 0 {
             found.push(format!("{reads} reads of what is not held locally wait for the store"));
         }
+    }
+    for leg in cache.legs.iter().filter(|leg| !leg.member) {
+        let why = leg.why.as_deref().unwrap_or("see the agent's log");
+        found.push(format!("the cache is not mirrored, {} is out: {why}", leg.path.display()));
     }
     if store.waiting_for_space > 0 {
         found.push("the store is full: commits wait for free space".to_owned());

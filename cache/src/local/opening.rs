@@ -11,7 +11,7 @@ use crate::format::superblock::Superblock;
 use blockstore::device::file::FileDevice;
 use blockstore::device::{Device, DeviceErrorKind, OpenOptions};
 use blockstore::types::BLOCK_SIZE;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -25,7 +25,7 @@ pub enum Mode {
 }
 
 /// A leg for status.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LegState {
     /// Where it is.
     pub path: PathBuf,
@@ -122,6 +122,12 @@ impl Local {
             failed.into_iter().map(|(path, error)| (path, error.to_string())).collect();
         for (at, why) in &choice.outsiders {
             outsiders.push((named[*at].0.clone(), why.clone()));
+        }
+        if given < known {
+            // Named by its UUID, for want of a path.
+            let absent = (0..known as u8).filter(|n| !choice.members.iter().any(|(_, m)| m == n));
+            let names = absent.map(|n| format!("leg {}", best.membership.legs[usize::from(n)]));
+            outsiders.extend(names.map(|name| (name.into(), "its path was not given".into())));
         }
         for (path, why) in &outsiders {
             tracing::error!(path = %path.display(), why, "this leg of the cache is not used: the cache is not mirrored; replace the leg");

@@ -1,6 +1,6 @@
 //! The host: its store, its cache and the disks that it serves, wired together.
 //!
-//! `store` opens the store, `parts` is what all disks share, `served` is one disk, `requests` and `report` are
+//! `store` opens a store, `opening` this host's, `seat` is where it is found, `parts` is what all disks share, `served` is one disk, `requests` and `report` are
 //! what the control API does and shows, `meters` what the counters foretell, `drill` cuts a disk off
 //! on purpose, `errors` translates. All use of the other crates' APIs is in this folder.
 //!
@@ -9,20 +9,25 @@
 mod drill;
 mod errors;
 mod meters;
+mod opening;
 mod parts;
 mod report;
 mod requests;
+mod seat;
 mod served;
 pub mod store;
+mod watch;
 
 use crate::config::AgentConfig;
 use crate::error::{Failure, Kind, Result};
 use crate::notify;
 use blockstore::{OpenOptions, StoreErrorKind};
 use cache::{AttachedRecord, Cache, CacheIdentity, CacheOptions};
+use opening::Opening;
 use parking_lot::Mutex;
 use parts::Parts;
-use served::Served;
+use seat::Seat;
+use served::{Served, Way};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -50,7 +55,7 @@ pub struct Host {
 
 impl Host {
     /// Opens cache and store, and brings back the disks that were attached. Returns when their sockets listen; recovery
-    /// goes on.
+    /// goes on. A store that does not answer is waited for only if no disk can be served without it.
     pub async fn start(
         config: AgentConfig,
         run_dir: &Path,
@@ -78,22 +83,31 @@ impl Host {
         let cache = Cache::open_legs(options, &legs, config.degraded).await?;
         let identity = cache.identity().await;
         progress(&format!("opening the store {}", store::without_secrets(&config.store)));
-        let options = OpenOptions {
-            host_uuid: identity.host,
-            host_name: name.clone(),
-            take_over_host: config.take_over_host,
-            node_cache_bytes: config.node_memory,
-            ..OpenOptions::default()
+        let seat = Arc::new(Seat::new(&config.store, identity.store));
+        let opening = Opening {
+            url: config.store.clone(),
+            device: config.device.clone(),
+            options: OpenOptions {
+                host_uuid: identity.host,
+                host_name: name.clone(),
+                take_over_host: config.take_over_host,
+                node_cache_bytes: config.node_memory,
+                ..OpenOptions::default()
+            },
+            cache: Arc::clone(&cache),
+            cache_path: config.cache.clone(),
         };
-        let patience = config.store_wait;
-        let store =
-            store::open_patiently(&config.store, &config.device, &options, patience, progress)
-                .await?;
-        if let Err(error) = cache.bind(store.uuid()).await {
-            let _ = store.close().await;
-            return Err(Failure::from(error));
+        let mut tasks = JoinSet::new();
+        if cache.attached().await.iter().any(|disk| disk.was_served) {
+            let trying = AbortOnDrop(opening.start(&seat).await?);
+            tasks.spawn(async move {
+                let mut trying = trying;
+                let _ = (&mut trying.0).await;
+            });
+        } else {
+            opening.wait_for(&seat, &config, progress).await?;
         }
-        let parts = Arc::new(Parts { config, run_dir: run_dir.to_owned(), store, cache });
+        let parts = Arc::new(Parts { config, run_dir: run_dir.to_owned(), store: seat, cache });
         let host = Arc::new(Self {
             parts,
             identity,
@@ -101,10 +115,11 @@ impl Host {
             started: Instant::now(),
             served: Mutex::default(),
             meters: Mutex::default(),
-            tasks: Mutex::default(),
+            tasks: Mutex::new(tasks),
         });
         host.bring_back().await;
         host.spawn(heartbeat(Arc::clone(&host.parts)));
+        host.spawn(watch::workers(Arc::downgrade(&host)));
         host.spawn(report::read_meters(Arc::downgrade(&host)));
         Ok(host)
     }
@@ -112,15 +127,24 @@ impl Host {
     /// Opens the sockets of all disks that were attached, then recovers them side by side.
     async fn bring_back(self: &Arc<Self>) {
         for record in self.parts.cache.attached().await {
-            let AttachedRecord { vdi, name, size_bytes, .. } = record;
+            let AttachedRecord { vdi, name, size_bytes, was_served, .. } = record;
             let served = Arc::new(Served::new(&self.parts.run_dir, vdi, &name, size_bytes));
             self.served.lock().insert(vdi, Arc::clone(&served));
             // Should this fail, coming up tries again, and says why.
             let listening = served.listen(&self.parts).await.ok();
             let parts = Arc::clone(&self.parts);
+            let alone = was_served && parts.store.opened().is_none();
             self.spawn(async move {
                 // Its state tells how it went.
-                let _ = served.bring_up(&parts, listening, true).await;
+                let way = if alone { Way::Alone } else { Way::Back };
+                let up = served.bring_up(&parts, listening, way).await;
+                if alone && up.is_ok() {
+                    served.join(&parts).await;
+                } else if alone {
+                    // The store may know more than the local device.
+                    parts.store.wait().await;
+                    let _ = served.bring_up(&parts, None, Way::Back).await;
+                }
             });
         }
     }
@@ -149,6 +173,10 @@ impl Host {
                 if parts.cache.vdi_status(disk.uuid).is_none() {
                     return;
                 }
+                if parts.store.opened().is_none() {
+                    tracing::warn!(vdi = %disk.name, "not drained: the store is away; the log has everything");
+                    return;
+                }
                 match tokio::time::timeout_at(deadline, disk.drain(&parts)).await {
                     Ok(Ok(lsn)) => tracing::info!(vdi = %disk.name, lsn = lsn.0, "drained"),
                     Ok(Err(failure)) => tracing::warn!(vdi = %disk.name, "not drained: {failure}"),
@@ -162,7 +190,9 @@ impl Host {
         while stopping.join_next().await.is_some() {}
         notify::status("closing");
         self.parts.cache.close().await;
-        if let Err(error) = self.parts.store.close().await {
+        if let Some(store) = self.parts.store.opened()
+            && let Err(error) = store.close().await
+        {
             tracing::warn!("closing the store: {error}");
         }
     }
@@ -170,10 +200,11 @@ impl Host {
 
 /// Tells the store now and then that this host is alive; this also notices an outage while all disks are idle.
 async fn heartbeat(parts: Arc<Parts>) {
+    let store = parts.store.wait().await;
     let mut lost = false;
     loop {
         tokio::time::sleep(HEARTBEAT_PERIOD).await;
-        match parts.store.heartbeat().await {
+        match store.heartbeat().await {
             Err(error) if error.kind == StoreErrorKind::NotOwner && !lost => {
                 lost = true;
                 tracing::error!("{error}");
@@ -181,6 +212,15 @@ async fn heartbeat(parts: Arc<Parts>) {
             Err(error) => tracing::debug!("heartbeat: {error}"),
             Ok(()) => lost = false,
         }
+    }
+}
+
+/// A task that ends with whoever waits for it.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

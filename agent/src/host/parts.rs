@@ -1,8 +1,8 @@
 //! What every disk on this host shares: the store, the cache, the settings.
 
+use super::seat::Seat;
 use crate::config::AgentConfig;
 use crate::error::{Failure, Kind, Result};
-use blockstore::Store;
 use cache::Cache;
 use std::fmt;
 use std::path::PathBuf;
@@ -15,8 +15,8 @@ pub struct Parts {
     pub config: AgentConfig,
     /// The run directory, absolute.
     pub run_dir: PathBuf,
-    /// The shared store.
-    pub store: Arc<Store>,
+    /// The shared store, once it is open.
+    pub store: Arc<Seat>,
     /// The local cache.
     pub cache: Arc<Cache>,
 }

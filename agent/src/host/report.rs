@@ -72,6 +72,8 @@ impl Host {
     fn store_status(&self) -> StoreStatus {
         let store = &self.parts.store;
         let health = store.health();
+        let opened = store.opened();
+        let superblock = opened.as_ref().map(|store| store.superblock());
         StoreStatus {
             url: store.url().to_owned(),
             uuid: store.uuid(),
@@ -80,8 +82,8 @@ impl Host {
             since: health.since_ms,
             last_error: health.last_error,
             waiting_for_space: health.waiting_for_space,
-            single_host: store.superblock().single_host,
-            capacity: store.superblock().device_size,
+            single_host: superblock.is_some_and(|s| s.single_host),
+            capacity: superblock.map_or(0, |s| s.device_size),
         }
     }
 
@@ -195,7 +197,7 @@ impl Host {
 
     /// All disks of the store.
     pub async fn list(&self) -> Result<Vec<Vdi>> {
-        let found = self.parts.store.list_vdis().await?;
+        let found = self.parts.store.get()?.list_vdis().await?;
         let mut list: Vec<_> = found.iter().map(|found| self.describe_stored(found).vdi).collect();
         list.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(list)
@@ -205,7 +207,7 @@ impl Host {
     pub async fn info(&self, name: &str) -> Result<VdiInfo> {
         match self.find_served(name) {
             Some(disk) => Ok(self.describe(&disk)),
-            None => Ok(self.describe_stored(&self.parts.store.lookup_vdi(name).await?)),
+            None => Ok(self.describe_stored(&self.parts.store.get()?.lookup_vdi(name).await?)),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Host;
 use super::drill::TIME_MAX;
-use super::served::Served;
+use super::served::{Served, Way};
 use crate::api::{Attached, Created, Done, Drained, DrainedVdi, DrillBegun, VdiState};
 use crate::error::{Failure, Kind, Result};
 use crate::names::check_vdi_name;
@@ -24,7 +24,7 @@ impl Host {
     /// Creates an empty disk.
     pub async fn create(&self, name: &str, size: u64) -> Result<Created> {
         check_vdi_name(name).map_err(|words| Failure::new(Kind::Usage, words))?;
-        let info = self.parts.store.create_vdi(name, size).await?;
+        let info = self.parts.store.get()?.create_vdi(name, size).await?;
         Ok(Created { name: info.name, uuid: info.uuid, size: info.size_bytes })
     }
 
@@ -39,8 +39,8 @@ impl Host {
                 ),
             ));
         }
-        let info = self.parts.store.lookup_vdi(name).await?;
-        self.parts.store.delete_vdi(&info.uuid.to_string()).await?;
+        let info = self.parts.store.get()?.lookup_vdi(name).await?;
+        self.parts.store.get()?.delete_vdi(&info.uuid.to_string()).await?;
         Ok(Done { name: info.name, uuid: info.uuid })
     }
 
@@ -51,7 +51,7 @@ impl Host {
                 Some(disk) => (disk, false),
                 None => (self.enter(name).await?, true),
             };
-            match disk.bring_up(&self.parts, None, false).await {
+            match disk.bring_up(&self.parts, None, Way::Asked).await {
                 Ok(()) => {
                     let socket = disk.socket.clone().unwrap_or_default();
                     return Ok(Attached { name: disk.name.clone(), uuid: disk.uuid, socket });
@@ -80,7 +80,7 @@ impl Host {
 
     /// Notes a disk of the store as one of this host.
     async fn enter(&self, name: &str) -> Result<Arc<Served>> {
-        let info = self.parts.store.lookup_vdi(name).await?;
+        let info = self.parts.store.get()?.lookup_vdi(name).await?;
         if let Some(owner) = info.owner.as_ref().filter(|owner| owner.host != self.identity.host) {
             let host = owner.host_name.clone().unwrap_or_else(|| owner.host.to_string());
             return Err(Failure::new(
@@ -106,7 +106,7 @@ impl Host {
     pub async fn detach(&self, name: &str, force: bool) -> Result<Done> {
         let Some(disk) = self.find_served(name) else {
             // Tells a wrong name from a disk that is not attached.
-            let info = self.parts.store.lookup_vdi(name).await?;
+            let info = self.parts.store.get()?.lookup_vdi(name).await?;
             let words = match &info.owner {
                 None => format!("disk '{}' is not attached", info.name),
                 Some(owner) => {
@@ -139,8 +139,8 @@ impl Host {
                 (disk.name.clone(), disk.uuid)
             }
             None => {
-                let info = self.parts.store.lookup_vdi(name).await?;
-                self.parts.store.resize_vdi(&info.uuid.to_string(), size).await?;
+                let info = self.parts.store.get()?.lookup_vdi(name).await?;
+                self.parts.store.get()?.resize_vdi(&info.uuid.to_string(), size).await?;
                 (info.name, info.uuid)
             }
         };
@@ -214,7 +214,7 @@ impl Host {
         if let Some(disk) = self.find_served(name) {
             return Ok(disk);
         }
-        let info = self.parts.store.lookup_vdi(name).await?;
+        let info = self.parts.store.get()?.lookup_vdi(name).await?;
         Err(Failure::new(
             Kind::Conflict,
             format!(

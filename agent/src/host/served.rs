@@ -1,5 +1,7 @@
 //! One disk on this host: from its socket to its handle in the store.
 //!
+//! Without the store: socket listens → log recovered from the local device → served; once the store is there: compared
+//! with the log → attached in the store → joined.
 //! Coming up:   socket listens → log reserved in the cache, durably → attached in the store → log recovered → served.
 //! Going down:  server stopped → log sealed → drained → detached in the store → forgotten by the cache.
 //!
@@ -43,6 +45,19 @@ pub struct Served {
     unserved: Mutex<Option<AttachedDisk>>,
     /// Held during a transition; the handle in the store while attached.
     handle: tokio::sync::Mutex<Option<Arc<Vdi>>>,
+}
+
+/// Why a disk comes up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// It was attached when the agent started: a store that cannot be reached is waited for.
+    Back,
+    /// The same, from the local device alone.
+    Alone,
+    /// Someone asked for it, and is told what fails.
+    Asked,
+    /// Its worker died.
+    Again,
 }
 
 /// What others see of it.
@@ -103,21 +118,20 @@ impl Served {
         blocking(move || DiskServer::listen(options)).await
     }
 
-    /// Comes up, or says in its state why not. Does nothing if it is up already. With `patient`, a store that cannot be
-    /// reached is waited for.
+    /// Comes up, or says in its state why not. Does nothing if it is up already.
     pub async fn bring_up(
         &self,
         parts: &Parts,
         listening: Option<Listening>,
-        patient: bool,
+        way: Way,
     ) -> Result<()> {
         let mut handle = self.handle.lock().await;
         self.refuse_gone()?;
-        if self.view().state == VdiState::Running {
+        if self.view().state == VdiState::Running && way != Way::Again {
             return Ok(());
         }
         self.set(VdiState::Recovering, None);
-        let result = self.come_up(parts, listening, patient, &mut handle).await;
+        let result = self.come_up(parts, listening, way, &mut handle).await;
         match &result {
             Ok(()) => {
                 self.set(VdiState::Running, None);
@@ -135,33 +149,19 @@ impl Served {
         &self,
         parts: &Parts,
         listening: Option<Listening>,
-        patient: bool,
+        way: Way,
         handle: &mut Option<Arc<Vdi>>,
     ) -> Result<()> {
+        let former = self.server.lock().take();
+        if let Some(former) = former {
+            // Its worker left the disk half-way through anything: it is made anew from the log.
+            blocking(move || Ok::<_, Failure>(drop(former.stop()))).await?;
+        }
         let listening = match listening {
             Some(listening) => listening,
             None => self.listen(parts).await?,
         };
-        let identity =
-            |size_bytes| VdiIdentity { uuid: self.uuid, name: self.name.clone(), size_bytes };
-        let log_id = parts.cache.reserve(&identity(self.view().size)).await?;
-        if handle.is_none() {
-            *handle = Some(self.attach_in_store(parts, log_id, patient).await?);
-        }
-        let Some(vdi) = handle.as_ref() else { unreachable!("set above") };
-        let size = vdi.committed().size_bytes;
-        self.view.lock().size = size;
-        let (cache, identity, vdi) = (Arc::clone(&parts.cache), identity(size), Arc::clone(vdi));
-        let runtime = tokio::runtime::Handle::current();
-        let unserved = self.unserved.lock().take();
-        let disk = match unserved {
-            Some(disk) => disk,
-            // Recovery is work for a processor: it has a thread of its own.
-            None => {
-                let backing = Arc::new(Switched::new(vdi, Arc::clone(&self.drill)));
-                blocking(move || runtime.block_on(cache.attach(&identity, backing))).await?
-            }
-        };
+        let disk = self.driverless(parts, way, handle).await?;
         match blocking(move || Ok::<_, Failure>(listening.run(disk))).await? {
             Ok(server) => {
                 *self.server.lock() = Some(server);
@@ -175,15 +175,95 @@ impl Served {
         }
     }
 
+    /// The disk with its log open.
+    async fn driverless(
+        &self,
+        parts: &Parts,
+        way: Way,
+        handle: &mut Option<Arc<Vdi>>,
+    ) -> Result<AttachedDisk> {
+        if let Some(disk) = self.unserved.lock().take() {
+            return Ok(disk);
+        }
+        let (cache, uuid) = (Arc::clone(&parts.cache), self.uuid);
+        let runtime = tokio::runtime::Handle::current();
+        if cache.vdi_status(uuid).is_some() {
+            if handle.is_none() && way != Way::Again {
+                self.join_now(parts, handle).await?;
+            }
+            return Ok(cache.reopen(uuid).await?);
+        }
+        // Recovery is work for a processor: it has a thread of its own.
+        if way == Way::Alone {
+            return blocking(move || runtime.block_on(cache.attach_alone(uuid))).await;
+        }
+        let log_id = cache.reserve(&self.identity(self.view().size)).await?;
+        if handle.is_none() {
+            *handle = Some(self.attach_in_store(parts, log_id, way == Way::Back).await?);
+        }
+        let Some(vdi) = handle.as_ref() else { unreachable!("set above") };
+        let size = vdi.committed().size_bytes;
+        self.view.lock().size = size;
+        let identity = self.identity(size);
+        let backing = Arc::new(Switched::new(Arc::clone(vdi), Arc::clone(&self.drill)));
+        blocking(move || runtime.block_on(cache.attach(&identity, backing))).await
+    }
+
+    fn identity(&self, size_bytes: u64) -> VdiIdentity {
+        VdiIdentity { uuid: self.uuid, name: self.name.clone(), size_bytes }
+    }
+
+    /// For a disk that is served alone: waits for the store, then joins it. A store that does not fit the log, or a disk
+    /// that is not ours any more, ends its service: what is in the log stays there.
+    pub async fn join(&self, parts: &Parts) {
+        parts.store.wait().await;
+        loop {
+            let mut handle = self.handle.lock().await;
+            if self.is_gone() || handle.is_some() {
+                return;
+            }
+            let Err(failure) = self.join_now(parts, &mut handle).await else { return };
+            if failure.kind != Kind::Unavailable {
+                tracing::error!(vdi = %self.name, "no longer served: {failure}");
+                if let Err(error) = self.stop_server(parts).await {
+                    tracing::warn!(vdi = %self.name, "its server did not stop in good order: {error}");
+                }
+                let _ = parts.cache.refuse(self.uuid, &failure.message).await;
+                return self.set(VdiState::Failed, Some(failure.message));
+            }
+            drop(handle);
+            tokio::time::sleep(RETRY_PAUSE).await;
+        }
+    }
+
+    /// Compares the log with what the store says, before anything is written there; then attaches and joins.
+    async fn join_now(&self, parts: &Parts, handle: &mut Option<Arc<Vdi>>) -> Result<()> {
+        let found = parts.store.get()?.lookup_vdi(&self.uuid.to_string()).await?;
+        parts.cache.verify(self.uuid, found.committed_lsn).await?;
+        let log_id = parts.cache.reserve(&self.identity(self.view().size)).await?;
+        let vdi = self.attach_in_store(parts, log_id, false).await?;
+        let backing = Switched::new(Arc::clone(&vdi), Arc::clone(&self.drill));
+        parts.cache.join(self.uuid, Arc::new(backing)).await?;
+        let size = vdi.committed().size_bytes;
+        *handle = Some(vdi);
+        if size > self.view().size {
+            // A growth that a crash cut off.
+            parts.cache.resize(self.uuid, size).await?;
+            self.view.lock().size = size;
+        }
+        Ok(())
+    }
+
     async fn attach_in_store(
         &self,
         parts: &Parts,
         log_id: u128,
         patient: bool,
     ) -> Result<Arc<Vdi>> {
+        let store = if patient { parts.store.wait().await } else { parts.store.get()? };
         loop {
             let options = AttachOptions { log_id: Uuid::from_u128(log_id) };
-            let failure = match parts.store.attach(self.uuid, options).await {
+            let failure = match store.attach(self.uuid, options).await {
                 Ok(vdi) => return Ok(vdi),
                 Err(error) => Failure::from(error),
             };
@@ -210,6 +290,9 @@ impl Served {
             ));
         }
         let Some(vdi) = handle.clone() else {
+            if parts.cache.vdi_status(self.uuid).is_some() {
+                parts.refuse_while_down(format_args!("disk '{}' cannot be drained", self.name))?;
+            }
             self.forget(parts).await?;
             self.view.lock().gone = true;
             return Ok(());

@@ -53,18 +53,16 @@ pub async fn open_read_only(url: &str, how: &DeviceArgs) -> Result<Arc<Store>> {
     Ok(Store::open(device, OpenOptions::read_only()).await?)
 }
 
-/// Opens a store for serving disks from it. One that cannot be reached is tried again until `patience` is over.
-pub async fn open_patiently(
-    url: &str,
-    how: &DeviceArgs,
-    options: &OpenOptions,
+/// Makes attempts to open a store that cannot be reached until `patience` is over.
+pub async fn patiently<T, F: Future<Output = Result<T>>>(
+    attempt: impl Fn() -> F,
     patience: Duration,
     progress: &(dyn Fn(&str) + Sync),
-) -> Result<Arc<Store>> {
+) -> Result<T> {
     let deadline = Instant::now() + patience;
     let mut told = false;
     loop {
-        let failure = match open_writable(url, how, options).await {
+        let failure = match attempt().await {
             Err(failure) if failure.kind == Kind::Unavailable => failure,
             result => return result,
         };
@@ -79,15 +77,4 @@ pub async fn open_patiently(
         }
         tokio::time::sleep(RETRY_PAUSE).await;
     }
-}
-
-/// A store formatted for a single host is held exclusively, because nothing else guards it.
-async fn open_writable(url: &str, how: &DeviceArgs, options: &OpenOptions) -> Result<Arc<Store>> {
-    let looked_at = open_read_only(url, how).await?;
-    let single_host = looked_at.superblock().single_host;
-    looked_at.close().await?;
-    drop(looked_at);
-    let access = if single_host { Access::Exclusive } else { Access::Shared };
-    let device = open_device(url, how, access, None).await?;
-    Ok(Store::open(device, options.clone()).await?)
 }

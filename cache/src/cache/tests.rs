@@ -6,10 +6,10 @@ use crate::backing::{Backing, BackingError, Batch, Change};
 use crate::disk::plan::SegmentId;
 use crate::disk::{Action, AttachedDisk, Staged};
 use crate::flusher::FlushOptions;
-use crate::link::ToDisk;
+use crate::link::{FromDisk, ToDisk, WORKER_PANICKED};
 use crate::local::Local;
 use crate::release::run_once;
-use crate::{Cache, CacheOptions, VdiIdentity};
+use crate::{Cache, CacheOptions, Phase, VdiIdentity};
 use async_trait::async_trait;
 use blockstore::device::sim::{Fault, OpKind, SimDevice};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
@@ -299,4 +299,201 @@ async fn a_disk_that_leaves_amid_evictions_leaves_no_debt() {
     staying.drain(&cache).await;
     staying.leave(&cache).await;
     assert_empty(&cache);
+}
+
+/// What the store holds of the blocks.
+fn stored(store: &Store, lbas: std::ops::Range<u64>) -> Vec<Option<u8>> {
+    let image = store.image.lock();
+    lbas.map(|lba| image.1.get(&lba).copied()).collect()
+}
+
+/// A disk with some blocks in the store and some only in its log, after the agent's death.
+async fn left_behind(dir: &TempDir) -> (Arc<Cache>, Arc<Store>) {
+    let cache = open(dir).await;
+    let mut guest = Guest::new(&cache, 1).await;
+    guest.write(0..300, 1).await;
+    guest.drain(&cache).await;
+    guest.write(300..400, 2).await;
+    let store = Arc::new(Store { image: Mutex::new(store_as_of(&guest.store)) });
+    drop(guest);
+    cache.close().await;
+    drop(cache);
+    (open(dir).await, store)
+}
+
+/// A copy, so that a commit under way does not reach it.
+fn store_as_of(store: &Store) -> (Lsn, BTreeMap<u64, u8>) {
+    store.image.lock().clone()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_attached_alone_commits_once_its_store_has_joined() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, store) = left_behind(&dir).await;
+    let vdi = vdi(1);
+    let attached = cache.attach_alone(vdi.uuid).await.unwrap();
+    let mut guest = Guest { vdi, store: Arc::clone(&store), attached, tag: 0 };
+    guest.write(400..500, 3).await;
+    for _ in 0..1000 {
+        guest.turn();
+        pause().await;
+    }
+    assert_eq!(store.committed(), Lsn(300), "nothing goes to a store that was not compared");
+    cache.verify(guest.vdi.uuid, store.committed()).await.unwrap();
+    cache.join(guest.vdi.uuid, store.clone()).await.unwrap();
+    guest.drain(&cache).await;
+    assert_eq!(stored(&store, 300..400), vec![Some(2); 100]);
+    assert_eq!(stored(&store, 400..500), vec![Some(3); 100]);
+    guest.leave(&cache).await;
+    assert_empty(&cache);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_store_holds_already_is_not_committed_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, store) = left_behind(&dir).await;
+    // The head was written, the slot was not.
+    store.image.lock().0 = Lsn(350);
+    let vdi = vdi(1);
+    let attached = cache.attach_alone(vdi.uuid).await.unwrap();
+    let mut guest = Guest { vdi, store: Arc::clone(&store), attached, tag: 0 };
+    cache.join(guest.vdi.uuid, store.clone()).await.unwrap();
+    guest.drain(&cache).await;
+    assert_eq!(store.committed(), Lsn(400));
+    assert_eq!(stored(&store, 300..350), vec![None; 50], "as the store said");
+    assert_eq!(stored(&store, 350..400), vec![Some(2); 50]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_does_not_fit_the_log_is_refused_until_one_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, store) = left_behind(&dir).await;
+    let vdi = vdi(1);
+    let attached = cache.attach_alone(vdi.uuid).await.unwrap();
+    let mut guest = Guest { vdi, store: Arc::clone(&store), attached, tag: 0 };
+    guest.write(400..410, 3).await;
+    for (lsn, words) in [(299, "put back to an older state"), (401, "changed by another host")] {
+        let error = cache.verify(guest.vdi.uuid, Lsn(lsn)).await.unwrap_err().to_string();
+        assert!(error.contains(words) && error.contains(&lsn.to_string()), "{error}");
+        cache.drain(guest.vdi.uuid).await.unwrap_err();
+    }
+    let older = Arc::new(Store::default());
+    cache.join(guest.vdi.uuid, older.clone()).await.unwrap_err();
+    assert_eq!(older.committed(), Lsn(0));
+    cache.join(guest.vdi.uuid, store.clone()).await.unwrap();
+    guest.drain(&cache).await;
+    assert_eq!(store.committed(), Lsn(410));
+}
+
+#[tokio::test(start_paused = true)]
+async fn disks_that_were_never_served_are_not_attached_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    cache.reserve(&vdi(1)).await.unwrap();
+    assert!(!cache.attached().await[0].was_served);
+    cache.attach_alone(vdi(1).uuid).await.unwrap_err();
+    cache.unreserve(vdi(1).uuid).await.unwrap();
+    assert_empty(&cache);
+}
+
+#[tokio::test(start_paused = true)]
+async fn several_disks_are_attached_at_once_and_each_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    for n in 1..4 {
+        cache.reserve(&vdi(n)).await.unwrap();
+    }
+    let attach = |n| {
+        let cache = Arc::clone(&cache);
+        async move { cache.attach(&vdi(n), Arc::new(Store::default())).await }
+    };
+    let (a, b, c, twice) = tokio::join!(attach(1), attach(2), attach(3), attach(3));
+    let _disks = [a.unwrap(), b.unwrap(), c.unwrap()];
+    twice.unwrap_err();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_whose_worker_died_is_opened_again_with_all_that_was_acknowledged() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut guest = Guest::new(&cache, 1).await;
+    guest.write(0..1500, 1).await;
+    guest.drain(&cache).await;
+    guest.write(1500..1600, 2).await;
+    // The worker dies while it is asked to let go of segments.
+    let mut other = Guest::new(&cache, 2).await;
+    other.write(0..2000, 4).await;
+    guest.attached.link.send(FromDisk::Failed { reason: WORKER_PANICKED.into() });
+    let Guest { vdi, store, attached, tag } = guest;
+    drop(attached);
+    pause().await;
+    assert_eq!(cache.vdi_status(vdi.uuid).unwrap().state, Phase::Failed);
+    let attached = cache.reopen(vdi.uuid).await.unwrap();
+    let mut guest = Guest { vdi, store, attached, tag };
+    guest.write(1600..1700, 3).await;
+    guest.drain(&cache).await;
+    assert_eq!(stored(&guest.store, 1500..1600), vec![Some(2); 100]);
+    assert_eq!(stored(&guest.store, 1600..1700), vec![Some(3); 100]);
+    assert_ne!(cache.vdi_status(guest.vdi.uuid).unwrap().state, Phase::Failed);
+    other.write(0..3000, 5).await;
+    other.drain(&cache).await;
+    for _ in 0..100 {
+        guest.turn();
+        pause().await;
+    }
+    guest.leave(&cache).await;
+    other.leave(&cache).await;
+    assert_empty(&cache);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_log_that_the_device_failed_is_not_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let guest = Guest::new(&cache, 1).await;
+    guest.attached.link.send(FromDisk::Failed { reason: "the device failed".into() });
+    pause().await;
+    cache.reopen(guest.vdi.uuid).await.unwrap_err();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_was_released_can_be_served_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut guest = Guest::new(&cache, 1).await;
+    guest.write(0..100, 1).await;
+    let Guest { vdi, store, attached, tag } = guest;
+    cache.release(vdi.uuid, attached).await.unwrap();
+    let attached = cache.reopen(vdi.uuid).await.unwrap();
+    let mut guest = Guest { vdi, store, attached, tag };
+    guest.write(100..200, 2).await;
+    guest.drain(&cache).await;
+    assert_eq!(stored(&guest.store, 0..100), vec![Some(1); 100]);
+    assert_eq!(stored(&guest.store, 100..200), vec![Some(2); 100]);
+    guest.leave(&cache).await;
+    assert_empty(&cache);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_whole_ring_is_filled_while_the_store_is_away_and_drained_afterwards() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, store) = left_behind(&dir).await;
+    let vdi = vdi(1);
+    let attached = cache.attach_alone(vdi.uuid).await.unwrap();
+    let mut guest = Guest { vdi, store: Arc::clone(&store), attached, tag: 0 };
+    let (mut next, mut idle) = (400, 0);
+    // Until it waits for longer than any slowing down lasts.
+    while idle < 10_000 {
+        let staged = guest.stage(next, 9) == Staged::All;
+        (next, idle) = if staged { (next + 1, 0) } else { (next, idle + 1) };
+        if !staged {
+            guest.turn();
+            pause().await;
+        }
+    }
+    assert_eq!(cache.ground.pool.counts().free, 0, "nothing is left unused");
+    cache.join(guest.vdi.uuid, store.clone()).await.unwrap();
+    guest.write(next..next + 1, 9).await;
+    guest.drain(&cache).await;
+    assert_eq!(stored(&store, 400..next), vec![Some(9); (next - 400) as usize]);
 }

@@ -1,6 +1,7 @@
 //! The loop, see the module above.
 
 use super::admission::{Admission, Pressure};
+use super::slope::Slope;
 use super::state::{Phase, Segments, VdiStatus};
 use crate::backing::deferred::Deferred;
 use crate::backing::{Backing, BackingError};
@@ -125,6 +126,9 @@ pub(crate) struct VdiTask {
     worker_silent: bool,
     starving: bool,
     admission: Admission,
+    slope: Slope,
+    /// When a writer that is slowed down gets its next segment.
+    feed_at: Option<Instant>,
     started: Instant,
     /// The slot on the device does not say yet what was committed: nothing may turn clean (rule L2).
     checkpoint_due: bool,
@@ -159,6 +163,8 @@ impl VdiTask {
             worker_silent: false,
             starving: false,
             admission: Admission::default(),
+            slope: Slope::default(),
+            feed_at: None,
             started: Instant::now(),
             checkpoint_due: false,
             released: false,
@@ -185,6 +191,7 @@ impl VdiTask {
                     Some(command) => if self.command(command).await { break },
                     None => break,
                 },
+                () = reached(self.feed_at) => self.feed(),
                 _ = tick.tick() => self.tick().await,
             }
             self.start_commit();
@@ -448,18 +455,34 @@ impl VdiTask {
 
     /// Passes a segment on to a worker that wants one, if there is one.
     fn feed(&mut self) {
+        self.feed_at = None;
         if !self.starving || self.released {
             return;
         }
-        if !self.admission.admit(self.pressure()) {
+        let pressure = self.pressure();
+        let wait = self.slowed_by(pressure);
+        if !wait.is_zero() {
+            self.feed_at = Some(Instant::now() + wait);
+        }
+        if !wait.is_zero() || !self.admission.admit(pressure) {
             return self.p.ground.pool.leave_queue(self.p.vdi);
         }
         if let Some(grant) = self.p.ground.pool.grant(self.p.vdi) {
             self.starving = false;
             self.admission.granted();
+            self.slope.granted(pressure.at);
             tracing::trace!(segment = grant.id.0, "granted");
             self.p.sender.send(ToDisk::Segment(grant));
         }
+    }
+
+    /// How long the disk has to wait for its next segment because the store is away.
+    fn slowed_by(&mut self, now: Pressure) -> Duration {
+        if now.store_answers {
+            self.slope.end();
+            return Duration::ZERO;
+        }
+        self.slope.wait(now.at, now.fill)
     }
 
     fn pressure(&self) -> Pressure {
@@ -748,6 +771,14 @@ impl VdiTask {
         if let Some(why) = self.log_failure.as_ref().or(self.failure.as_ref()) {
             status.last_error = Some(why.clone());
         }
+    }
+}
+
+/// Resolves at that time; never without one.
+async fn reached(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

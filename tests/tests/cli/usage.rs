@@ -12,8 +12,8 @@ fn unknown_and_missing_words_are_refused() {
     line("store format file:/nowhere/x --size 0").refused(USAGE, &["size of 0"]);
     line("agent").refused(USAGE, &["--store"]);
     line("agent --store file:/x").refused(USAGE, &["--cache"]);
-    line("agent --store file:/x --cache /a --cache /b")
-        .refused(USAGE, &["/a", "/b", "later version"]);
+    line("agent --store file:/x --cache /a --cache /b --cache /c")
+        .refused(USAGE, &["/a", "/c", "one or two"]);
     line("agent --store file:/x --cache /a --socket-mode 888").refused(USAGE, &["888", "octal"]);
     line("agent --store file:/x --cache /a --socket-owner nobody-here:0")
         .refused(USAGE, &["nobody-here"]);

@@ -331,6 +331,65 @@ fn wait_for_a_stall(rig: &AgentRig, done: &AtomicBool) -> Result<u64> {
     Ok(last)
 }
 
+/// Measures, and asserts nothing but that all is right at the end: 4 KiB writes one at a time, with the store present, away,
+/// and taking its backlog at 32 MiB/s. Meaningful with an optimised agent (BALLAST_BIN) on an idle machine.
+#[test]
+fn write_latency_with_and_without_the_store() {
+    with_seed("write_latency_with_and_without_the_store", |seed| {
+        let single = Mix { reads: 0, flushes: 0, depth_max: 1, ..WHOLE_BLOCKS };
+        let san = San::new()?;
+        let mut rig = AgentRig::new(&san.store(), 512 * MIB)?;
+        rig.start()?;
+        let mut client = new_client(&mut rig, seed, 160 * MIB, single)?;
+        client.runner.fill()?;
+        rig.agent()?.drain()?;
+        let present = probe(&mut client, 4000, || Ok(false))?;
+
+        san.relay.refuse(true);
+        san.relay.black_hole();
+        until(&rig, "down", |now| !is_up(now), || burst(&mut client, 5))?;
+        let away = probe(&mut client, 4000, || Ok(false))?;
+        client.runner.fill()?;
+
+        san.relay.cap(32 * MIB);
+        san.relay.refuse(false);
+        let dirty = dirty_bytes(&status(&rig)?);
+        until(&rig, "draining", |now| dirty_bytes(now) < dirty, || Ok(()))?;
+        let draining = probe(&mut client, 20_000, || Ok(dirty_bytes(&status(&rig)?) < 16 * MIB))?;
+        for (what, times) in [("present", present), ("away", away), ("draining", draining)] {
+            println!(
+                "store {what}: {} writes, p50 {:?}, p99 {:?}",
+                times.len(),
+                at(&times, 50),
+                at(&times, 99)
+            );
+        }
+        san.relay.cap(0);
+        settle(&mut rig, client)
+    });
+}
+
+/// Times of `count` requests one after the other, sorted; ends early when `stop`, asked now and then, says so.
+fn probe(
+    client: &mut Client,
+    count: usize,
+    stop: impl Fn() -> Result<bool>,
+) -> Result<Vec<Duration>> {
+    let mut times = Vec::with_capacity(count);
+    while times.len() < count && (times.len() % 1000 != 999 || !stop()?) {
+        let started = Instant::now();
+        burst(client, 1)?;
+        times.push(started.elapsed());
+    }
+    times.sort_unstable();
+    Ok(times)
+}
+
+/// A percentile of sorted times.
+fn at(times: &[Duration], percent: usize) -> Duration {
+    times[(times.len() - 1) * percent / 100]
+}
+
 /// Goal: an agent whose cache's file system fills up to the last byte does not notice: its file was written from end to
 /// end when it was made. Method: a file system of its own, in a mount namespace that ends with the test's thread.
 #[test]
@@ -408,8 +467,10 @@ fn a_linux_guest_rides_out_a_pulled_cable() {
         .expect("agent");
     rig.agent().expect("agent").create("vm", 2048 * MIB).expect("create");
     let disks = vec![rig.agent().expect("agent").attach("vm").expect("attach")];
-    let job = endless_writer(512);
-    let options = GuestOptions { disks, job, ..GuestOptions::default() };
+    // However long the outage is, the ring has room for what is written in it.
+    let job = endless_writer(512, outage() / 1000);
+    let time_limit = outage() + Duration::from_secs(300);
+    let options = GuestOptions { disks, job, time_limit, ..GuestOptions::default() };
     let mut guest = Guest::boot(&rig.dir().join("guest"), &options).expect("boot");
     assert_eq!(guest.wait_for("write-cache").expect("write cache"), "write back");
     for _ in 0..4 {

@@ -115,7 +115,8 @@ impl Stage {
 
     /// A guest that is in the middle of writing.
     fn boot_writer(&self) -> Result<Guest> {
-        let mut guest = self.boot("guest-1", endless_writer(FILE_KIB), Vec::new())?;
+        let mut guest =
+            self.boot("guest-1", endless_writer(FILE_KIB, Duration::ZERO), Vec::new())?;
         let mode = guest.wait_for("write-cache")?;
         ensure!(
             mode == "write back",

@@ -114,9 +114,10 @@ impl Writer {
 }
 
 /// A job that makes a file system on disk 0 and writes, fsyncs and reads back 40 files of `file_kib` KiB over and over
-/// until the rig says `stop`; then it looks for errors and checks the file system. Reports as [`Writer`] does.
-pub fn endless_writer(file_kib: u32) -> String {
-    let count = file_kib / 64;
+/// until the rig says `stop`, with a pause after each; then it looks for errors and checks the file system. Reports as
+/// [`Writer`] does.
+pub fn endless_writer(file_kib: u32, pause: Duration) -> String {
+    let (count, pause) = (file_kib / 64, pause.as_secs_f32());
     format!(
         r#"
         disk=$(disk 0)
@@ -136,6 +137,7 @@ pub fn endless_writer(file_kib: u32) -> String {
             result synced "$name ${{sum%% *}} $(stat -c %s /tmp/data)"
             [ "$sum" = "$(sha256sum </mnt/$name)" ] || exit 14
             n=$((n + 1))
+            sleep {pause:.3}
         done
         umount /mnt
         e2fsck -fn "$disk" >/tmp/fsck 2>&1 || {{ cat /tmp/fsck; exit 12; }}

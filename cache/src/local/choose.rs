@@ -131,7 +131,7 @@ mod tests {
     fn a_leg_whose_twin_is_absent_may_be_the_one_left_behind() {
         let [a, b] = pair();
         assert_eq!(decide(&[a]).unwrap().missing, LegSet::NONE.with(1));
-        assert_eq!(decide(&[b.clone()]).unwrap().missing, LegSet::NONE.with(0));
+        assert_eq!(decide(std::slice::from_ref(&b)).unwrap().missing, LegSet::NONE.with(0));
         assert!(decide(&[alone(&b, 1)]).unwrap().missing.is_empty());
     }
 

@@ -116,7 +116,7 @@ fn read_record<'a>(
             }
             let expected = entry.crc(index);
             let matches = |copy: &&[u8]| crc32c(block_at(copy, payload)) == expected;
-            let Some(copy) = copies.iter().position(|copy| matches(copy)) else {
+            let Some(copy) = copies.iter().position(matches) else {
                 let found = crc32c(block_at(copies[copy], payload));
                 return Err(FormatError::Checksum { what: "payload block", expected, found });
             };

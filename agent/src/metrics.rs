@@ -231,7 +231,7 @@ mod tests {
                 clean_bytes: 20,
                 free_bytes: 70,
                 fill: 0.1,
-                legs: [true, false].map(|member| leg(member)).to_vec(),
+                legs: [true, false].map(leg).to_vec(),
             },
             vdis: vec![info],
             outlook: Outlook { runway_ms: Some(60_000), ..Default::default() },

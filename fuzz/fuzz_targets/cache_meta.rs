@@ -9,10 +9,10 @@ use ballast_fuzz::{Script, put_crc};
 use blockstore::crc::crc32c;
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use cache::disk::plan::SegmentId;
-use cache::format::{Geometry, Membership};
 use cache::format::segment::SegmentHeader;
 use cache::format::slot::{SlotVdi, VdiSlot};
 use cache::format::superblock::Superblock;
+use cache::format::{Geometry, Membership};
 use libfuzzer_sys::fuzz_target;
 use uuid::Uuid;
 

@@ -155,7 +155,11 @@ impl Served {
         let former = self.server.lock().take();
         if let Some(former) = former {
             // Its worker left the disk half-way through anything: it is made anew from the log.
-            blocking(move || Ok::<_, Failure>(drop(former.stop()))).await?;
+            blocking(move || {
+                drop(former.stop());
+                Ok::<_, Failure>(())
+            })
+            .await?;
         }
         let listening = match listening {
             Some(listening) => listening,

@@ -9,6 +9,11 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long a file may be held by a process that is gone.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
+const RELEASE_POLL: Duration = Duration::from_millis(5);
 
 nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
 nix::ioctl_read_bad!(blksszget, libc::BLKSSZGET, libc::c_int);
@@ -97,10 +102,12 @@ fn open_file(
     how.read(true).write(!options.read_only);
     // On a block device O_EXCL also refuses one that is mounted or part of an array.
     let claim = if is_block_device && options.exclusive { libc::O_EXCL } else { 0 };
-    match how.custom_flags(claim | libc::O_DIRECT).open(context.0) {
+    let direct = how.custom_flags(claim | libc::O_DIRECT);
+    let is_busy = |e: &io::Error| claim != 0 && e.raw_os_error() == Some(libc::EBUSY);
+    match until_released(is_busy, || direct.open(context.0)) {
         Ok(file) => return Ok((file, true)),
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
-        Err(e) if e.raw_os_error() == Some(libc::EBUSY) && claim != 0 => {
+        Err(e) if is_busy(&e) => {
             let message = "it is in use (mounted, part of an array, or held by another process): \
                            release it there first, `lsblk` and `fuser -v` show by whom";
             return Err(context.error(DeviceErrorKind::Reserved, message.to_owned()));
@@ -115,10 +122,27 @@ fn open_file(
     Ok((file, false))
 }
 
+/// Tries again for a while what fails because somebody holds the file. io_uring keeps a file, and the locks on it, until
+/// its last request is done, which is a moment after the process that sent it was killed and reaped: an agent that is
+/// started at once must not be refused because of that.
+fn until_released<T>(
+    is_held: impl Fn(&io::Error) -> bool,
+    mut attempt: impl FnMut() -> io::Result<T>,
+) -> io::Result<T> {
+    let give_up = Instant::now() + RELEASE_PATIENCE;
+    loop {
+        match attempt() {
+            Err(e) if is_held(&e) && Instant::now() < give_up => std::thread::sleep(RELEASE_POLL),
+            other => return other,
+        }
+    }
+}
+
 fn take_ownership(context: &Context<'_>, file: &File, exclusive: bool) -> Result<(), DeviceError> {
-    match lock::lock_owner(file, exclusive) {
+    let is_held = |e: &io::Error| e.kind() == io::ErrorKind::WouldBlock;
+    match until_released(is_held, || lock::lock_owner(file, exclusive)) {
         Ok(()) => Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+        Err(e) if is_held(&e) => {
             let holder = lock::describe_owner(file, exclusive)
                 .unwrap_or("another process held it a moment ago");
             let path = context.0.display();

@@ -171,6 +171,20 @@ fn an_exclusive_owner_and_other_writers_keep_each_other_out() {
 }
 
 #[test]
+fn what_a_process_that_is_gone_still_holds_for_a_moment_is_waited_for() {
+    let (_folder, path) = scratch();
+    let owner =
+        FileDevice::open(&path, &OpenOptions { exclusive: true, ..create(1 << 20) }).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            drop(owner);
+        });
+        FileDevice::open(&path, &exclusive()).unwrap();
+    });
+}
+
+#[test]
 fn paths_that_will_not_do_are_refused_with_advice() {
     let (folder, path) = scratch();
     let error = refused(&path, &OpenOptions::default());

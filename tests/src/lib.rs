@@ -5,3 +5,4 @@ pub mod demo;
 pub mod guest;
 pub mod netns;
 pub mod targets;
+pub mod tracked;

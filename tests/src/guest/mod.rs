@@ -21,6 +21,7 @@ pub mod image;
 pub mod job;
 pub mod process;
 pub mod qemu;
+pub mod qmp;
 pub mod run;
 pub mod san;
 pub mod workload;

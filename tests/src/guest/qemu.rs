@@ -145,6 +145,10 @@ pub struct Machine<'a> {
     pub reconnect: Option<Duration>,
     /// vhost-user sockets of the disks.
     pub disks: &'a [PathBuf],
+    /// Where QEMU's monitor listens.
+    pub monitor: &'a Path,
+    /// Where a guest is taken over from another QEMU, instead of a boot.
+    pub incoming: Option<&'a Path>,
 }
 
 impl Machine<'_> {
@@ -167,6 +171,10 @@ impl Machine<'_> {
         push(&["-kernel", plain(&self.image.kernel)?, "-initrd", plain(self.initrd)?]);
         push(&["-append", "console=ttyS0 panic=-1 loglevel=5"]);
         push(&["-serial", &format!("file:{}", plain(self.console_log)?), "-serial", "stdio"]);
+        push(&["-qmp", &format!("unix:{},server=on,wait=off", plain(self.monitor)?)]);
+        if let Some(socket) = self.incoming {
+            push(&["-incoming", &format!("unix:{}", plain(socket)?)]);
+        }
         let tools = plain(&self.image.tools)?;
         push(&["-drive", &format!("if=none,id=tools,format=raw,readonly=on,file={tools}")]);
         push(&["-device", &format!("virtio-blk-pci,drive=tools,addr={TOOLS_SLOT:#x}")]);
@@ -242,6 +250,8 @@ mod tests {
             queues: 2,
             reconnect: Some(Duration::from_millis(100)),
             disks,
+            monitor: Path::new("/run/qmp.sock"),
+            incoming: None,
         };
         Ok(machine.arguments()?.join(" "))
     }

@@ -15,6 +15,7 @@ use super::image::GuestImage;
 use super::job;
 use super::process::{OwnedProcess, check_interrupted};
 use super::qemu::{Accelerator, Machine, QEMU, QemuVersion};
+use super::qmp::Qmp;
 
 /// Longest single wait on the console before signals and the watchdog are looked at again.
 const WAIT_SLICE: Duration = Duration::from_millis(100);
@@ -38,6 +39,8 @@ pub struct GuestOptions {
     pub reconnect: Option<Duration>,
     /// The watchdog: a guest that runs longer than this is ended and has failed.
     pub time_limit: Duration,
+    /// Instead of a boot, take a guest over from another QEMU that connects to this socket. All else must be the same.
+    pub incoming: Option<PathBuf>,
     /// How to run processors; `None`: KVM if it works on this machine, else emulation.
     pub accelerator: Option<Accelerator>,
 }
@@ -53,6 +56,7 @@ impl Default for GuestOptions {
             queues: 1,
             reconnect: Some(Duration::from_millis(200)),
             time_limit: Duration::from_secs(300),
+            incoming: None,
             accelerator: None,
         }
     }
@@ -123,6 +127,8 @@ impl Guest {
             queues: options.queues,
             reconnect: options.reconnect,
             disks: &options.disks,
+            monitor: &folder.join("qmp.sock"),
+            incoming: options.incoming.as_deref(),
         };
         let mut command = Command::new(QEMU);
         command.args(machine.arguments()?).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -142,6 +148,11 @@ impl Guest {
             deadline: started + options.time_limit,
             position: 0,
         })
+    }
+
+    /// QEMU's monitor.
+    pub fn monitor(&self) -> Result<Qmp> {
+        Qmp::connect(&self.folder.join("qmp.sock"))
     }
 
     /// Process id of QEMU.

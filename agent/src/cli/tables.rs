@@ -432,6 +432,12 @@ pub fn store_report(report: &gc::Report) -> String {
             ),
         ),
     ]);
+    if report.bitmap_pages_damaged > 0 {
+        text.push_str(&format!(
+            "{} bitmap pages damaged, as a power loss leaves them: their blocks count as in use\n",
+            report.bitmap_pages_damaged
+        ));
+    }
     text.push('\n');
     text.push_str(&findings(&report.problems));
     if report.problems_not_listed > 0 {

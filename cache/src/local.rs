@@ -10,10 +10,12 @@
 mod choose;
 mod create;
 mod opening;
+mod replace;
 #[cfg(test)]
 mod tests;
 
 pub use opening::{LegState, Mode};
+pub use replace::Replaced;
 
 use crate::disk::plan::SegmentId;
 use crate::error::CacheError;

@@ -185,7 +185,26 @@ fn on_tmpfs(seed: u64, mount: &Path) -> Result<()> {
     rig.start()?;
     client.reconnect(&mut rig)?;
     client.runner.recover(Loss::AgentDied)?;
+    the_leg_is_replaced(&mut rig, &mut client, &second)?;
     finish(rig, client)
+}
+
+/// While an agent uses the cache it is refused; afterwards both legs are members again, and the new one alone has all.
+fn the_leg_is_replaced(rig: &mut AgentRig, client: &mut Client, second: &Path) -> Result<()> {
+    let first = rig.dir().join("cache.img");
+    let (good, new) = (first.display().to_string(), second.display().to_string());
+    let replace = ["cache", "replace", &good, &new];
+    let refused = rig.config().command(&replace).expect_err("the cache is in use");
+    ensure!(format!("{refused:#}").contains("another process"), "{refused:#}");
+    rig.kill()?;
+    rig.config().command(&replace)?;
+    rig.start()?;
+    client.reconnect(rig)?;
+    client.runner.recover(Loss::AgentDied)?;
+    ensure!(legs(rig)? == (2, 2), "the new leg is in step");
+    scribble(&first)?;
+    client.runner.verify()?;
+    Ok(())
 }
 
 fn run(program: &str, arguments: &[&str]) -> Result<()> {

@@ -5,6 +5,7 @@
 
 mod agent_commands;
 mod cache_check;
+mod cache_replace;
 mod drill;
 mod output;
 mod store_commands;
@@ -167,6 +168,13 @@ enum CacheCommand {
         /// Its file or device [default: what the last agent in --run-dir used]
         path: Option<PathBuf>,
     },
+    /// Give a cache that no agent uses a new leg: after one was lost, or as the second of a cache that had one
+    Replace {
+        /// The leg that has everything
+        good: PathBuf,
+        /// The new leg: a path at which nothing is yet, a blank block device, or a leg of this cache that was left behind
+        new: PathBuf,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -243,6 +251,9 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Store(command) => block_on(store_commands::run(command, out)),
         Command::Cache(CacheCommand::Check { path }) => {
             block_on(cache_check::run(path, &run_dir(), out))
+        }
+        Command::Cache(CacheCommand::Replace { good, new }) => {
+            block_on(cache_replace::run(&good, &new, out))
         }
         Command::Vdi(command) => block_on(agent_commands::vdi(command, &run_dir(), out)),
         Command::Cache(CacheCommand::Status) => {

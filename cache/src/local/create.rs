@@ -111,9 +111,7 @@ fn refuse_smaller(devices: &[(PathBuf, Device)]) -> Result<(), CacheError> {
 async fn fill(path: &Path, device: &Device) -> Result<(), CacheError> {
     let size = device.info().capacity;
     tracing::info!(path = %path.display(), bytes = size, "creating the cache: writing it once from end to end");
-    let mut mark = AlignedBuf::zeroed(BLOCK_SIZE);
-    mark[..UNMADE.len()].copy_from_slice(UNMADE);
-    device.write(0, vec![mark.freeze()]).await?;
+    mark_unmade(device).await?;
     let chunk = AlignedBuf::zeroed(FILL_CHUNK).freeze();
     // The mark stands until the second superblock takes its place.
     let chunks = (BLOCK_SIZE as u64..size).step_by(FILL_CHUNK);
@@ -130,6 +128,14 @@ async fn fill(path: &Path, device: &Device) -> Result<(), CacheError> {
     }
     device.flush().await?;
     Ok(())
+}
+
+/// Makes sure that what is on `device` counts as nothing until its superblocks are written.
+pub(super) async fn mark_unmade(device: &Device) -> Result<(), CacheError> {
+    let mut mark = AlignedBuf::zeroed(2 * BLOCK_SIZE);
+    mark[..UNMADE.len()].copy_from_slice(UNMADE);
+    device.write(0, vec![mark.freeze()]).await?;
+    Ok(device.flush().await?)
 }
 
 /// True for a path at which a cache may be made: nothing is there, or a file whose creation was cut short, or a block

@@ -155,7 +155,10 @@ impl Local {
     }
 }
 
-async fn open_leg(path: &Path, read_only: bool) -> Result<(Device, Superblock), CacheError> {
+pub(super) async fn open_leg(
+    path: &Path,
+    read_only: bool,
+) -> Result<(Device, Superblock), CacheError> {
     if !path.exists() {
         return Err(CacheError::Missing { path: path.into() });
     }
@@ -185,7 +188,7 @@ async fn may_create(paths: &[PathBuf]) -> Result<bool, CacheError> {
 }
 
 /// Both legs on one file or device would be no mirror.
-fn refuse_same(paths: &[PathBuf]) -> Result<(), CacheError> {
+pub(super) fn refuse_same(paths: &[PathBuf]) -> Result<(), CacheError> {
     let [path, twin] = paths else { return Ok(()) };
     let same = match (std::fs::metadata(path), std::fs::metadata(twin)) {
         (Ok(a), Ok(b)) if a.file_type().is_block_device() && b.file_type().is_block_device() => {

@@ -11,6 +11,9 @@ use tempfile::TempDir;
 const SIZE: u64 = 16 << 20;
 const SERVE: Mode = Mode::Serve { create_size: None };
 
+/// Somewhere in the segments.
+const PLACE: u64 = 5 << 20;
+
 struct Rig {
     dir: TempDir,
 }
@@ -46,6 +49,71 @@ impl Rig {
         assert!(before == after, "nothing is written: {error}");
         error
     }
+}
+
+async fn replace(rig: &Rig, good: &str, new: &str) -> Result<(), CacheError> {
+    Local::replace(&rig.path(good), &rig.path(new), &|_, _| ()).await.map(drop)
+}
+
+#[tokio::test]
+async fn a_leg_is_replaced_and_a_single_cache_gets_its_second() {
+    let rig = Rig::new();
+    drop(rig.make(&["a", "b"]).await);
+    drop(rig.make(&["single"]).await);
+    drop(rig.make(&["other"]).await);
+    std::fs::copy(rig.path("b"), rig.path("stale")).unwrap();
+    for (good, new) in [("a", "fresh"), ("a", "stale"), ("single", "second")] {
+        // What is written alone is on both afterwards.
+        let local = rig.open(&[good], true).await.unwrap();
+        let data = blockstore::buf::AlignedBuf::copy_of(&[good.len() as u8 + 7; 4096]);
+        local.write(PLACE, data).await.unwrap();
+        local.flush().await.unwrap();
+        let before = local.superblock().await.membership.events;
+        drop(local);
+        replace(&rig, good, new).await.unwrap();
+        for names in [[good, new], [new, good]] {
+            let local = rig.open(&names, false).await.unwrap();
+            assert_eq!(local.members(), LegSet::first(2));
+            let superblock = local.superblock().await;
+            assert_eq!(superblock.membership.events, before + 1);
+        }
+        let (a, b) = (bytes(&rig.path(good)), bytes(&rig.path(new)));
+        assert!(a[8192..] == b[8192..] && a[PLACE as usize] == good.len() as u8 + 7);
+        // The leg that was replaced is no part of the cache any more.
+        rig.refused(&[good], &["--degraded"]).await;
+    }
+    // Whatever has other data is not overwritten, and a good leg must know that it is alone.
+    for (good, new) in [("other", "single"), ("a", "stale"), ("other", "other")] {
+        let before = (bytes(&rig.path(good)), bytes(&rig.path(new)));
+        let error = replace(&rig, good, new).await.unwrap_err();
+        assert!(before == (bytes(&rig.path(good)), bytes(&rig.path(new))), "{error}");
+    }
+    std::fs::write(rig.path("text"), "not a cache").unwrap();
+    assert!(replace(&rig, "other", "text").await.is_err());
+    assert_eq!(bytes(&rig.path("text")), b"not a cache");
+}
+
+#[tokio::test]
+async fn a_copy_that_was_cut_short_leaves_the_good_leg_or_both() {
+    let rig = Rig::new();
+    drop(rig.make(&["a", "b"]).await);
+    drop(rig.open(&["a"], true).await.unwrap());
+    let alone = bytes(&rig.path("a"));
+    replace(&rig, "a", "b").await.unwrap();
+    let copied = bytes(&rig.path("b"));
+    // The good leg does not know yet, the new one does: nothing was written since, both are whole.
+    std::fs::write(rig.path("a"), &alone).unwrap();
+    let local = rig.open(&["a", "b"], false).await.unwrap();
+    assert_eq!(local.members(), LegSet::first(2));
+    drop(local);
+    assert_eq!(rig.open(&["a", "b"], false).await.unwrap().members(), LegSet::first(2));
+    // Neither knows: the copy has no superblock, and the good leg is the cache.
+    std::fs::write(rig.path("a"), &alone).unwrap();
+    let mut unfinished = copied;
+    unfinished[..8192].fill(0);
+    std::fs::write(rig.path("b"), &unfinished).unwrap();
+    let local = rig.open(&["a", "b"], false).await.unwrap();
+    assert_eq!(local.members(), LegSet::FIRST);
 }
 
 fn bytes(path: &Path) -> Vec<u8> {

@@ -1,0 +1,143 @@
+//! A new leg for a cache that lost one, or a second one for a cache that never had one. The cache must not be in use.
+//!
+//! Order: the new leg is marked as unfinished, all else is copied and flushed; then its superblock names both legs as
+//! members, then that of the good leg does. A crash before the last two steps leaves the good leg as it was, alone; a
+//! crash between them leaves two legs with the same content, which `choose.rs` takes for both members.
+
+use super::create::{is_unmade, mark_unmade};
+use super::opening::{open_leg, refuse_same};
+use super::{Local, Mode};
+use crate::error::CacheError;
+use crate::format::legs::{LegSet, Membership};
+use crate::format::superblock::Superblock;
+use crate::format::{FormatError, Geometry};
+use blockstore::buf::AlignedBuf;
+use blockstore::device::file::FileDevice;
+use blockstore::device::{Device, OpenOptions};
+use blockstore::types::BLOCK_SIZE;
+use futures_util::StreamExt;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use uuid::Uuid;
+
+/// Bytes copied at a time.
+const CHUNK: u64 = 4 << 20;
+/// Chunks under way at once.
+const AT_ONCE: usize = 4;
+/// The superblocks are not copied.
+const COPIED_FROM: u64 = 2 * BLOCK_SIZE as u64;
+
+/// What was done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Replaced {
+    /// The leg that was copied.
+    pub good: PathBuf,
+    /// Its twin from now on.
+    pub new: PathBuf,
+    /// Bytes copied.
+    pub bytes: u64,
+}
+
+impl Local {
+    /// Copies the cache whose only member is at `good` to `new`, which becomes its second leg. `new` may not exist yet,
+    /// be blank, or hold a leg of this cache that was left behind. `progress` is told bytes done and all.
+    ///
+    /// # Errors
+    /// `good` is in use, or lacks its twin; `new` holds something else, or is too small: nothing was changed. A copy that
+    /// failed leaves `good` as it was.
+    pub async fn replace(
+        good: &Path,
+        new: &Path,
+        progress: &(dyn Fn(u64, u64) + Send + Sync),
+    ) -> Result<Replaced, CacheError> {
+        refuse_same(&[good.into(), new.into()])?;
+        let local = Self::open(good, Mode::Serve { create_size: None }).await?;
+        let superblock = local.superblock().await;
+        let device = open_blank(&local, new).await?;
+        let Some(source) = local.legs.first() else {
+            return Err(local.no_leg_left("nothing can be copied".into()));
+        };
+        mark_unmade(&device).await?;
+        copy(&source.device, &device, local.geometry.size, progress).await?;
+        let leg = Uuid::new_v4();
+        let membership = joined(&superblock, leg);
+        let next = Superblock { membership, ..superblock };
+        write_superblock(&device, Superblock { leg, ..next.clone() }).await?;
+        write_superblock(&source.device, Superblock { leg: next.leg, ..next }).await?;
+        let bytes = local.geometry.size - COPIED_FROM;
+        Ok(Replaced { good: good.into(), new: new.into(), bytes })
+    }
+}
+
+/// The set of legs in which `leg` has the place of the one that is not there.
+fn joined(superblock: &Superblock, leg: Uuid) -> Membership {
+    let old = &superblock.membership;
+    let mut legs = old.legs.clone();
+    let free = (0..legs.len()).find(|at| !old.members.contains(*at as u8));
+    match free {
+        Some(at) => legs[at] = leg,
+        None => legs.push(leg),
+    }
+    let members = LegSet::first(legs.len());
+    Membership { events: old.events + 1, id: Uuid::new_v4(), legs, members }
+}
+
+async fn open_blank(local: &Local, new: &Path) -> Result<Device, CacheError> {
+    let size = local.geometry.size;
+    if !is_unmade(new)? {
+        // A leg that was left behind may be overwritten; anything else may be someone's data.
+        let (_, other) = open_leg(new, true).await?;
+        if other.cache != local.cache {
+            let source = FormatError::Invalid {
+                what: "the new leg",
+                why: "it is a leg of another cache, which would be overwritten",
+            };
+            return Err(CacheError::NotACache { path: new.into(), source });
+        }
+    }
+    let options = OpenOptions {
+        exclusive: true,
+        create_size: (!new.exists()).then_some(size),
+        ..OpenOptions::default()
+    };
+    let device = FileDevice::open(new, &options)?;
+    let found = device.info().capacity;
+    if found < size {
+        let (path, twin) = (new.into(), local.path.clone());
+        return Err(CacheError::SmallerLeg { path, found, twin, expected: size });
+    }
+    Ok(device)
+}
+
+async fn copy(
+    from: &Device,
+    to: &Device,
+    size: u64,
+    progress: &(dyn Fn(u64, u64) + Send + Sync),
+) -> Result<(), CacheError> {
+    let starts: Vec<u64> = (COPIED_FROM..size).step_by(CHUNK as usize).collect();
+    let mut chunks = futures_util::stream::iter(starts)
+        .map(|offset| async move {
+            let len = CHUNK.min(size - offset);
+            let bytes = from.read(offset, len as usize).await?;
+            to.write(offset, vec![bytes.freeze()]).await?;
+            Ok::<u64, CacheError>(offset + len)
+        })
+        .buffered(AT_ONCE);
+    while let Some(done) = chunks.next().await {
+        progress(done?, size);
+    }
+    Ok(to.flush().await?)
+}
+
+/// Writes both copies, durably.
+async fn write_superblock(device: &Device, superblock: Superblock) -> Result<(), CacheError> {
+    let mut next = superblock;
+    for _ in 0..2 {
+        next.sequence += 1;
+        let block = AlignedBuf::copy_of(&next.encode()).freeze();
+        device.write(Geometry::superblock_offset(next.sequence), vec![block]).await?;
+        device.flush().await?;
+    }
+    Ok(())
+}

@@ -41,6 +41,7 @@ pub mod io;
 pub mod name;
 pub mod node_cache;
 pub mod root;
+pub mod sabotage;
 pub mod slot;
 pub mod store;
 pub mod tree;

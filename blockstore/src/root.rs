@@ -8,6 +8,7 @@
 
 use crate::format::pointer::Pointer;
 use crate::format::vdi::VdiHead;
+use crate::sabotage::{self, Bug};
 use crate::types::{Birth, Gba};
 use parking_lot::Mutex;
 use std::fmt;
@@ -70,7 +71,10 @@ impl Root {
     }
 
     /// Sets what comes after. Once per root.
-    pub fn retire(&self, next: Arc<Self>, garbage: Garbage) {
+    pub fn retire(&self, next: Arc<Self>, mut garbage: Garbage) {
+        if sabotage::on(Bug::ReuseUnderReaders) {
+            self.sink.discard(std::mem::take(&mut garbage));
+        }
         let mut link = self.link.lock();
         assert!(link.next.is_none(), "a root has one successor");
         *link = Link { next: Some(next), garbage };

@@ -16,6 +16,7 @@ use crate::local::{LegState, Local, Mode};
 use crate::log_open::Ground;
 use crate::pool::Pool;
 use crate::vdi::{VdiHandle, VdiStatus};
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use hashbrown::{HashMap, HashSet};
 use parking_lot::Mutex;
@@ -334,6 +335,7 @@ pub(crate) fn sort_segments(
     let seen = headers.iter().map(|header| header.seq + 1);
     let noted = records.values().map(|vdi| vdi.sequence_seen.max(vdi.evicted_below));
     let next_seq = seen.chain(noted).max().unwrap_or(1).max(1);
+    let next_seq = if sabotage::on(Bug::ReuseSequence) { 1 } else { next_seq };
     let mut found: HashMap<Uuid, Vec<SegmentHeader>> = HashMap::new();
     let mut taken = HashSet::new();
     for header in headers {

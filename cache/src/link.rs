@@ -72,6 +72,8 @@ pub enum FromDisk {
     Rolled { id: u64, lsn: Lsn },
     /// The segment was granted and never used; the disk gives it back.
     Unused { segment: SegmentId },
+    /// Reads use the segment that is to be evicted; [`FromDisk::Evicted`] follows when they are done, which may be a while.
+    Pinned { segment: SegmentId },
     /// No index entry and no read refers to the segment any more.
     Evicted { segment: SegmentId },
     /// Something failed on a leg, and another is left. What waits for the leg goes on with [`ToDisk::Legs`].

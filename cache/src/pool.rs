@@ -117,12 +117,13 @@ impl Pool {
         let mut inner = self.inner.lock();
         inner.tasks.remove(&vdi);
         inner.waiting.retain(|waiting| *waiting != vdi);
-        let before = inner.clean.len();
-        inner.clean.retain(|_, (_, owner)| *owner != vdi);
-        for _ in inner.clean.len()..before {
-            inner.dirtied(vdi);
-        }
+        inner.withdraw(vdi);
         Self::next_turn(&inner);
+    }
+
+    /// Takes back the offer of all clean segments of a disk.
+    pub fn withdraw(&self, vdi: Uuid) {
+        self.inner.lock().withdraw(vdi);
     }
 
     /// Hands out a segment, or queues the disk for the next one that becomes free. A disk that has its share is not
@@ -188,10 +189,11 @@ impl Pool {
         Self::next_turn(&inner);
     }
 
-    /// A segment that was to be evicted cannot be, for now.
+    /// A segment that was to be evicted cannot be, for now: others are asked for in its place.
     pub fn eviction_failed(&self) {
         let mut inner = self.inner.lock();
         inner.evicting = inner.evicting.saturating_sub(1);
+        self.relieve(&mut inner);
     }
 
     /// A segment is clean: it may be evicted when space is short.
@@ -277,6 +279,14 @@ impl Pool {
 }
 
 impl Inner {
+    fn withdraw(&mut self, vdi: Uuid) {
+        let before = self.clean.len();
+        self.clean.retain(|_, (_, owner)| *owner != vdi);
+        for _ in self.clean.len()..before {
+            self.dirtied(vdi);
+        }
+    }
+
     /// A disk has one more segment that is not clean.
     fn dirtied(&mut self, vdi: Uuid) {
         *self.dirty.entry(vdi).or_default() += 1;

@@ -11,6 +11,7 @@ use crate::format::bitmap::{BitmapKind, BitmapPage, PAGE_BITS};
 use crate::format::extent::{ExtentHeader, ExtentRecord, ExtentType};
 use crate::format::head::Head;
 use crate::io::{Io, Write};
+use crate::sabotage::{self, Bug};
 use crate::slot::{Content, Slot, Swap, View};
 use crate::types::{BLOCK_SIZE, Gba};
 use bytes::Bytes;
@@ -138,6 +139,9 @@ impl Pages {
                     self.trim();
                 }
             }
+            if sabotage::on(Bug::ClaimUnwritten) {
+                return Ok(());
+            }
             io.write_durable(&self.encode(territory, &changed)).await
         }
         .await;
@@ -182,6 +186,9 @@ impl Pages {
                 total += runs.iter().map(|run| run.blocks).sum::<u64>();
                 claimed.extend(runs);
                 changed.push((extent, page));
+            }
+            if sabotage::on(Bug::ClaimUnwritten) {
+                return Ok(());
             }
             io.write_durable(&self.encode(territory, &changed)).await
         }

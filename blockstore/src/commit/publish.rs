@@ -13,6 +13,7 @@ use crate::format::pointer::Pointer;
 use crate::format::vdi::VdiHead;
 use crate::io::Write;
 use crate::root::{Garbage, Root};
+use crate::sabotage::{self, Bug};
 use crate::slot::{Content, Swap, View};
 use crate::tree::RUN_BLOCKS_MAX;
 use crate::types::{BLOCK_SIZE, Birth, Gba};
@@ -108,7 +109,10 @@ impl VdiInner {
             }
             let birth = head.birth.plus(1);
             let started = std::time::Instant::now();
-            let tree = self.build_tree(head, &prepared, birth).await?;
+            let mut tree = self.build_tree(head, &prepared, birth).await?;
+            if sabotage::on(Bug::FreeBeforeHead) {
+                self.core.allocator()?.free(std::mem::take(&mut tree.garbage.blocks));
+            }
             prepared.disarm();
             let tree_ms = started.elapsed().as_millis() as u64;
             self.barrier(&prepared, &tree).await?;
@@ -166,6 +170,9 @@ impl VdiInner {
         let mut epoch = prepared.epoch;
         loop {
             io.write_all(&nodes).await?;
+            if sabotage::on(Bug::HeadBeforeBarrier) {
+                return Ok(());
+            }
             if io.flush_since(epoch, &mut attempts).await? {
                 return Ok(());
             }

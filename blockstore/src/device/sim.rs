@@ -14,6 +14,7 @@
 mod faults;
 mod media;
 mod ops;
+mod reach;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -26,10 +27,10 @@ use crate::buf::AlignedBuf;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use rand::Rng;
+use reach::ReachState;
 use std::fmt;
 use std::sync::Arc;
 use target::{Action, CUT_OFF, Failure, NO_ANSWER, Reply, Session, Target};
-use tokio::sync::watch;
 
 /// What a session gets from its target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +50,7 @@ pub enum Reach {
 pub struct SimDevice {
     target: Arc<Target>,
     session: usize,
-    reach: Arc<watch::Sender<Reach>>,
+    reach: Arc<ReachState>,
     info: Arc<DeviceInfo>,
 }
 
@@ -72,7 +73,7 @@ impl SimDevice {
     }
 
     fn open_session(target: Arc<Target>) -> Self {
-        let reach = Arc::new(watch::Sender::new(Reach::Up));
+        let reach = Arc::new(ReachState::new(Reach::Up));
         let session = {
             let mut state = target.state.lock();
             state.sessions.push(Session::new(Arc::clone(&reach)));
@@ -131,14 +132,14 @@ impl SimDevice {
     /// +1, operations in flight fail with unknown outcome), [`Reach::Hanging`] only delays.
     pub fn set_reach(&self, reach: Reach) {
         let mut state = self.target.state.lock();
-        let now = *self.reach.borrow();
+        let now = self.reach.get();
         if now == Reach::Dead || now == reach {
             return;
         }
         if matches!(reach, Reach::Failing | Reach::Dead) {
             state.end_session(self.session, reach);
         } else {
-            self.reach.send_replace(reach);
+            self.reach.set(reach);
         }
     }
 
@@ -157,13 +158,12 @@ impl SimDevice {
     /// True once this session's host died.
     #[must_use]
     pub fn is_dead(&self) -> bool {
-        *self.reach.borrow() == Reach::Dead
+        self.reach.get() == Reach::Dead
     }
 
     /// Completes when the host has died, so that a test can `select!` on it.
     pub async fn died(&self) {
-        // The sender lives in `self`, so waiting cannot fail.
-        let _ = self.reach.subscribe().wait_for(|reach| *reach == Reach::Dead).await;
+        self.reach.wait_for(|reach| reach == Reach::Dead).await;
     }
 
     /// Plans one fault: for the next operation of this kind, or after `skip` of them.
@@ -269,10 +269,7 @@ impl SimDevice {
     }
 
     async fn wait_while_hanging(&self) -> Reach {
-        let mut reach = self.reach.subscribe();
-        let now = reach.wait_for(|reach| *reach != Reach::Hanging).await;
-        // The sender lives in `self`, so waiting cannot fail.
-        now.map_or(Reach::Dead, |reach| *reach)
+        self.reach.wait_for(|reach| reach != Reach::Hanging).await
     }
 }
 

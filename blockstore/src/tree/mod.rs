@@ -11,6 +11,7 @@ use crate::format::node::Node;
 use crate::format::pointer::Pointer;
 use crate::io::Io;
 use crate::node_cache::{Lookup, NodeCache};
+use crate::sabotage::{self, Bug};
 use crate::types::{BLOCK_SIZE, Gba};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -64,11 +65,8 @@ impl Reader {
         let mut blocks = Vec::with_capacity(pointers.len());
         for (pointer, (run, offset)) in pointers.iter().zip(places) {
             let block = buffers[run].slice(offset * BLOCK_SIZE..(offset + 1) * BLOCK_SIZE);
-            blocks.push(if pointer.matches(&block) {
-                block
-            } else {
-                self.read_again(pointer).await?
-            });
+            let good = pointer.matches(&block) || sabotage::on(Bug::IgnoreBlockCrc);
+            blocks.push(if good { block } else { self.read_again(pointer).await? });
         }
         Ok(blocks)
     }

@@ -27,6 +27,7 @@ use crate::format::{Geometry, LegSet};
 use crate::image::{ImagePool, SegmentImage};
 use crate::index::Index;
 use crate::link::{FromDisk, Grant, Link, ToDisk};
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use hashbrown::HashMap;
 use log::Log;
@@ -319,7 +320,10 @@ impl Disk {
         }
         self.removals += 1;
         match self.sealed.get_mut(&segment) {
-            Some(sealed) if sealed.pins > 0 => sealed.evicting = true,
+            Some(sealed) if sealed.pins > 0 && !sabotage::on(Bug::IgnorePins) => {
+                sealed.evicting = true;
+                self.outbox.push(FromDisk::Pinned { segment });
+            }
             _ => self.evicted(segment),
         }
     }

@@ -4,6 +4,7 @@ use super::{Disk, Staged, Tag, image_offset};
 use crate::format::record::{Kind, WHOLE, ZERO_BLOCKS_MAX};
 use crate::index::{Patch, PatchSource};
 use blockstore::crc::crc32c;
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lba, SECTOR_SIZE, SECTORS_PER_BLOCK};
 use smallvec::SmallVec;
 
@@ -86,7 +87,8 @@ impl Disk {
     /// was planned, so that a block overwritten since is not kept. Keeps it only where a segment is at hand: guest writes
     /// come first.
     pub fn fill(&mut self, lba: Lba, data: &[u8], planned: u64) {
-        if planned != self.removals || self.log.has_failed() || !self.log.has_spare() {
+        let stale = planned != self.removals && !sabotage::on(Bug::StaleFill);
+        if stale || self.log.has_failed() || !self.log.has_spare() {
             return;
         }
         if !matches!(self.index.get(lba), crate::index::Found::Absent) {

@@ -6,6 +6,7 @@ use crate::format::record::{Entries, Kind, WHOLE};
 use crate::index::{Content, Index, Patch, PatchBase, PatchSource, Slot, apply_zero};
 use blockstore::buf::AlignedBuf;
 use blockstore::crc::crc32c;
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn, SECTOR_SIZE};
 use bytes::Bytes;
 use hashbrown::HashMap;
@@ -85,7 +86,9 @@ impl Draft {
                 }
                 Content::Patched(patched) => {
                     let mut layers = Vec::new();
-                    for patch in patched.patches() {
+                    let patches = patched.patches();
+                    let left_out = usize::from(sabotage::on(Bug::ForgetPatch) && patches.len() > 1);
+                    for patch in &patches[..patches.len() - left_out] {
                         let bytes = match patch.source {
                             PatchSource::At { slot, crc } => Some(fetch(lba, slot, crc)?),
                             PatchSource::Zero => None,

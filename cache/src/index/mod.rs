@@ -15,6 +15,7 @@ mod zeros;
 pub use patches::{Patch, PatchBase, PatchSource, Patched};
 pub use zeros::ZeroRanges;
 
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::{Lba, Lsn};
 use hashbrown::HashMap;
 use region::{REGION_SHIFT, Region};
@@ -109,7 +110,7 @@ impl Index {
         let before = self.patches.len();
         let regions = &mut self.regions;
         self.patches.retain(|&lba, patched| {
-            let keep = patched.last_lsn() > lsn;
+            let keep = patched.last_lsn() > lsn && !sabotage::on(Bug::RetireAllPatches);
             if !keep {
                 remove_entry(regions, Lba(lba));
             }

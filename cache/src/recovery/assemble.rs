@@ -7,6 +7,7 @@ use crate::format::record::{Entries, Kind, WHOLE};
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::SlotVdi;
 use crate::index::{Index, Patch, PatchSource, apply_zero};
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::{Lba, Lsn};
 
 /// A segment that goes on being part of the log.
@@ -111,7 +112,7 @@ impl Assembler {
             // A summary is written only after a flush that covers its segment (INV-LOG-3).
             self.flushed = self.flushed.max(found.last_lsn);
         }
-        let older_epoch = header.epoch < self.slot.epoch;
+        let older_epoch = header.epoch < self.slot.epoch && !sabotage::on(Bug::KeepDeadRecords);
         if older_epoch
             && found.first_lsn >= self.slot.first_lsn
             && found.last_lsn >= found.first_lsn

@@ -24,6 +24,7 @@ use crate::format::summary::{self, Summary};
 use crate::format::{Geometry, record};
 use crate::local::Local;
 use blockstore::buf::AlignedBuf;
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use futures_util::StreamExt;
 
@@ -47,7 +48,10 @@ pub async fn recover(
     // By value, or the future could not go from thread to thread.
     let mut found = futures_util::stream::iter(headers.to_vec())
         .map(|header| async move {
-            let found = read_segment(local, &header).await;
+            let found = match read_segment(local, &header).await {
+                Err(_) if sabotage::on(Bug::ErrorEndsLog) => Ok(scan::scan_copies(&[], &header).0),
+                found => found,
+            };
             (header, found)
         })
         .buffered(READ_AHEAD);
@@ -67,6 +71,9 @@ pub async fn read_segment(local: &Local, header: &SegmentHeader) -> Result<Found
     let sealed = tails.iter().find_map(|(_, bytes)| from_summary(bytes, header, geometry));
     if let Some(found) = sealed {
         return Ok(found);
+    }
+    if sabotage::on(Bug::SkipScan) {
+        return Ok(scan::scan_copies(&[], header).0);
     }
     let segments = local.read_each(offset, geometry.segment_size as usize).await?;
     let copies: Vec<&[u8]> = segments.iter().map(|(_, bytes)| &bytes[..]).collect();
@@ -124,6 +131,9 @@ pub async fn settle(local: &Local, recovered: &Recovered) -> Result<(), CacheErr
         local.write(offset, bytes).await?;
     }
     for id in &recovered.dead {
+        if sabotage::on(Bug::KeepDeadRecords) {
+            continue;
+        }
         local.write(geometry.segment_offset(*id), AlignedBuf::zeroed(BLOCK_SIZE)).await?;
     }
     local.flush().await

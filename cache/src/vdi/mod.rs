@@ -6,6 +6,7 @@
 //! An evicted segment is free only once the slot that names it dead is durable.
 
 mod admission;
+mod evict;
 mod slope;
 mod state;
 mod task;

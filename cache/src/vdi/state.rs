@@ -4,6 +4,7 @@ use crate::disk::plan::SegmentId;
 use crate::flusher::Replay;
 use crate::image::SegmentImage;
 use crate::link::SealedSegment;
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use serde::Serialize;
 use std::collections::VecDeque;
@@ -153,11 +154,15 @@ impl Segments {
                 image: segment.image.as_ref().map(|kept| Arc::clone(&kept.image)),
             });
         }
+        if sabotage::on(Bug::SkipSegment) && batch.len() > 1 {
+            batch.remove(0);
+        }
         batch
     }
 
     /// Segments that are wholly committed and were not offered to the pool yet; drops their images.
     pub fn newly_clean(&mut self, committed: Lsn) -> Vec<(SegmentId, u64)> {
+        let committed = if sabotage::on(Bug::ReclaimEarly) { Lsn(u64::MAX) } else { committed };
         let mut clean = Vec::new();
         for segment in self.list.iter_mut().take_while(|s| s.last_lsn <= committed) {
             segment.image = None;
@@ -172,6 +177,13 @@ impl Segments {
     /// A segment that was to be evicted stays; it may be offered again.
     pub fn keep(&mut self, id: SegmentId) {
         if let Some(segment) = self.list.iter_mut().find(|segment| segment.id == id) {
+            segment.offered = false;
+        }
+    }
+
+    /// As [`Self::keep`], all of them.
+    pub fn keep_all(&mut self) {
+        for segment in &mut self.list {
             segment.offered = false;
         }
     }

@@ -1,12 +1,12 @@
 //! The loop, see the module above.
 
 use super::admission::{Admission, Pressure};
+use super::evict::Evictions;
 use super::slope::Slope;
 use super::state::{Phase, Segments, VdiStatus};
 use crate::backing::deferred::Deferred;
 use crate::backing::{Backing, BackingError};
 use crate::cache::attach::verified;
-use crate::disk::plan::SegmentId;
 use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::flusher::{self, Drafted, FlushError, FlushOptions, Situation};
@@ -33,8 +33,6 @@ const TICKS_PER_MARKER: u32 = 4;
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
 /// A commit that takes longer means that the store is away, or as good as that.
 const STORE_SLOW_AFTER: Duration = Duration::from_secs(2);
-/// How long a worker may take to let go of a segment.
-const EVICT_WITHIN: Duration = Duration::from_secs(10);
 /// After a commit failed for good, how long until it is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -107,7 +105,7 @@ struct Drafting {
 }
 
 pub(crate) struct VdiTask {
-    p: VdiTaskParts,
+    pub(super) p: VdiTaskParts,
     commands: mpsc::Receiver<Command>,
     commit: Option<CommitUnderWay>,
     /// The batch after the one under way.
@@ -118,12 +116,7 @@ pub(crate) struct VdiTask {
     roll_under_way: Option<u64>,
     next_roll: u64,
     waiters: Vec<Waiter>,
-    evicting: Vec<SegmentId>,
-    evicted: Vec<(SegmentId, u64)>,
-    /// Evicted after they had been given up.
-    late: Vec<SegmentId>,
-    evict_asked: Instant,
-    worker_silent: bool,
+    pub(super) evictions: Evictions,
     starving: bool,
     admission: Admission,
     slope: Slope,
@@ -133,7 +126,7 @@ pub(crate) struct VdiTask {
     /// The slot on the device does not say yet what was committed: nothing may turn clean (rule L2).
     checkpoint_due: bool,
     /// The worker is gone: nothing can be rolled or evicted.
-    released: bool,
+    pub(super) released: bool,
     ticks: u32,
     /// The last commit failed; it is tried again.
     failure: Option<String>,
@@ -156,11 +149,7 @@ impl VdiTask {
             roll_under_way: None,
             next_roll: 1,
             waiters: Vec::new(),
-            evicting: Vec::new(),
-            evicted: Vec::new(),
-            late: Vec::new(),
-            evict_asked: Instant::now(),
-            worker_silent: false,
+            evictions: Evictions::new(),
             starving: false,
             admission: Admission::default(),
             slope: Slope::default(),
@@ -231,6 +220,7 @@ impl VdiTask {
                 self.answer_waiters();
             }
             FromDisk::Unused { segment } => self.p.ground.pool.release(segment, false),
+            FromDisk::Pinned { segment } => self.set_aside(segment),
             FromDisk::Evicted { segment } => self.was_evicted(segment).await,
             // Disks hold back what waits for this leg until the others say durably that it is none.
             FromDisk::LegFailed { leg, reason } => {
@@ -265,6 +255,7 @@ impl VdiTask {
                         for message in sealed.messages {
                             Box::pin(self.on_disk(message)).await;
                         }
+                        self.finish_evictions().await;
                         self.log_is_sound()
                     }
                     Err(source) => {
@@ -343,12 +334,7 @@ impl VdiTask {
         if self.device_failed {
             self.log_is_sound()?;
         }
-        // Evicted segments must be dead on the device before its headers are believed.
-        self.free_evicted().await?;
-        for id in self.evicting.drain(..) {
-            self.p.ground.pool.eviction_failed();
-            self.p.segments.keep(id);
-        }
+        self.abandon_evictions().await?;
         let owned = self.p.ground.pool.owned(self.p.vdi);
         let mut headers = self.p.ground.local.read_headers().await?;
         headers.retain(|h| owned.contains(&h.segment) && belongs(h, &self.p.record));
@@ -364,10 +350,9 @@ impl VdiTask {
         for id in owned.iter().filter(|id| headers.iter().all(|h| h.segment != **id)) {
             self.p.ground.pool.release(*id, false);
         }
-        (self.released, self.starving, self.worker_silent) = (false, false, false);
+        (self.released, self.starving) = (false, false);
         (self.open_since, self.roll_under_way) = (None, None);
         self.log_failure = None;
-        self.late.clear();
         for waiter in &mut self.waiters {
             waiter.lsn.get_or_insert(last_lsn);
         }
@@ -377,11 +362,7 @@ impl VdiTask {
 
     async fn tick(&mut self) {
         self.ticks += 1;
-        if !self.evicted.is_empty() && self.evicting.is_empty() {
-            // The slot could not be written before.
-            let _ = self.free_evicted().await;
-        }
-        self.give_up_evictions();
+        self.tick_evictions().await;
         if self.checkpoint_due && self.ticks.is_multiple_of(TICKS_PER_MARKER) {
             self.checkpoint().await;
         }
@@ -454,7 +435,7 @@ impl VdiTask {
     }
 
     /// Passes a segment on to a worker that wants one, if there is one.
-    fn feed(&mut self) {
+    pub(super) fn feed(&mut self) {
         self.feed_at = None;
         if !self.starving || self.released {
             return;
@@ -611,7 +592,7 @@ impl VdiTask {
         self.answer_waiters();
     }
 
-    fn offer_clean(&mut self) {
+    pub(super) fn offer_clean(&mut self) {
         if self.checkpoint_due {
             return;
         }
@@ -620,84 +601,7 @@ impl VdiTask {
         }
     }
 
-    /// A worker that does not answer must not make the pool wait for it: other disks need segments too.
-    fn give_up_evictions(&mut self) {
-        let overdue = !self.evicting.is_empty() && self.evict_asked.elapsed() >= EVICT_WITHIN;
-        if overdue {
-            self.note_error("the disk's worker does not answer; its read cache stays");
-            for _ in self.evicting.drain(..) {
-                self.p.ground.pool.eviction_failed();
-            }
-            self.worker_silent = true;
-        }
-    }
-
-    async fn evict(&mut self, id: SegmentId) {
-        let Some(segment) = self.p.segments.get(id) else {
-            return self.p.ground.pool.eviction_failed();
-        };
-        let (seq, last_lsn) = (segment.seq, segment.last_lsn);
-        if self.worker_silent {
-            return self.p.ground.pool.eviction_failed();
-        }
-        if self.released {
-            // No worker, no reads: nothing refers to it but the slot.
-            self.evicting.push(id);
-            return self.was_evicted(id).await;
-        }
-        match flusher::lbas_of(&self.p.ground.local, self.p.vdi, id, seq, last_lsn).await {
-            Ok(lbas) => {
-                self.evicting.push(id);
-                self.evict_asked = Instant::now();
-                tracing::trace!(segment = id.0, blocks = lbas.len(), "evicting");
-                self.p.sender.send(ToDisk::Evict { segment: id, lbas });
-            }
-            // It stays: without its list the index cannot be cleaned.
-            Err(error) => {
-                self.p.ground.pool.eviction_failed();
-                self.note_error(&error.to_string());
-            }
-        }
-    }
-
-    /// Nothing refers to the segment any more. Slots are written once for all that are on their way.
-    async fn was_evicted(&mut self, id: SegmentId) {
-        self.worker_silent = false;
-        if !self.evicting.contains(&id) {
-            // Given up before: the pool counts on it no more, but it is free all the same.
-            self.late.push(id);
-        }
-        self.evicting.retain(|evicting| *evicting != id);
-        let Some(seq) = self.p.segments.remove(id) else { return };
-        self.evicted.push((id, seq));
-        tracing::trace!(segment = id.0, "evicted");
-        if !self.evicting.is_empty() && self.evicted.len() < 16 {
-            return;
-        }
-        let _ = self.free_evicted().await;
-    }
-
-    /// Writes the slot that names the evicted segments dead, then frees them.
-    async fn free_evicted(&mut self) -> Result<(), CacheError> {
-        if self.evicted.is_empty() {
-            return Ok(());
-        }
-        let newest = self.evicted.iter().map(|(_, seq)| *seq).max().unwrap_or(0);
-        self.p.record.evicted_below = self.p.record.evicted_below.max(newest + 1);
-        if let Err(error) = self.write_slot().await {
-            self.note_error(&error.to_string());
-            return Err(error);
-        }
-        for (id, _) in self.evicted.drain(..) {
-            let counted = !self.late.contains(&id);
-            self.p.ground.pool.release(id, counted);
-        }
-        self.late.clear();
-        self.feed();
-        Ok(())
-    }
-
-    async fn write_slot(&mut self) -> Result<(), CacheError> {
+    pub(super) async fn write_slot(&mut self) -> Result<(), CacheError> {
         self.p.record.sequence_seen =
             self.p.record.sequence_seen.max(self.p.ground.pool.next_seq());
         let mut slot = self.p.slot.clone();
@@ -731,21 +635,12 @@ impl VdiTask {
         // Slot gone, so nothing here is anyone's: the pool must ask for no more evictions, and those it has asked for are
         // settled.
         self.p.ground.pool.unregister(self.p.vdi);
-        while let Ok(message) = self.p.from_pool.try_recv() {
-            if matches!(message, PoolMessage::Evict(_)) {
-                self.p.ground.pool.eviction_failed();
-            }
-        }
-        for id in self.p.segments.ids() {
-            self.p.ground.pool.release(id, self.evicting.contains(&id));
-        }
-        for (id, _) in self.evicted.drain(..) {
-            self.p.ground.pool.release(id, true);
-        }
+        self.refuse_evictions();
+        self.free_all();
         Ok(())
     }
 
-    fn note_error(&self, error: &str) {
+    pub(super) fn note_error(&self, error: &str) {
         tracing::warn!(vdi = %self.p.record.name, %error, "cache");
         self.p.status.lock().last_error = Some(error.into());
     }

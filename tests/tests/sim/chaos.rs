@@ -9,6 +9,7 @@ use blockstore::device::sim::{FaultRates, Reach, SimDevice};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// See the module.
@@ -26,7 +27,7 @@ pub struct Chaos {
 impl Chaos {
     pub fn new(world: &World, seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let local_fails = world.profile.local_fails && rng.random_bool(0.4);
+        let local_fails = world.profile.local_fails && rng.random_bool(0.6);
         Self {
             rng,
             profile: world.profile.clone(),
@@ -40,13 +41,21 @@ impl Chaos {
 
     /// What guests must put up with in this life.
     pub fn excuses(&self) -> Excuses {
-        Excuses { write_errors: self.local_fails, read_errors: self.profile.san.read_garbled > 0.0 }
+        let read_errors = self.local_fails || self.profile.san.read_garbled > 0.0;
+        Excuses { write_errors: self.local_fails, read_errors }
     }
 
     /// The state of things at the agent's start.
     pub fn begin(&mut self) {
         self.san_pace.set(self.rng.random_range(0..60), self.rng.random_range(1..12));
         self.local_pace.set(self.rng.random_range(0..60), self.rng.random_range(1..4));
+        self.san_pace.set_late(self.rng.random_range(0..30), self.rng.random_range(1..15_000));
+        let late_reads = if self.rng.random_bool(0.3) { 50..400 } else { 0..1 };
+        self.san_pace.late_reads.store(self.rng.random_range(late_reads), Ordering::Relaxed);
+        self.local_pace.set_late(self.rng.random_range(0..4), self.rng.random_range(1..4_000));
+        self.local_pace.breaks.store(0, Ordering::Relaxed);
+        let read_io = if self.local_fails && self.rng.random() { 0.06 } else { 0.0 };
+        self.local.set_rates(FaultRates { read_io, ..FaultRates::default() });
         match self.rng.random_range(0..10) {
             0 => self.san.set_reach(Reach::Failing),
             1 => self.san.set_reach(Reach::Hanging),
@@ -63,13 +72,7 @@ impl Chaos {
             let peace = if self.rng.random_bool(0.5) { 3_000 } else { 300 };
             self.sleep(peace).await;
             if self.local_fails && self.rng.random_bool(0.3) {
-                let rates = FaultRates {
-                    write_io: 0.01,
-                    flush_io: 0.02,
-                    read_io: 0.01,
-                    ..FaultRates::default()
-                };
-                self.local.set_rates(rates);
+                self.local_pace.breaks.store(self.rng.random_range(0..20), Ordering::Relaxed);
             }
             match self.rng.random_range(0..7) {
                 0 => self.outage(Reach::Failing).await,

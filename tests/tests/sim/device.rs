@@ -6,15 +6,18 @@
 use crate::trace::Trace;
 use async_trait::async_trait;
 use blockstore::buf::AlignedBuf;
-use blockstore::device::sim::SimDevice;
+use blockstore::device::sim::{FaultRates, SimDevice};
 use blockstore::device::{BlockDevice, CawOutcome, DeviceError, DeviceInfo};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
+
+/// Milliseconds: long enough for what is read to be changed, committed and forgotten before the reply.
+const LATE_READ_MS: u64 = 4_000;
 
 /// How slow a device is. Shared with whoever changes it.
 #[derive(Debug, Default)]
@@ -23,12 +26,29 @@ pub struct Pace {
     pub share: AtomicU64,
     /// The longest wait, milliseconds.
     pub most_ms: AtomicU64,
+    /// Of 1000 operations, so many come late, by up to `late_ms`.
+    pub late: AtomicU64,
+    /// Milliseconds.
+    pub late_ms: AtomicU64,
+    /// Of 1000 replies to reads, so many come later still, by up to [`LATE_READ_MS`].
+    pub late_reads: AtomicU64,
+    /// Of 1000 flushes, so many fail, and with one of them the device for good: an agent that goes on with it could be told
+    /// anything.
+    pub breaks: AtomicU64,
+    /// It did fail for good.
+    pub broken: AtomicBool,
 }
 
 impl Pace {
     pub fn set(&self, share: u64, most_ms: u64) {
         self.share.store(share, Ordering::Relaxed);
         self.most_ms.store(most_ms, Ordering::Relaxed);
+    }
+
+    /// So many of 1000 operations come late, by up to so many milliseconds.
+    pub fn set_late(&self, late: u64, late_ms: u64) {
+        self.late.store(late, Ordering::Relaxed);
+        self.late_ms.store(late_ms, Ordering::Relaxed);
     }
 }
 
@@ -50,9 +70,17 @@ impl Timed {
     async fn wait(&self) {
         let ms = {
             let mut rng = self.rng.lock();
+            let late_ms = self.pace.late_ms.load(Ordering::Relaxed);
+            let late = rng.random_range(0..1000) < self.pace.late.load(Ordering::Relaxed);
             let waits = rng.random_range(0..100) < self.pace.share.load(Ordering::Relaxed);
             let most = self.pace.most_ms.load(Ordering::Relaxed);
-            if waits && most > 0 { rng.random_range(1..=most) } else { 0 }
+            if late && late_ms > 0 {
+                rng.random_range(1..=late_ms)
+            } else if waits && most > 0 {
+                rng.random_range(1..=most)
+            } else {
+                0
+            }
         };
         if ms > 0 {
             tokio::time::sleep(Duration::from_millis(ms)).await;
@@ -75,6 +103,12 @@ impl BlockDevice for Timed {
         self.wait().await;
         let result = self.sim.read(offset, len).await;
         self.note(0, offset, len as u64, &result);
+        let ms = {
+            let mut rng = self.rng.lock();
+            let late = rng.random_range(0..1000) < self.pace.late_reads.load(Ordering::Relaxed);
+            if late { rng.random_range(1..=LATE_READ_MS) } else { 0 }
+        };
+        tokio::time::sleep(Duration::from_millis(ms)).await;
         self.wait().await;
         result
     }
@@ -90,7 +124,19 @@ impl BlockDevice for Timed {
 
     async fn flush(&self) -> Result<(), DeviceError> {
         self.wait().await;
-        let result = self.sim.flush().await;
+        if self.rng.lock().random_range(0..1000) < self.pace.breaks.load(Ordering::Relaxed) {
+            self.pace.broken.store(true, Ordering::Relaxed);
+            self.sim.set_rates(FaultRates {
+                write_io: 1.0,
+                flush_io: 1.0,
+                ..FaultRates::default()
+            });
+        }
+        let mut result = self.sim.flush().await;
+        // Nor does any flush succeed that was under way when the device broke.
+        if result.is_ok() && self.pace.broken.load(Ordering::Relaxed) {
+            result = self.sim.flush().await;
+        }
         self.note(2, 0, 0, &result);
         self.wait().await;
         result

@@ -23,11 +23,14 @@ use std::cell::Cell;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use uuid::Uuid;
 
 /// Longest that anything may take once all faults are over.
-const PATIENCE: Duration = Duration::from_secs(4 * 3600);
+const PATIENCE: Duration = Duration::from_secs(3600);
+/// All outages of a life together.
+const OUTAGES_MAX: Duration = Duration::from_secs(72 * 3600);
 
 /// How a life ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,11 +55,26 @@ pub async fn live(world: &mut World, last: bool) -> End {
             san.crash_after(few(&mut world.rng, 1000));
         }
     }
+    // What is possible at all is possible between two outages.
+    let outages = Duration::from_millis(world.profile.outage_ms) * 20;
+    let limit = PATIENCE + outages.min(OUTAGES_MAX);
+    let (cache, pace) = (Arc::clone(&world.cache), Arc::clone(&world.local_pace));
+    pace.broken.store(false, Ordering::Relaxed);
     tokio::select! {
         biased;
         () = local.died() => End::Died,
         () = san.died() => End::Died,
         end = serve(world, last) => end,
+        words = async {
+            tokio::time::sleep(limit).await;
+            let cache = cache.lock().upgrade();
+            cache.map(|cache| format!("{cache:#?}"))
+        } => {
+            // With a cache device that is broken for good, nothing can be promised but that it is said.
+            let excused = pace.broken.load(Ordering::Relaxed) && !last;
+            assert!(excused, "liveness: a life comes to no end: {}", words.unwrap_or_default());
+            End::LogFailed
+        }
     }
 }
 
@@ -90,10 +108,19 @@ async fn bring_up_and_use(world: &mut World, last: bool, excuses: Option<Excuses
         world.san.set_reach(Reach::Up);
         world.local_pace.set(20, 3);
         world.san_pace.set(20, 5);
+        world.local_pace.set_late(0, 0);
+        world.local_pace.breaks.store(0, Ordering::Relaxed);
+        world.san_pace.set_late(0, 0);
+        world.san_pace.late_reads.store(0, Ordering::Relaxed);
     }
     let (host, requests) = (world.local.clone(), Arc::clone(&world.requests));
-    let orders = Orders { host, requests, wind_down: Cell::new(false), stop: Cell::new(false) };
-    let orders = Rc::new(orders);
+    let orders = Rc::new(Orders {
+        host,
+        requests,
+        wanting: Cell::new(if world.rng.random() { 1 } else { world.profile.disks.len() }),
+        wind_down: Cell::new(false),
+        stop: Cell::new(false),
+    });
     let agent = Agent::start(world, local, san).await;
     let mut workers = agent.attach_all(world, excuses.unwrap_or_default(), &orders).await;
     let count = workers.len() as u64;
@@ -113,10 +140,7 @@ async fn bring_up_and_use(world: &mut World, last: bool, excuses: Option<Excuses
     // Workers go on while their disks are drained.
     let running = join_all(workers.into_iter().map(Worker::run_to_the_end));
     let ending = agent.wind_down(&orders, last);
-    let workers = tokio::select! {
-        (workers, ()) = async { tokio::join!(running, ending) } => workers,
-        () = tokio::time::sleep(PATIENCE), if last => panic!("liveness: the end was not reached"),
-    };
+    let (workers, ()) = tokio::join!(running, ending);
     if workers.iter().any(|worker| worker.log_failed) {
         return End::LogFailed;
     }
@@ -177,6 +201,7 @@ impl Agent {
                 Err(error) => again("the cache", &error).await,
             }
         };
+        *world.cache.lock() = Arc::downgrade(&cache);
         let host = OpenOptions {
             host_uuid: cache.identity().await.host,
             host_name: "host".into(),
@@ -328,7 +353,10 @@ async fn again(what: &str, error: &CacheError) {
 /// An outage of the store is waited out; anything else is a broken promise.
 async fn transient(what: &str, error: &blockstore::StoreError) {
     match error.kind {
-        StoreErrorKind::Unreachable | StoreErrorKind::Device | StoreErrorKind::Corrupt => {
+        StoreErrorKind::Unreachable
+        | StoreErrorKind::Device
+        | StoreErrorKind::Corrupt
+        | StoreErrorKind::Damaged => {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         _ => panic!("{what}: {error}"),

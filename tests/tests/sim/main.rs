@@ -13,6 +13,8 @@ mod host;
 mod model;
 mod profile;
 mod reading;
+#[cfg(feature = "sabotage")]
+mod sabotage;
 mod trace;
 mod worker;
 mod world;
@@ -23,7 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 /// Seeds in an ordinary run.
-const SEEDS: u64 = 100;
+const SEEDS: u64 = 1000;
 /// Guest requests per seed.
 const REQUESTS: u64 = 10_000;
 /// Seeds that once found something: (seed, requests).

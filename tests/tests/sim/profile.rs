@@ -23,21 +23,21 @@ pub struct Profile {
     pub san: FaultRates,
     /// The cache device fails writes and flushes in some lives.
     pub local_fails: bool,
-    /// Blocks of either device rot: detection is what is promised.
-    pub rot: bool,
 }
 
 impl Profile {
     pub fn draw(rng: &mut SmallRng) -> Self {
         let disks = (0..rng.random_range(1..=3)).map(|_| rng.random_range(32..=400)).collect();
-        let reads = rng.random_range(5..40);
-        let zeros = rng.random_range(0..10);
+        // Some guests zero most of what they write.
+        let zeroes_much = rng.random_bool(0.15);
+        let reads = rng.random_range(5..if zeroes_much { 40 } else { 60 });
+        let zeros = if zeroes_much { rng.random_range(15..40) } else { rng.random_range(0..10) };
         let flushes = rng.random_range(1..20);
         let habits = Habits {
             think_ms: rng.random_range(0..60),
             burst: rng.random_range(1..12),
             mix: [100 - reads - zeros - flushes, zeros, flushes],
-            large: if rng.random_bool(0.2) { 2000 } else { 160 },
+            large: if rng.random_bool(0.4) { 2000 } else { 160 },
         };
         let flush = FlushOptions {
             max_age_ms: rng.random_range(50..4000),
@@ -46,10 +46,11 @@ impl Profile {
             batch_bytes: rng.random_range(1..8) << 20,
         };
         let faulty = rng.random_bool(0.6);
+        let garbles = rng.random_bool(0.4);
         let mut rate = |most: f64| if faulty { rng.random_range(0.0..most) } else { 0.0 };
         let san = FaultRates {
             read_io: rate(0.02),
-            read_garbled: rate(0.02),
+            read_garbled: if garbles { rate(0.1) } else { 0.0 },
             write_io: rate(0.02),
             write_no_space: rate(0.02),
             flush_io: rate(0.1),
@@ -66,11 +67,10 @@ impl Profile {
             habits,
             flush,
             image_bytes: rng.random_range(1..12) << 20,
-            lives: rng.random_range(2..7),
+            lives: rng.random_range(2..12),
             outage_ms,
             san,
             local_fails: rng.random_bool(0.2),
-            rot: rng.random_bool(0.1),
         }
     }
 }

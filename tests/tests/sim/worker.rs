@@ -72,6 +72,8 @@ pub struct Orders {
     pub host: SimDevice,
     /// Requests so far, over all lives.
     pub requests: Arc<AtomicU64>,
+    /// So many guests must be satisfied before the life ends, with whatever is under way.
+    pub wanting: Cell<usize>,
     /// Guests ask for nothing more; workers end when all is answered.
     pub wind_down: Cell<bool>,
     /// With that, workers seal their logs and end.
@@ -114,6 +116,7 @@ pub struct Worker {
     pub log_failed: bool,
     rolled: bool,
     to_the_end: bool,
+    satisfied: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -156,6 +159,7 @@ impl Worker {
             log_failed: false,
             rolled: false,
             to_the_end: false,
+            satisfied: false,
         }
     }
 
@@ -215,14 +219,19 @@ impl Worker {
 
     fn is_over(&mut self) -> bool {
         if self.log_failed {
+            self.orders.wanting.set(0);
             return true;
         }
         if self.wants() {
-            return false;
+            // Unless another's log has failed.
+            return !self.to_the_end && self.orders.wanting.get() == 0;
         }
         if !self.to_the_end {
-            // The others may go on; what is under way then stays under way.
-            return true;
+            // Serves on until no guest wants anything; what is under way then stays under way.
+            if !std::mem::replace(&mut self.satisfied, true) {
+                self.orders.wanting.update(|wanting| wanting.saturating_sub(1));
+            }
+            return self.orders.wanting.get() == 0;
         }
         self.model.lock().guest_is_done = self.is_answered();
         if !self.orders.stop.get() || !self.is_answered() {

@@ -7,6 +7,7 @@
 
 use super::faults::FaultPlan;
 use super::media::{Extent, Media};
+use super::reach::ReachState;
 use super::{Fault, OpCounts, OpKind, Reach, SimOptions, TRACE_LEN_MAX, TraceEntry};
 use crate::buf::AlignedBuf;
 use crate::device::{CawOutcome, DeviceErrorKind};
@@ -15,7 +16,6 @@ use parking_lot::Mutex;
 use rand::Rng;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use tokio::sync::watch;
 
 /// Why an action failed: the device's name and the range are added by the session.
 pub(super) type Failure = (DeviceErrorKind, &'static str);
@@ -44,7 +44,7 @@ pub(super) struct Session {
     pub(super) epoch: u64,
     /// Rises when whatever is in flight is cut off.
     pub(super) incarnation: u64,
-    pub(super) reach: Arc<watch::Sender<Reach>>,
+    pub(super) reach: Arc<ReachState>,
     pub(super) plan: FaultPlan,
     pub(super) counts: OpCounts,
     pub(super) trace: VecDeque<TraceEntry>,
@@ -145,7 +145,7 @@ impl Target {
 }
 
 impl Session {
-    pub(super) fn new(reach: Arc<watch::Sender<Reach>>) -> Self {
+    pub(super) fn new(reach: Arc<ReachState>) -> Self {
         Self {
             epoch: 0,
             incarnation: 0,
@@ -180,7 +180,7 @@ impl State {
 
     /// Puts an action in flight and returns its id, unless the target is out of reach.
     pub(super) fn register(&mut self, session: usize, action: Action) -> Option<u64> {
-        if *self.sessions[session].reach.borrow() != Reach::Up {
+        if self.sessions[session].reach.get() != Reach::Up {
             return None;
         }
         let id = self.next_id;
@@ -224,15 +224,15 @@ impl State {
         let session = &mut self.sessions[session];
         session.epoch += 1;
         session.incarnation += 1;
-        if *session.reach.borrow() != Reach::Dead {
-            session.reach.send_replace(then);
+        if session.reach.get() != Reach::Dead {
+            session.reach.set(then);
         }
     }
 
     /// Loss of the volatile cache; every session is cut off.
     pub(super) fn lose_cache(&mut self, hosts_die: bool) {
         for session in 0..self.sessions.len() {
-            let now = *self.sessions[session].reach.borrow();
+            let now = self.sessions[session].reach.get();
             self.end_session(session, if hosts_die { Reach::Dead } else { now });
         }
         self.media.crash();

@@ -4,6 +4,7 @@ use super::{FLUSH_AHEAD_AFTER, FLUSH_AHEAD_WRITES};
 use super::{FlushUnderWay, Log, SummaryState, Work};
 use crate::disk::{Action, Tag};
 use crate::link::FromDisk;
+use blockstore::sabotage::{self, Bug};
 
 impl Log {
     pub fn flush(&mut self, tag: Tag) {
@@ -15,7 +16,7 @@ impl Log {
         self.writes_since_flush = 0;
         if self.failure.is_some() {
             self.completions.push((tag, false));
-        } else if self.flushed_lsn >= self.staged_lsn {
+        } else if self.flushed_lsn >= self.staged_lsn || sabotage::on(Bug::AckBeforeFlush) {
             self.completions.push((tag, true));
         } else {
             self.flush_waiters.push_back((self.staged_lsn, tag));
@@ -24,6 +25,9 @@ impl Log {
 
     /// Batches that are written without a gap count; their requests complete, or wait for a flush.
     pub(super) fn pop_written(&mut self) {
+        if sabotage::on(Bug::AckAcrossGap) {
+            self.batches.make_contiguous().sort_by_key(|batch| !batch.written);
+        }
         while self.batches.front().is_some_and(|batch| batch.written) {
             let Some(batch) = self.batches.pop_front() else { break };
             self.written += 1;

@@ -1,0 +1,108 @@
+//! Deliberate bugs, one at a time, to show that the tests would find them.
+//!
+//! Compiled out without the feature `sabotage`; with it, a bug is there only on a thread that asked for it. The places that
+//! have one are found by its name.
+
+/// A bug that a careless change might bring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bug {
+    /// A flush is answered at once.
+    AckBeforeFlush,
+    /// Records that overtook others are acknowledged.
+    AckAcrossGap,
+    /// A summary is written before the records that it vouches for are flushed.
+    SummaryBeforeFlush,
+    /// Recovery believes records whose payload does not match its checksums.
+    IgnorePayloadCrc,
+    /// Recovery looks at summaries only: a segment without one counts as empty.
+    SkipScan,
+    /// Recovery takes a segment that cannot be read for an empty one.
+    ErrorEndsLog,
+    /// Records that a recovery cut off are neither wiped nor known by their epoch.
+    KeepDeadRecords,
+    /// After a restart, segments are numbered from the start again.
+    ReuseSequence,
+    /// The flusher leaves out the last of several patches of a block.
+    ForgetPatch,
+    /// The flusher leaves out a segment.
+    SkipSegment,
+    /// Segments count as clean before they are committed.
+    ReclaimEarly,
+    /// Any commit retires all patches.
+    RetireAllPatches,
+    /// A fetched block is kept although the index changed since.
+    StaleFill,
+    /// A segment is given up while it is being read.
+    IgnorePins,
+    /// A head is published before the blocks that it names are flushed.
+    HeadBeforeBarrier,
+    /// A flush counts although the device may have lost what it was to cover.
+    BarrierIgnoresEpoch,
+    /// What a commit replaces is free before the head is written.
+    FreeBeforeHead,
+    /// What a commit replaced is free while older versions are read.
+    ReuseUnderReaders,
+    /// Blocks are given out though the bitmap on the device does not say so.
+    ClaimUnwritten,
+    /// Blocks of the store are not checked.
+    IgnoreBlockCrc,
+    /// A compare-and-write of unknown outcome is taken to have landed.
+    AssumeLanded,
+}
+
+/// All of them.
+pub const ALL: [Bug; 21] = [
+    Bug::AckBeforeFlush,
+    Bug::AckAcrossGap,
+    Bug::SummaryBeforeFlush,
+    Bug::IgnorePayloadCrc,
+    Bug::SkipScan,
+    Bug::ErrorEndsLog,
+    Bug::KeepDeadRecords,
+    Bug::ReuseSequence,
+    Bug::ForgetPatch,
+    Bug::SkipSegment,
+    Bug::ReclaimEarly,
+    Bug::RetireAllPatches,
+    Bug::StaleFill,
+    Bug::IgnorePins,
+    Bug::HeadBeforeBarrier,
+    Bug::BarrierIgnoresEpoch,
+    Bug::FreeBeforeHead,
+    Bug::ReuseUnderReaders,
+    Bug::ClaimUnwritten,
+    Bug::IgnoreBlockCrc,
+    Bug::AssumeLanded,
+];
+
+/// Whether this thread has the bug.
+#[cfg(not(feature = "sabotage"))]
+#[inline]
+#[must_use]
+pub const fn on(_: Bug) -> bool {
+    false
+}
+
+#[cfg(feature = "sabotage")]
+pub use active::{on, set};
+
+#[cfg(feature = "sabotage")]
+mod active {
+    use super::Bug;
+    use std::cell::Cell;
+
+    thread_local! {
+        static ACTIVE: Cell<Option<Bug>> = const { Cell::new(None) };
+    }
+
+    /// Gives this thread a bug, or cures it.
+    pub fn set(bug: Option<Bug>) {
+        ACTIVE.set(bug);
+    }
+
+    /// Whether this thread has the bug.
+    #[must_use]
+    pub fn on(bug: Bug) -> bool {
+        ACTIVE.get() == Some(bug)
+    }
+}

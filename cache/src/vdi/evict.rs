@@ -2,9 +2,8 @@
 //!
 //! The pool asks for one; the worker drops its index entries and answers once no read uses it any more; then the slot that
 //! names it dead is written, and it is free. The pool counts on those it asked for and asks for no others meanwhile, so
-//! a segment that comes later than that is set aside: it is free when it comes, and the pool asks for another at once.
-//! Reads may wait for a store that is away for as long as the outage lasts, and must not keep writers waiting with them.
-//! One that cannot be evicted at all is offered again later (INV-EVICT-1: no segment is ever lost to the pool).
+//! a segment that comes later is set aside: it is free when it comes, and the pool asks for another at once. A slow read,
+//! or a slow worker, must not keep the writers of all disks waiting. One that cannot be evicted at all is offered again later (INV-EVICT-1: no segment is ever lost to the pool).
 
 use super::task::VdiTask;
 use crate::disk::plan::SegmentId;

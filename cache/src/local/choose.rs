@@ -6,11 +6,10 @@
 //! | equal event counts, one id | both are members |
 //! | equal event counts, two ids | each went on without the other: refused, the operator says which one counts |
 //! | unequal event counts | the higher is the cache; the other was left behind and is no member |
-//! | unequal by one, and the higher only adds a leg to the lower one's members | both are members: a copy was finished, and nothing written since (`replace.rs`) |
 //! | a member is not there | the one that is there may be the one left behind: only on the operator's word |
 
 use crate::error::CacheError;
-use crate::format::legs::{LegSet, Membership};
+use crate::format::legs::LegSet;
 use crate::format::superblock::Superblock;
 use std::path::PathBuf;
 
@@ -55,7 +54,7 @@ fn with_best(found: &[(PathBuf, Superblock)], best: usize) -> Choice {
     for (at, (_, other)) in found.iter().enumerate() {
         let number = membership.number_of(other.leg).filter(|n| membership.members.contains(*n));
         match number {
-            Some(number) if in_step(&other.membership, membership) => {
+            Some(number) if other.membership.events == membership.events => {
                 choice.members.push((at, number));
                 choice.missing = choice.missing.minus(LegSet::NONE.with(number));
             }
@@ -73,22 +72,12 @@ fn with_best(found: &[(PathBuf, Superblock)], best: usize) -> Choice {
     choice
 }
 
-/// Whether a leg that says `own` holds all that one does that says `best`.
-fn in_step(own: &Membership, best: &Membership) -> bool {
-    let same = own.events == best.events;
-    // A set grows only when nothing is written, and is written under only when both legs say so.
-    let grew = own.events.checked_add(1) == Some(best.events)
-        && own.members.minus(best.members).is_empty()
-        && own.members != best.members;
-    same || grew
-}
-
 #[cfg(test)]
 mod tests {
     //! Goal: each row of the table above. Method: superblocks made up by hand.
 
     use super::*;
-    use crate::format::Geometry;
+    use crate::format::{Geometry, Membership};
     use uuid::Uuid;
 
     fn pair() -> [Superblock; 2] {

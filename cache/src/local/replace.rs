@@ -1,8 +1,9 @@
 //! A new leg for a cache that lost one, or a second one for a cache that never had one. The cache must not be in use.
 //!
-//! Order: the new leg is marked as unfinished, all else is copied and flushed; then its superblock names both legs as
-//! members, then that of the good leg does. A crash before the last two steps leaves the good leg as it was, alone; a
-//! crash between them leaves two legs with the same content, which `choose.rs` takes for both members.
+//! Order: the new leg is marked as unfinished, all else is copied and flushed; then the superblock of the good leg names
+//! both as members, then that of the new leg does. A crash before that leaves the good leg as it was, alone; a crash
+//! between the two leaves a good leg whose twin is missing, which opens on the operator's word only, and without loss.
+//! Never does a leg count as a member while the other can be served without knowing of it.
 
 use super::create::{is_unmade, mark_unmade};
 use super::opening::{open_leg, refuse_same};
@@ -62,8 +63,8 @@ impl Local {
         let leg = Uuid::new_v4();
         let membership = joined(&superblock, leg);
         let next = Superblock { membership, ..superblock };
-        write_superblock(&device, Superblock { leg, ..next.clone() }).await?;
-        write_superblock(&source.device, Superblock { leg: next.leg, ..next }).await?;
+        write_superblock(&source.device, next.clone()).await?;
+        write_superblock(&device, Superblock { leg, ..next }).await?;
         let bytes = local.geometry.size - COPIED_FROM;
         Ok(Replaced { good: good.into(), new: new.into(), bytes })
     }
@@ -93,6 +94,12 @@ async fn open_blank(local: &Local, new: &Path) -> Result<Device, CacheError> {
                 why: "it is a leg of another cache, which would be overwritten",
             };
             return Err(CacheError::NotACache { path: new.into(), source });
+        }
+        let own = local.superblock().await.membership;
+        if other.membership.events >= own.events {
+            // It was served after the other, or beside it: what it holds may be nowhere else.
+            let (path, twin) = (local.path.clone(), new.into());
+            return Err(CacheError::SplitLegs { path, twin, events: other.membership.events });
         }
     }
     let options = OpenOptions {

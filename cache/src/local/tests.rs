@@ -101,12 +101,26 @@ async fn a_copy_that_was_cut_short_leaves_the_good_leg_or_both() {
     let alone = bytes(&rig.path("a"));
     replace(&rig, "a", "b").await.unwrap();
     let copied = bytes(&rig.path("b"));
-    // The good leg does not know yet, the new one does: nothing was written since, both are whole.
-    std::fs::write(rig.path("a"), &alone).unwrap();
-    let local = rig.open(&["a", "b"], false).await.unwrap();
-    assert_eq!(local.members(), LegSet::first(2));
+    // The good leg names the new one, which is not finished: not without the operator's word, and then with everything.
+    let mut unfinished = copied.clone();
+    unfinished[..8192].fill(0);
+    unfinished[..27].copy_from_slice(b"BLSTNEW cache being created");
+    std::fs::write(rig.path("b"), &unfinished).unwrap();
+    rig.refused(&["a"], &["--degraded"]).await;
+    rig.refused(&["a", "b"], &["--degraded"]).await;
+    let local = rig.open(&["a", "b"], true).await.unwrap();
+    assert_eq!(local.members(), LegSet::FIRST);
     drop(local);
+    replace(&rig, "a", "b").await.unwrap();
     assert_eq!(rig.open(&["a", "b"], false).await.unwrap().members(), LegSet::first(2));
+    // Served alone each, they hold different things: none overwrites the other.
+    drop(rig.open(&["b"], true).await.unwrap());
+    let error = replace(&rig, "a", "b").await.unwrap_err();
+    assert!(error.to_string().contains("--degraded"), "{error}");
+    drop(rig.open(&["a"], true).await.unwrap());
+    let before = bytes(&rig.path("b"));
+    let error = replace(&rig, "a", "b").await.unwrap_err();
+    assert!(matches!(error, CacheError::SplitLegs { .. }) && before == bytes(&rig.path("b")));
     // Neither knows: the copy has no superblock, and the good leg is the cache.
     std::fs::write(rig.path("a"), &alone).unwrap();
     let mut unfinished = copied;

@@ -31,7 +31,10 @@ pub(super) struct Evictions {
     aside: Vec<SegmentId>,
     /// Dead, but the slot does not say so yet: place, sequence number, whether the pool counts on it.
     dead: Vec<(SegmentId, u64, bool)>,
-    /// Some could not be evicted and are to be offered again at this time.
+    /// The worker owes answers for so long that it is asked for nothing more until it gives one.
+    silent: bool,
+    /// Could not be evicted; to be offered again at `offer_again_at`.
+    held_back: Vec<SegmentId>,
     offer_again_at: Option<Instant>,
 }
 
@@ -42,6 +45,8 @@ impl Evictions {
             last_asked: Instant::now(),
             aside: Vec::new(),
             dead: Vec::new(),
+            silent: false,
+            held_back: Vec::new(),
             offer_again_at: None,
         }
     }
@@ -59,25 +64,42 @@ impl VdiTask {
             self.evictions.asked.push(id);
             return self.was_evicted(id).await;
         }
+        if self.evictions.silent {
+            return self.hold_back(id);
+        }
         match flusher::lbas_of(&self.p.ground.local, self.p.vdi, id, seq, last_lsn).await {
             Ok(lbas) => {
                 self.evictions.asked.push(id);
                 self.evictions.last_asked = Instant::now();
                 tracing::trace!(segment = id.0, blocks = lbas.len(), "evicting");
-                self.p.sender.send(ToDisk::Evict { segment: id, lbas });
+                if !self.p.sender.send(ToDisk::Evict { segment: id, lbas }) {
+                    // The disk is gone, and its reads with it.
+                    self.was_evicted(id).await;
+                }
             }
             // It stays: without its list the index cannot be cleaned.
             Err(error) => {
                 self.note_error(&error.to_string());
-                self.p.segments.keep(id);
-                self.evictions.offer_again_at = Some(Instant::now() + OFFER_AGAIN_AFTER);
-                self.p.ground.pool.eviction_failed();
+                self.hold_back(id);
             }
         }
     }
 
-    /// The segment comes later: the pool must not wait for it.
-    pub(super) fn set_aside(&mut self, id: SegmentId) {
+    /// The segment stays for a while.
+    fn hold_back(&mut self, id: SegmentId) {
+        self.evictions.held_back.push(id);
+        self.evictions.offer_again_at.get_or_insert(Instant::now() + OFFER_AGAIN_AFTER);
+        self.p.ground.pool.eviction_failed();
+    }
+
+    /// A read uses the segment: it comes later.
+    pub(super) fn is_pinned(&mut self, id: SegmentId) {
+        self.evictions.silent = false;
+        self.set_aside(id);
+    }
+
+    /// The pool must not wait for the segment.
+    fn set_aside(&mut self, id: SegmentId) {
         if let Some(at) = self.evictions.asked.iter().position(|asked| *asked == id) {
             self.evictions.asked.swap_remove(at);
             self.evictions.aside.push(id);
@@ -87,6 +109,7 @@ impl VdiTask {
 
     /// Nothing refers to the segment any more. Slots are written once for all that are on their way.
     pub(super) async fn was_evicted(&mut self, id: SegmentId) {
+        self.evictions.silent = false;
         let asked = self.evictions.asked.iter().position(|asked| *asked == id);
         if let Some(at) = asked {
             self.evictions.asked.swap_remove(at);
@@ -129,12 +152,17 @@ impl VdiTask {
             let _ = self.free_evicted().await;
         } else if self.evictions.last_asked.elapsed() >= ANSWER_WITHIN {
             self.note_error("the disk's worker does not answer; its read cache stays for now");
+            self.evictions.silent = true;
             for id in self.evictions.asked.clone() {
                 self.set_aside(id);
             }
         }
-        if self.evictions.offer_again_at.is_some_and(|at| at <= Instant::now()) {
+        let due = self.evictions.offer_again_at.is_some_and(|at| at <= Instant::now());
+        if due && !self.evictions.silent {
             self.evictions.offer_again_at = None;
+            for id in std::mem::take(&mut self.evictions.held_back) {
+                self.p.segments.keep(id);
+            }
             self.offer_clean();
         }
     }
@@ -160,7 +188,11 @@ impl VdiTask {
             self.p.ground.pool.eviction_failed();
         }
         self.evictions.aside.clear();
+        self.evictions.held_back.clear();
+        self.evictions.silent = false;
         self.p.segments.keep_all();
+        // Should the new worker not come, they can be had all the same.
+        self.evictions.offer_again_at = Some(Instant::now() + OFFER_AGAIN_AFTER);
         Ok(())
     }
 

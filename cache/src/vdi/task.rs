@@ -220,7 +220,7 @@ impl VdiTask {
                 self.answer_waiters();
             }
             FromDisk::Unused { segment } => self.p.ground.pool.release(segment, false),
-            FromDisk::Pinned { segment } => self.set_aside(segment),
+            FromDisk::Pinned { segment } => self.is_pinned(segment),
             FromDisk::Evicted { segment } => self.was_evicted(segment).await,
             // Disks hold back what waits for this leg until the others say durably that it is none.
             FromDisk::LegFailed { leg, reason } => {
@@ -245,6 +245,10 @@ impl VdiTask {
         match command {
             Command::Drain(reply) => self.drain(reply),
             Command::Released { disk, reply } => {
+                // What the worker said last comes before what its disk says now.
+                while let Ok(message) = self.p.from_disk.try_recv() {
+                    Box::pin(self.on_disk(message)).await;
+                }
                 let sealed = release::seal(*disk, &self.p.ground.local).await;
                 self.released = true;
                 self.starving = false;
@@ -255,7 +259,6 @@ impl VdiTask {
                         for message in sealed.messages {
                             Box::pin(self.on_disk(message)).await;
                         }
-                        self.finish_evictions().await;
                         self.log_is_sound()
                     }
                     Err(source) => {
@@ -267,6 +270,7 @@ impl VdiTask {
                         })
                     }
                 };
+                self.finish_evictions().await;
                 let _ = reply.send(result);
             }
             Command::Verify { store, reply } => {
@@ -351,6 +355,7 @@ impl VdiTask {
             self.p.ground.pool.release(*id, false);
         }
         (self.released, self.starving) = (false, false);
+        self.p.ground.pool.leave_queue(self.p.vdi);
         (self.open_since, self.roll_under_way) = (None, None);
         self.log_failure = None;
         for waiter in &mut self.waiters {

@@ -18,8 +18,7 @@ fn unknown_and_missing_words_are_refused() {
     line("agent --store file:/x --cache /a --socket-owner nobody-here:0")
         .refused(USAGE, &["nobody-here"]);
     line("agent --store file:/x --cache /a --log =!").refused(USAGE, &["log filter"]);
-    // Of a later version, not stubs.
-    line("outage drill x").refused(USAGE, &["outage"]);
+    // Of a later version, not a stub.
     line("gc run").refused(USAGE, &["gc"]);
 }
 

@@ -26,6 +26,7 @@ use crate::format::superblock::Superblock;
 use crate::format::{FormatError, Geometry};
 use crate::link::{DiskSender, ToDisk};
 use blockstore::buf::AlignedBuf;
+use blockstore::device::file::FileDevice;
 use blockstore::device::{Device, DeviceError};
 use blockstore::types::BLOCK_SIZE;
 use futures_util::StreamExt;
@@ -33,7 +34,6 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use std::fs::File;
 use std::future::Future;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
@@ -419,7 +419,7 @@ impl Local {
         for leg in self.legs.iter().filter(|leg| members.contains(leg.number)) {
             let at = usize::from(leg.number);
             files.resize(files.len().max(at + 1), None);
-            files[at] = Some(open_direct(&leg.path)?);
+            files[at] = Some(open_for_worker(&leg.path)?);
         }
         let any = files.iter().flatten().next().cloned();
         Ok(files.into_iter().filter_map(|file| file.or_else(|| any.clone())).collect())
@@ -459,18 +459,13 @@ fn failures<T>(results: Vec<(u8, Result<T, DeviceError>)>) -> (LegSet, Option<De
     (failed, error)
 }
 
-fn open_direct(path: &Path) -> Result<Arc<File>, CacheError> {
-    let open = |flags| {
-        File::options().read(true).write(true).custom_flags(flags | libc::O_CLOEXEC).open(path)
-    };
-    open(libc::O_DIRECT)
-        .or_else(
-            |error| {
-                if error.raw_os_error() == Some(libc::EINVAL) { open(0) } else { Err(error) }
-            },
-        )
-        .map(Arc::new)
-        .map_err(|source| CacheError::Local { path: path.into(), what: "open", source })
+fn open_for_worker(path: &Path) -> Result<Arc<File>, CacheError> {
+    let opened = FileDevice::open_beside(path);
+    opened.map(Arc::new).map_err(|source| CacheError::Local {
+        path: path.into(),
+        what: "open",
+        source,
+    })
 }
 
 /// The newer valid copy of a slot.

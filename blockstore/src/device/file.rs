@@ -34,6 +34,7 @@ use request::Request;
 use ring::Ring;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -81,6 +82,24 @@ impl Drop for Shared {
 }
 
 impl FileDevice {
+    /// Opens once more, for I/O of another thread, a file that this process holds exclusively. As long as it is open,
+    /// or requests sent through it are under way, nobody else becomes the file's owner, though this process may be dead.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn open_beside(path: &Path) -> io::Result<File> {
+        let open = |flags| {
+            File::options().read(true).write(true).custom_flags(flags | libc::O_CLOEXEC).open(path)
+        };
+        let file = match open(libc::O_DIRECT) {
+            // The file system has no direct I/O.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => open(0)?,
+            other => other?,
+        };
+        lock::lock_beside(&file)?;
+        Ok(file)
+    }
+
     /// Opens the file or block device at `path`. Blocks the thread; a hanging disk may take minutes.
     ///
     /// # Errors

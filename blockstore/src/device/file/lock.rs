@@ -2,7 +2,9 @@
 //! locks), so two opens in one process exclude each other too, and the kernel releases them when the
 //! last descriptor is closed, however the process ends.
 //!
-//! The byte [`OWNER_BYTE`] says who may write: every writer holds it shared, an exclusive owner alone.
+//! The byte [`OWNER_BYTE`] says who may write: every writer holds it shared, an exclusive owner alone. An owner's other
+//! opens of the same file hold [`BESIDE_BYTE`] shared, and nobody becomes the exclusive owner while any does: io_uring
+//! keeps a file, and its locks, until its last request is done, so what a killed process had sent cannot land later.
 //! From [`CAW_BASE`] on, each byte of the device has a lock that serialises compare-and-writes.
 
 use std::fs::File;
@@ -11,6 +13,8 @@ use std::os::fd::AsRawFd;
 
 /// Held by everyone who opened the file for writing.
 const OWNER_BYTE: i64 = 1 << 61;
+/// Held by the owner's other opens.
+const BESIDE_BYTE: i64 = OWNER_BYTE + 1;
 /// Offset of the locks that cover compare-and-writes.
 const CAW_BASE: i64 = 1 << 62;
 
@@ -20,7 +24,28 @@ const CAW_BASE: i64 = 1 << 62;
 /// `WouldBlock` if another open file's lock is in the way; otherwise what fcntl reports.
 pub(super) fn lock_owner(file: &File, exclusive: bool) -> io::Result<()> {
     let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
-    match set_lock(file, libc::F_OFD_SETLK, kind, OWNER_BYTE, 1) {
+    try_lock(file, kind, OWNER_BYTE)?;
+    if exclusive && let Err(e) = try_lock(file, libc::F_WRLCK, BESIDE_BYTE) {
+        unlock_owner(file);
+        return Err(e);
+    }
+    if exclusive {
+        // Only to see that nobody is left: the owner's own opens come now.
+        set_lock(file, libc::F_OFD_SETLK, libc::F_UNLCK, BESIDE_BYTE, 1)?;
+    }
+    Ok(())
+}
+
+/// Marks one more open of the owner's file, until it is closed.
+///
+/// # Errors
+/// What fcntl reports.
+pub(super) fn lock_beside(file: &File) -> io::Result<()> {
+    try_lock(file, libc::F_RDLCK, BESIDE_BYTE)
+}
+
+fn try_lock(file: &File, kind: i32, byte: i64) -> io::Result<()> {
+    match set_lock(file, libc::F_OFD_SETLK, kind, byte, 1) {
         Err(e) if e.raw_os_error() == Some(libc::EACCES) => {
             Err(io::Error::from_raw_os_error(libc::EAGAIN))
         }

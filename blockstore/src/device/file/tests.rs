@@ -185,6 +185,20 @@ fn what_a_process_that_is_gone_still_holds_for_a_moment_is_waited_for() {
 }
 
 #[test]
+fn nobody_becomes_the_owner_while_the_last_ones_other_opens_are_there() {
+    let (_folder, path) = scratch();
+    let owner =
+        FileDevice::open(&path, &OpenOptions { exclusive: true, ..create(1 << 20) }).unwrap();
+    let beside = FileDevice::open_beside(&path).unwrap();
+    let other = FileDevice::open_beside(&path).unwrap();
+    drop((owner, other));
+    let error = refused(&path, &exclusive());
+    assert_eq!(error.kind, DeviceErrorKind::Reserved, "{error}");
+    drop(beside);
+    FileDevice::open(&path, &exclusive()).unwrap();
+}
+
+#[test]
 fn paths_that_will_not_do_are_refused_with_advice() {
     let (folder, path) = scratch();
     let error = refused(&path, &OpenOptions::default());

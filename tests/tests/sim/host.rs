@@ -29,8 +29,6 @@ use uuid::Uuid;
 
 /// Longest that anything may take once all faults are over.
 const PATIENCE: Duration = Duration::from_secs(3600);
-/// All outages of a life together.
-const OUTAGES_MAX: Duration = Duration::from_secs(72 * 3600);
 
 /// How a life ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +54,7 @@ pub async fn live(world: &mut World, last: bool) -> End {
         }
     }
     // What is possible at all is possible between two outages.
-    let outages = Duration::from_millis(world.profile.outage_ms) * 20;
-    let limit = PATIENCE + outages.min(OUTAGES_MAX);
+    let limit = PATIENCE + Duration::from_millis(world.profile.outage_ms) * 20;
     let (cache, pace) = (Arc::clone(&world.cache), Arc::clone(&world.local_pace));
     pace.broken.store(false, Ordering::Relaxed);
     tokio::select! {

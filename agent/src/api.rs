@@ -94,6 +94,9 @@ pub struct VdiInfo {
     /// An outage drill is under way and ends by itself at this time, in milliseconds of UNIX time.
     #[serde(default)]
     pub drill_until: Option<u64>,
+    /// What becomes of requests that cannot go on without the store: `stall`, or `fail-after=` and a time.
+    #[serde(default)]
+    pub when_offline: String,
 }
 
 /// Requests of a guest that wait.
@@ -148,6 +151,9 @@ pub struct Totals {
     pub flushes: u64,
     /// Requests that ended with an I/O error although they were valid.
     pub failed: u64,
+    /// Requests that the disk's policy for outages failed; not in `failed`.
+    #[serde(default)]
+    pub failed_by_policy: u64,
     /// Commits to the store.
     pub commits: u64,
     /// Bytes of log in them.
@@ -246,6 +252,9 @@ pub struct CreateRequest {
     pub name: String,
     /// Bytes.
     pub size: u64,
+    /// What becomes of requests that cannot go on without the store: `stall`, or `fail-after=` and a time.
+    #[serde(default)]
+    pub when_offline: Option<String>,
 }
 
 /// Answer of `vdi create` and `vdi resize`.
@@ -285,6 +294,26 @@ pub struct DetachRequest {
 pub struct ResizeRequest {
     /// Bytes.
     pub size: u64,
+}
+
+/// Request of `vdi set`: what is absent stays as it is.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetRequest {
+    /// What becomes of requests that cannot go on without the store: `stall`, or `fail-after=` and a time.
+    #[serde(default)]
+    pub when_offline: Option<String>,
+}
+
+/// Answer of `vdi set`: what holds now.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Set {
+    /// Which disk.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// What becomes of requests that cannot go on without the store.
+    pub when_offline: String,
 }
 
 /// Answer of `vdi detach` and `vdi delete`.

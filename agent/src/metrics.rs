@@ -133,6 +133,9 @@ fn of_disks(registry: &mut Registry, vdis: &[VdiInfo]) {
     counter("vdi_written_bytes", "Bytes in them", &|v| v.totals.written_bytes);
     counter("vdi_flushes", "Flushes", &|v| v.totals.flushes);
     counter("vdi_failed", "Valid requests that ended with an error", &|v| v.totals.failed);
+    counter("vdi_failed_by_policy", "Requests that the policy for outages failed", &|v| {
+        v.totals.failed_by_policy
+    });
     counter("vdi_commits", "Commits to the store", &|v| v.totals.commits);
     counter("vdi_replayed_bytes", "Bytes of log in them", &|v| v.totals.replayed_bytes);
 }
@@ -201,6 +204,7 @@ mod tests {
             readiness: Default::default(),
             totals: Totals { reads: 3, ..Default::default() },
             drill_until: None,
+            when_offline: "stall".into(),
         };
         Status {
             agent: AgentStatus {

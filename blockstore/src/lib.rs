@@ -40,6 +40,7 @@ pub mod format;
 pub mod io;
 pub mod name;
 pub mod node_cache;
+pub mod policy;
 pub mod root;
 pub mod sabotage;
 pub mod slot;
@@ -52,6 +53,7 @@ pub use commit::publish::Prepared;
 pub use commit::{Batch, Change, Committed};
 pub use error::{Result, StoreError, StoreErrorKind};
 pub use io::Health;
+pub use policy::WhenOffline;
 pub use store::{
     AttachOptions, ExportReport, FormatOptions, HostInfo, OpenOptions, OwnerInfo, Store, StoreInfo,
     VdiInfo,

@@ -11,14 +11,17 @@ use crate::format::extent::ExtentType;
 use crate::format::node::{Node, height_for};
 use crate::format::pointer::Pointer;
 use crate::format::vdi::VdiHead;
+use crate::policy::WhenOffline;
 use crate::root::{Garbage, GarbageSink, Root};
 use crate::slot::View;
 use crate::store::Core;
+use crate::store::write_meta;
 use crate::types::{Birth, Generation, Lba, Lsn};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use serde::Serialize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use uuid::Uuid;
 
 /// What the store holds of a disk.
@@ -51,6 +54,8 @@ pub(crate) struct VdiInner {
     pub core: Arc<Core>,
     pub uuid: Uuid,
     pub name: String,
+    /// As noted in the head's immutable block, see [`WhenOffline::to_bits`].
+    pub when_offline: AtomicU32,
     pub root: ArcSwap<Root>,
     pub sink: Arc<dyn GarbageSink>,
     pub control: tokio::sync::Mutex<Control>,
@@ -200,6 +205,30 @@ impl Vdi {
         self.unstoppable(move |inner| async move { inner.resize(size_bytes).await }).await
     }
 
+    /// What becomes of requests that cannot go on without the store, as the store notes it.
+    #[must_use]
+    pub fn when_offline(&self) -> WhenOffline {
+        WhenOffline::from_bits(self.inner.when_offline.load(Ordering::Relaxed))
+    }
+
+    /// Notes a new policy. Waits while the store is unreachable.
+    ///
+    /// # Errors
+    /// Those of [`commit`](Self::commit).
+    pub async fn set_when_offline(&self, policy: WhenOffline) -> Result<()> {
+        if self.when_offline() == policy {
+            return Ok(());
+        }
+        self.unstoppable(move |inner| async move { inner.set_when_offline(policy).await }).await
+    }
+
+    /// Since when the store has not answered, in milliseconds since 1970; none while it does.
+    #[must_use]
+    pub fn away_since_ms(&self) -> Option<u64> {
+        let health = self.inner.core.io.health();
+        (!health.reachable).then_some(health.since_ms)
+    }
+
     /// Gives the disk up: afterwards any host may attach it. `drained_to` is the last LSN of the
     /// caller's log, as proof that nothing is left in it. Waits while the store is unreachable.
     ///
@@ -233,6 +262,26 @@ impl VdiInner {
                 let next = Root::new(next, Arc::clone(&self.sink));
                 self.root.store(Arc::clone(&next));
                 base.retire(next, Garbage::default());
+                return Ok(());
+            }
+        }
+    }
+
+    async fn set_when_offline(&self, policy: WhenOffline) -> Result<()> {
+        let mut control = self.control.lock().await;
+        control.check(self)?;
+        loop {
+            let base = self.root.load_full();
+            let meta = base.head.meta_block(self.name.clone(), policy);
+            let meta = write_meta(&self.core, &self.core.io, &meta).await?;
+            let next = VdiHead { meta, ..base.head.clone() };
+            if self.swap_head(&mut control, next.clone()).await? {
+                let next = Root::new(next, Arc::clone(&self.sink));
+                self.root.store(Arc::clone(&next));
+                let former = Some(base.head.meta).filter(|meta| !meta.is_sparse());
+                let blocks = former.iter().map(|meta| meta.gba).collect();
+                base.retire(next, Garbage { blocks, ..Garbage::default() });
+                self.when_offline.store(policy.to_bits(), Ordering::Relaxed);
                 return Ok(());
             }
         }

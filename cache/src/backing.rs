@@ -5,7 +5,7 @@ pub(crate) mod deferred;
 use async_trait::async_trait;
 use blockstore::types::{Lba, Lsn};
 pub use blockstore::{Batch, Change};
-use blockstore::{StoreError, StoreErrorKind, Vdi};
+use blockstore::{StoreError, StoreErrorKind, Vdi, WhenOffline};
 use bytes::Bytes;
 use std::fmt;
 
@@ -25,6 +25,17 @@ pub trait Backing: Send + Sync + fmt::Debug + 'static {
     /// Makes the disk's image exactly that of `batch.lsn`, atomically and durably; earlier state
     /// stays in force until then. Commits of one disk are never concurrent.
     async fn commit(&self, batch: Batch) -> Result<(), BackingError>;
+
+    /// What becomes of requests that cannot go on without the store, as the store notes it for this disk.
+    fn when_offline(&self) -> WhenOffline {
+        WhenOffline::Stall
+    }
+
+    /// The outage that is going on, if one is: since when the store has not answered, in milliseconds since 1970. A store
+    /// that is slow, full or cut off on purpose for a drill is not away.
+    fn away_since_ms(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// A final failure of a backing operation.
@@ -57,6 +68,14 @@ impl Backing for Vdi {
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
         Vdi::commit(self, batch).await?;
         Ok(())
+    }
+
+    fn when_offline(&self) -> WhenOffline {
+        Vdi::when_offline(self)
+    }
+
+    fn away_since_ms(&self) -> Option<u64> {
+        Vdi::away_since_ms(self)
     }
 }
 

@@ -10,12 +10,13 @@ use crate::error::CacheError;
 use crate::flusher::FlushOptions;
 use crate::format::Geometry;
 use crate::format::segment::SegmentHeader;
-use crate::format::slot::{SlotVdi, VdiSlot};
+use crate::format::slot::{DiskPolicy, SlotVdi, VdiSlot};
 use crate::image::ImagePool;
 use crate::local::{LegState, Local, Mode};
 use crate::log_open::Ground;
 use crate::pool::Pool;
 use crate::vdi::{VdiHandle, VdiStatus};
+use blockstore::WhenOffline;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use hashbrown::{HashMap, HashSet};
@@ -228,6 +229,7 @@ impl Cache {
                 sequence_seen: self.ground.pool.next_seq(),
                 epoch: 0,
                 first_lsn: Lsn(1),
+                policy: DiskPolicy::default(),
             }),
         };
         self.ground.local.write_slot(&next).await?;
@@ -274,6 +276,16 @@ impl Cache {
     /// Notes that a disk grew.
     pub async fn resize(&self, vdi: Uuid, bytes: u64) -> Result<(), CacheError> {
         self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.resize(vdi, bytes).await
+    }
+
+    /// What becomes of requests of an attached disk that cannot go on without the store: takes effect at once, and holds
+    /// until the disk is detached. Durable in the disk's slot when this returns.
+    ///
+    /// # Errors
+    /// The local device's; nothing was changed.
+    pub async fn set_when_offline(&self, vdi: Uuid, policy: WhenOffline) -> Result<(), CacheError> {
+        let handle = self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?;
+        handle.set_when_offline(vdi, policy).await
     }
 
     /// Status of an attached disk.

@@ -10,6 +10,7 @@ use blockstore::types::{Lba, Lsn};
 use bytes::Bytes;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// From the asynchronous side to the worker.
@@ -31,6 +32,10 @@ pub enum ToDisk {
     Resized { bytes: u64 },
     /// From now on these legs, and no others, are the cache: it is written so on each of them.
     Legs { members: LegSet },
+    /// Fail reads that have waited for the store at least so long, and writes that have waited for space and of which
+    /// nothing was staged: the disk's policy wants it, and the store has been away for as long. Sent again and again
+    /// while that is so; the driver handles it itself.
+    FailWaiting { reads: Option<Duration>, writes: Option<Duration> },
     /// Sent about once a second: write down how far the log is flushed, if no later record says so (rule L4).
     Tick,
 }

@@ -46,6 +46,7 @@ fn slot() -> VdiSlot {
         sequence_seen: 7,
         epoch: 1,
         first_lsn: Lsn(5),
+        policy: Default::default(),
     };
     VdiSlot { sequence: 3, slot: SLOT, vdi: Some(vdi) }
 }

@@ -267,6 +267,7 @@ fuzz_target!(|input: &[u8]| {
         sequence_seen: SEQ + u64::from(SEGMENTS),
         epoch,
         first_lsn: Lsn(script.number(1)),
+        policy: Default::default(),
     };
     let Ok(mut assembler) = Assembler::new(geometry, slot, store) else { return };
     let mut next = store.0 + 1;

@@ -22,6 +22,8 @@ pub struct Stats {
     pub refused: u64,
     /// Requests that ended with an I/O error although they were valid.
     pub failed: u64,
+    /// Requests that the disk's policy failed because they had waited too long for a store that is away; not in `failed`.
+    pub failed_by_policy: u64,
     /// Requests under way.
     pub in_flight: u64,
     /// Writes and zeroings that wait for space in the log.
@@ -55,7 +57,7 @@ pub(crate) struct Shared {
     pub worker_failed: AtomicBool,
 }
 
-const COUNTERS: usize = 12;
+const COUNTERS: usize = 13;
 
 /// The worker's own counters; published once per turn of its loop.
 #[derive(Clone, Copy, Debug, Default)]
@@ -68,6 +70,7 @@ pub(crate) struct Counters {
     pub zeroings: u64,
     pub refused: u64,
     pub failed: u64,
+    pub failed_by_policy: u64,
     pub in_flight: u64,
     pub stalled: u64,
     pub fetching: u64,
@@ -85,6 +88,7 @@ impl Counters {
             self.zeroings,
             self.refused,
             self.failed,
+            self.failed_by_policy,
             self.in_flight,
             self.stalled,
             self.fetching,
@@ -112,6 +116,7 @@ impl Shared {
             zeroings,
             refused,
             failed,
+            failed_by_policy,
             in_flight,
             stalled,
             fetching,
@@ -126,6 +131,7 @@ impl Shared {
             zeroings,
             refused,
             failed,
+            failed_by_policy,
             in_flight,
             stalled,
             fetching,

@@ -8,7 +8,7 @@ use super::output::Output;
 use super::tables;
 use crate::api::{
     Attached, CacheStatus, CreateRequest, Created, DetachRequest, Done, DrainRequest, Drained,
-    ResizeRequest, Status, Vdi, VdiInfo,
+    ResizeRequest, Set, SetRequest, Status, Vdi, VdiInfo,
 };
 use crate::control::client::Client;
 use crate::error::{Failure, Kind, Result};
@@ -29,10 +29,19 @@ pub(super) fn at(name: &str, action: &str) -> Result<String> {
 pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()> {
     let client = Client::new(run_dir);
     match command {
-        VdiCommand::Create { name, size } => {
+        VdiCommand::Create { name, size, when_offline } => {
             check_vdi_name(&name).map_err(|words| Failure::new(Kind::Usage, words))?;
-            let created: Created = client.post("/v1/vdis", &CreateRequest { name, size }).await?;
+            let when_offline = when_offline.map(|policy| policy.to_string());
+            let request = CreateRequest { name, size, when_offline };
+            let created: Created = client.post("/v1/vdis", &request).await?;
             out.print(&created, |c| format!("created {} ({})", c.name, format_size(c.size)))
+        }
+        VdiCommand::Set { name, when_offline } => {
+            let when_offline = when_offline.map(|policy| policy.to_string());
+            let set: Set = client.post(&at(&name, "/set")?, &SetRequest { when_offline }).await?;
+            out.print(&set, |set| {
+                format!("{}: while the store is away, {}", set.name, set.when_offline)
+            })
         }
         VdiCommand::List => {
             let vdis: Vec<Vdi> = client.get("/v1/vdis").await?;

@@ -14,6 +14,7 @@ mod tables;
 use crate::config::{AgentArgs, DeviceArgs, RUN_DIR_DEFAULT};
 use crate::error::{EXIT_CODES, ErrorBody, Failure, Kind, Result};
 use crate::units::{parse_duration, parse_size};
+use blockstore::WhenOffline;
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -118,6 +119,17 @@ enum VdiCommand {
         /// What the guest sees: 4GiB, 512MiB, 1T or plain bytes
         #[arg(long, value_name = "SIZE", value_parser = parse_size)]
         size: u64,
+        /// Requests that cannot go on while the store is away: stall, or fail-after=TIME [default: stall]
+        #[arg(long, value_name = "POLICY")]
+        when_offline: Option<WhenOffline>,
+    },
+    /// Change how a disk is served, at once, also while it is attached
+    Set {
+        /// The disk: name or UUID
+        name: String,
+        /// Requests that cannot go on while the store is away: stall, or fail-after=TIME
+        #[arg(long, value_name = "POLICY", required = true)]
+        when_offline: Option<WhenOffline>,
     },
     /// List the store's disks
     List,
@@ -306,6 +318,8 @@ mod tests {
             "--run-dir /r vdi create db --size 4GiB",
             "--run-dir /r vdi attach db --json",
             "--json --run-dir /r vdi list",
+            "vdi create db --size 1T --when-offline fail-after=30s",
+            "vdi set db --when-offline stall",
             "vdi info db",
             "vdi detach db --force",
             "vdi resize db --size 1T",
@@ -333,6 +347,8 @@ mod tests {
             "vdi create db",
             "vdi create db --size 0",
             "vdi create db --size lots",
+            "vdi create db --size 1T --when-offline fail",
+            "vdi set db",
             "vdi attach",
             "store",
             "store format",

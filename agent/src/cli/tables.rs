@@ -63,14 +63,25 @@ pub fn vdi_info(info: &VdiInfo) -> String {
             ),
         ),
     ];
+    pairs.push(("store away", offline(info)));
     if let Some(until) = info.drill_until {
         pairs.push(("outage drill", drill(until)));
     }
     if !vdi.attached {
-        pairs.retain(|(key, _)| ["name", "uuid", "size", "state", "owner"].contains(key));
+        pairs.retain(|(key, _)| {
+            ["name", "uuid", "size", "state", "owner", "store away"].contains(key)
+        });
         pairs.push(("committed LSN", vdi.committed_lsn.to_string()));
     }
     fields(&pairs)
+}
+
+/// What becomes of requests that cannot go on without the store.
+fn offline(info: &VdiInfo) -> String {
+    match info.totals.failed_by_policy {
+        0 => info.when_offline.clone(),
+        failed => format!("{}, {failed} requests failed by it", info.when_offline),
+    }
 }
 
 fn state(info: &VdiInfo) -> String {

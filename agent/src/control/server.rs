@@ -5,7 +5,9 @@
 //! can end the daemon: what cannot be understood is answered with words.
 
 use super::REQUEST_BYTES_MAX;
-use crate::api::{CreateRequest, DetachRequest, DrainRequest, DrillRequest, ResizeRequest};
+use crate::api::{
+    CreateRequest, DetachRequest, DrainRequest, DrillRequest, ResizeRequest, SetRequest,
+};
 use crate::error::{ErrorBody, Failure, Kind, Result};
 use crate::host::Host;
 use crate::metrics;
@@ -115,6 +117,7 @@ fn router(gate: Gate) -> Router {
         .route("/v1/vdis/{name}/attach", post(attach))
         .route("/v1/vdis/{name}/detach", post(detach))
         .route("/v1/vdis/{name}/resize", post(resize))
+        .route("/v1/vdis/{name}/set", post(set))
         .route("/v1/vdis/{name}/drill", post(drill).delete(end_drill))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
@@ -170,9 +173,9 @@ async fn info(State(gate): Gated, name: Name) -> Response {
 async fn create(State(gate): Gated, body: Body) -> Response {
     answer(
         async {
-            let CreateRequest { name, size } = parse(body)?;
+            let CreateRequest { name, size, when_offline } = parse(body)?;
             let host = gate.host()?;
-            to_the_end(async move { host.create(&name, size).await }).await
+            to_the_end(async move { host.create(&name, size, when_offline.as_deref()).await }).await
         }
         .await,
     )
@@ -215,6 +218,17 @@ async fn resize(State(gate): Gated, name: Name, body: Body) -> Response {
             let ResizeRequest { size } = parse(body)?;
             let (name, host) = (name_of(name)?, gate.host()?);
             to_the_end(async move { host.resize(&name, size).await }).await
+        }
+        .await,
+    )
+}
+
+async fn set(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let request: SetRequest = parse(body)?;
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.set(&name, request).await }).await
         }
         .await,
     )

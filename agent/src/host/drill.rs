@@ -5,6 +5,7 @@
 //! restarts has forgotten it. Nothing is at stake: the log takes what is written, as always.
 
 use async_trait::async_trait;
+use blockstore::WhenOffline;
 use blockstore::types::{Lba, Lsn};
 use bytes::Bytes;
 use cache::backing::{Backing, BackingError, Batch};
@@ -103,6 +104,15 @@ impl<B: Backing> Backing for Switched<B> {
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
         self.switch.connected().await;
         self.behind.commit(batch).await
+    }
+
+    fn when_offline(&self) -> WhenOffline {
+        self.behind.when_offline()
+    }
+
+    /// A drill is no outage: it must not fail a guest's requests.
+    fn away_since_ms(&self) -> Option<u64> {
+        self.behind.away_since_ms()
     }
 }
 

@@ -155,10 +155,12 @@ impl Host {
                 written_bytes: stats.written_bytes,
                 flushes: stats.flushes,
                 failed: stats.failed,
+                failed_by_policy: stats.failed_by_policy,
                 commits: log.commits,
                 replayed_bytes: log.replayed_bytes,
             },
             drill_until: disk.drill.until_ms(),
+            when_offline: log.when_offline.to_string(),
         }
     }
 
@@ -192,6 +194,7 @@ impl Host {
             readiness: Default::default(),
             totals: Totals::default(),
             drill_until: None,
+            when_offline: found.when_offline.to_string(),
         }
     }
 
@@ -231,6 +234,12 @@ fn degraded(store: &StoreStatus, cache: &CacheStatus, vdis: &[VdiInfo]) -> Vec<S
         if reads > 0 {
             found.push(format!("{reads} reads of what is not held locally wait for the store"));
         }
+    }
+    for info in vdis.iter().filter(|info| info.totals.failed_by_policy > 0 && !store.reachable) {
+        found.push(format!(
+            "disk '{}' fails requests that wait for the store ({}): {} so far",
+            info.vdi.name, info.when_offline, info.totals.failed_by_policy
+        ));
     }
     for leg in cache.legs.iter().filter(|leg| !leg.member) {
         let why = leg.why.as_deref().unwrap_or("see the agent's log");

@@ -3,9 +3,12 @@
 use super::Host;
 use super::drill::TIME_MAX;
 use super::served::{Served, Way};
-use crate::api::{Attached, Created, Done, Drained, DrainedVdi, DrillBegun, VdiState};
+use crate::api::{
+    Attached, Created, Done, Drained, DrainedVdi, DrillBegun, Set, SetRequest, VdiState,
+};
 use crate::error::{Failure, Kind, Result};
 use crate::names::check_vdi_name;
+use blockstore::WhenOffline;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
@@ -22,9 +25,15 @@ impl Host {
     }
 
     /// Creates an empty disk.
-    pub async fn create(&self, name: &str, size: u64) -> Result<Created> {
+    pub async fn create(
+        &self,
+        name: &str,
+        size: u64,
+        when_offline: Option<&str>,
+    ) -> Result<Created> {
         check_vdi_name(name).map_err(|words| Failure::new(Kind::Usage, words))?;
-        let info = self.parts.store.get()?.create_vdi(name, size).await?;
+        let policy = when_offline.map_or(Ok(WhenOffline::default()), policy_of)?;
+        let info = self.parts.store.get()?.create_vdi_with(name, size, policy).await?;
         Ok(Created { name: info.name, uuid: info.uuid, size: info.size_bytes })
     }
 
@@ -147,6 +156,21 @@ impl Host {
         Ok(Created { name, uuid, size })
     }
 
+    /// Changes how a disk is served. For a disk of this host it takes effect at once, store or not; the store's record
+    /// follows, at the latest when the disk is detached.
+    pub async fn set(&self, name: &str, request: SetRequest) -> Result<Set> {
+        let policy = request.when_offline.as_deref().map(policy_of).transpose()?;
+        if let Some(disk) = self.find_served(name) {
+            let now = disk.set_when_offline(&self.parts, policy).await?;
+            return Ok(Set { name: disk.name.clone(), uuid: disk.uuid, when_offline: now });
+        }
+        let store = self.parts.store.get()?;
+        let info = store.lookup_vdi(name).await?;
+        let policy = policy.unwrap_or(info.when_offline);
+        store.set_when_offline(&info.uuid.to_string(), policy).await?;
+        Ok(Set { name: info.name, uuid: info.uuid, when_offline: policy.to_string() })
+    }
+
     /// Cuts a disk off from the store for a while.
     pub fn drill(&self, name: &str, time: Duration) -> Result<DrillBegun> {
         if time.is_zero() || time > TIME_MAX {
@@ -223,4 +247,8 @@ impl Host {
             ),
         ))
     }
+}
+
+fn policy_of(text: &str) -> Result<WhenOffline> {
+    text.parse().map_err(|words: String| Failure::new(Kind::Usage, words))
 }

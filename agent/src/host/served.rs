@@ -16,7 +16,7 @@ use crate::error::{Failure, Kind, Result};
 use crate::names::socket_path;
 use ballast_vhost::{DiskServer, Listening, NotServed, ServerOptions, Stats};
 use blockstore::types::Lsn;
-use blockstore::{AttachOptions, Vdi};
+use blockstore::{AttachOptions, Vdi, WhenOffline};
 use cache::disk::AttachedDisk;
 use cache::{CacheError, VdiIdentity};
 use parking_lot::Mutex;
@@ -248,6 +248,7 @@ impl Served {
         let vdi = self.attach_in_store(parts, log_id, false).await?;
         let backing = Switched::new(Arc::clone(&vdi), Arc::clone(&self.drill));
         parts.cache.join(self.uuid, Arc::new(backing)).await?;
+        self.note_policy(parts, &vdi);
         let size = vdi.committed().size_bytes;
         *handle = Some(vdi);
         if size > self.view().size {
@@ -329,6 +330,7 @@ impl Served {
         parts.cache.drain(self.uuid).await?;
         self.stop_server(parts).await?;
         let drained = parts.cache.drain(self.uuid).await?;
+        vdi.set_when_offline(policy_here(parts, self.uuid)).await?;
         vdi.detach(drained).await?;
         *handle = None;
         Ok(parts.cache.detach(self.uuid).await?)
@@ -412,6 +414,42 @@ impl Served {
         Ok(())
     }
 
+    /// Sets what becomes of requests that cannot go on without the store, if anything is given; returns what holds now.
+    pub async fn set_when_offline(
+        &self,
+        parts: &Parts,
+        policy: Option<WhenOffline>,
+    ) -> Result<String> {
+        let handle = self.handle.lock().await;
+        self.refuse_gone()?;
+        if parts.cache.vdi_status(self.uuid).is_none() {
+            return Err(self.log_not_open());
+        }
+        if let Some(policy) = policy {
+            parts.cache.set_when_offline(self.uuid, policy).await?;
+        }
+        if let Some(vdi) = handle.as_ref() {
+            self.note_policy(parts, vdi);
+        }
+        Ok(policy_here(parts, self.uuid).to_string())
+    }
+
+    /// Has the store's record follow what this host's slot says, now or when the store is back. What counts here is the
+    /// slot; a crash before that is made good at detach.
+    fn note_policy(&self, parts: &Parts, vdi: &Arc<Vdi>) {
+        let (vdi, cache) = (Arc::clone(vdi), Arc::clone(&parts.cache));
+        tokio::spawn(async move {
+            // Read now, so that of two changes the later one stays.
+            let Some(status) = cache.vdi_status(vdi.uuid()) else { return };
+            if let Err(error) = vdi.set_when_offline(status.when_offline).await {
+                tracing::warn!(
+                    vdi = vdi.name(),
+                    "the store's record of its policy is behind: {error}"
+                );
+            }
+        });
+    }
+
     /// Commits everything acknowledged so far; waits for a transition under way.
     pub async fn drain(&self, parts: &Parts) -> Result<Lsn> {
         drop(self.handle.lock().await);
@@ -435,6 +473,11 @@ impl Served {
         view.state = state;
         view.error = error;
     }
+}
+
+/// What this host's slot says of a disk that is attached.
+fn policy_here(parts: &Parts, uuid: Uuid) -> WhenOffline {
+    parts.cache.vdi_status(uuid).map(|status| status.when_offline).unwrap_or_default()
 }
 
 /// What the guest sees as serial number: 20 bytes hold the first ten bytes of the UUID in hexadecimal.

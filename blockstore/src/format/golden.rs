@@ -15,6 +15,7 @@ use crate::format::meta::VdiMeta;
 use crate::format::pointer::Pointer;
 use crate::format::superblock::Superblock;
 use crate::format::vdi::{Owner, VdiHead, VdiState};
+use crate::policy::WhenOffline;
 use crate::types::{Birth, Gba, Generation, Lsn};
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -142,8 +143,12 @@ fn golden_checksums() {
     page.extent_sequence = 2;
     page.owner_generation = 3;
     page.set(35, true);
-    let meta =
-        VdiMeta { uuid: Uuid::from_u128(0x55), name: "Диск".into(), policy: 0, created_ms: 9 };
+    let meta = VdiMeta {
+        uuid: Uuid::from_u128(0x55),
+        name: "Диск".into(),
+        when_offline: WhenOffline::Stall,
+        created_ms: 9,
+    };
     let found = [
         ("superblock", crc32c(&encode(&superblock())[..508])),
         ("gc", crc32c(&encode(&gc())[..508])),

@@ -1,8 +1,9 @@
 //! The immutable block of a virtual disk: its name and policy. The VDI head points to it, with its
-//! checksum; renaming writes a new one.
+//! checksum; a new name or policy is a new block.
 
 use crate::format::head::Damage;
 use crate::format::{fill_text, text};
+use crate::policy::WhenOffline;
 use crate::types::BLOCK_SIZE;
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -17,7 +18,7 @@ struct RawMeta {
     magic: [u8; 8],
     version: U16,
     name_len: U16,
-    policy: U32,
+    when_offline: U32,
     uuid: [u8; 16],
     created_ms: U64,
     name: [u8; 256],
@@ -36,8 +37,8 @@ pub struct VdiMeta {
     pub uuid: Uuid,
     /// Its name.
     pub name: String,
-    /// Policy bits; none are defined yet.
-    pub policy: u32,
+    /// What becomes of requests that cannot go on without the store.
+    pub when_offline: WhenOffline,
     /// Milliseconds since 1970.
     pub created_ms: u64,
 }
@@ -52,7 +53,7 @@ impl VdiMeta {
             magic: MAGIC,
             version: U16::new(VERSION),
             name_len: U16::new(name_len),
-            policy: U32::new(self.policy),
+            when_offline: U32::new(self.when_offline.to_bits()),
             uuid: self.uuid.into_bytes(),
             created_ms: U64::new(self.created_ms),
             name,
@@ -76,7 +77,7 @@ impl VdiMeta {
         Ok(Self {
             uuid: Uuid::from_bytes(raw.uuid),
             name: text(&raw.name, raw.name_len.get().into(), "name")?,
-            policy: raw.policy.get(),
+            when_offline: WhenOffline::from_bits(raw.when_offline.get()),
             created_ms: raw.created_ms.get(),
         })
     }

@@ -8,6 +8,7 @@ use crate::format::host::{HostRecord, HostState};
 use crate::format::pointer::Pointer;
 use crate::format::vdi::{VdiHead, VdiState};
 use crate::io::{Health, now_ms};
+use crate::policy::WhenOffline;
 use crate::slot::View;
 use crate::store::Store;
 use crate::store::registry::Found;
@@ -55,6 +56,10 @@ pub struct VdiInfo {
     pub root: Pointer,
     /// Milliseconds since 1970.
     pub created_ms: u64,
+    /// What becomes of requests that cannot go on without the store, as noted here: a host that has the disk attached may
+    /// know of a later choice.
+    #[serde(serialize_with = "crate::policy::in_words")]
+    pub when_offline: WhenOffline,
 }
 
 /// A host of the store.
@@ -275,6 +280,7 @@ impl Store {
             height: head.height,
             root: head.root,
             created_ms: head.created_ms,
+            when_offline: found.when_offline,
         })
     }
 

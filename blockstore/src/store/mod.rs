@@ -11,6 +11,7 @@ pub use format::{FormatOptions, check_size, foreign_signature};
 pub use info::{ExportReport, HostInfo, OwnerInfo, StoreInfo, VdiInfo};
 pub use open::OpenOptions;
 pub use registry::AttachOptions;
+pub(crate) use registry::write_meta;
 
 use crate::alloc::Allocator;
 use crate::error::{Result, StoreError, StoreErrorKind};

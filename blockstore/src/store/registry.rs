@@ -7,16 +7,18 @@ use crate::format::meta::VdiMeta;
 use crate::format::node::height_for;
 use crate::format::pointer::Pointer;
 use crate::format::vdi::{Owner, VdiHead, VdiState};
-use crate::io::now_ms;
+use crate::io::{Io, now_ms};
 use crate::name::check_name;
+use crate::policy::WhenOffline;
 use crate::root::{Garbage, GarbageSink, Root, Subtree};
 use crate::slot::{Content, Swap, View};
-use crate::store::{Store, VdiInfo, check_size, vdi_slot};
+use crate::store::{Core, Store, VdiInfo, check_size, vdi_slot};
 use crate::types::{BLOCK_SIZE, Birth, Generation, Lsn};
 use crate::vdi::{Control, Vdi, VdiInner, grow};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use uuid::Uuid;
 
 /// How often creating looks for another slot when other hosts take them.
@@ -30,6 +32,11 @@ pub struct AttachOptions {
 }
 
 impl VdiHead {
+    /// The immutable block of this disk under that name and policy.
+    pub(crate) fn meta_block(&self, name: String, when_offline: WhenOffline) -> VdiMeta {
+        VdiMeta { uuid: self.uuid, name, when_offline, created_ms: self.created_ms }
+    }
+
     /// What is left of a deleted disk: it holds nothing.
     pub(crate) fn buried(self) -> Self {
         Self {
@@ -50,28 +57,50 @@ pub(super) struct Found {
     pub view: View<VdiHead>,
     pub head: VdiHead,
     pub name: String,
+    pub when_offline: WhenOffline,
 }
 
 impl Store {
+    /// Creates an empty disk with the default policy.
+    ///
+    /// # Errors
+    /// As [`create_vdi_with`](Self::create_vdi_with).
+    pub async fn create_vdi(self: &Arc<Self>, name: &str, size_bytes: u64) -> Result<VdiInfo> {
+        self.create_vdi_with(name, size_bytes, WhenOffline::default()).await
+    }
+
     /// Creates an empty disk.
     ///
     /// # Errors
     /// `Invalid` name or size, `AlreadyExists`, `NoSpace`, the device's.
-    pub async fn create_vdi(self: &Arc<Self>, name: &str, size_bytes: u64) -> Result<VdiInfo> {
+    pub async fn create_vdi_with(
+        self: &Arc<Self>,
+        name: &str,
+        size_bytes: u64,
+        when_offline: WhenOffline,
+    ) -> Result<VdiInfo> {
         check_name(name)?;
         check_size(&format!("VDI '{name}'"), size_bytes)?;
         let name = name.to_owned();
-        self.change(move |store| async move { store.create_now(&name, size_bytes).await }).await
+        let create = move |store: Arc<Self>| async move {
+            store.create_now(&name, size_bytes, when_offline).await
+        };
+        self.change(create).await
     }
 
-    async fn create_now(&self, name: &str, size_bytes: u64) -> Result<VdiInfo> {
+    async fn create_now(
+        &self,
+        name: &str,
+        size_bytes: u64,
+        when_offline: WhenOffline,
+    ) -> Result<VdiInfo> {
         let object = format!("VDI '{name}'");
         let writer = self.core.writer()?;
         self.refuse_taken_name(name, None).await?;
         let now = now_ms();
         let uuid = Uuid::new_v4();
-        let meta = VdiMeta { uuid, name: name.to_owned(), policy: 0, created_ms: now };
-        let meta = self.write_meta(&meta).await?;
+        let meta = VdiMeta { uuid, name: name.to_owned(), when_offline, created_ms: now };
+        let meta = write_meta(&self.core, &self.control_io, &meta).await?;
         let head = VdiHead {
             uuid,
             state: VdiState::Creating,
@@ -108,20 +137,8 @@ impl Store {
         let swap = self.core.records.swap(io, &view, active).await?;
         let view = swap.done(|| object.clone())?;
         let head = view.record().cloned().ok_or_else(|| gone(&object))?;
-        self.describe(&Found { view, head, name: name.to_owned() }, &[]).await
-    }
-
-    async fn write_meta(&self, meta: &VdiMeta) -> Result<Pointer> {
-        let io = &self.core.io;
-        let allocator = self.core.allocator()?;
-        // With the patience of a control operation: a full store is an error here.
-        let runs =
-            allocator.allocate(&self.control_io, ExtentType::Metadata, 1, Purpose::Normal).await?;
-        let block = Bytes::from(meta.encode());
-        let crc = crate::crc::crc32c(&block);
-        let pointer = Pointer { gba: runs[0].start, read_only: false, birth: Birth(0), crc };
-        io.write_durable(&[(pointer.gba, vec![block])]).await?;
-        Ok(pointer)
+        let name = name.to_owned();
+        self.describe(&Found { view, head, name, when_offline }, &[]).await
     }
 
     /// Claims the lowest free slot.
@@ -178,7 +195,8 @@ impl Store {
             match &view.content {
                 Content::Valid(head) if head.record.state != VdiState::Tombstone => {
                     let head = head.record.clone();
-                    all.push(Found { view, head, name: String::new() });
+                    let (name, when_offline) = Default::default();
+                    all.push(Found { view, head, name, when_offline });
                 }
                 Content::Valid(_) | Content::Unused => {}
                 Content::Damaged(damage) => {
@@ -196,10 +214,12 @@ impl Store {
         };
         for found in &mut all {
             let block = if found.head.meta.is_sparse() { None } else { blocks.next() };
-            found.name = match block.and_then(|block| VdiMeta::decode(&block).ok()) {
-                Some(meta) if meta.uuid == found.head.uuid => meta.name,
-                _ => self.read_name(&found.head).await?,
-            };
+            match block.and_then(|block| VdiMeta::decode(&block).ok()) {
+                Some(meta) if meta.uuid == found.head.uuid => {
+                    (found.name, found.when_offline) = (meta.name, meta.when_offline);
+                }
+                _ => found.name = self.read_name(&found.head).await?,
+            }
         }
         Ok(all)
     }
@@ -343,6 +363,7 @@ impl Store {
             core: Arc::clone(core),
             uuid,
             name: found.name,
+            when_offline: AtomicU32::new(found.when_offline.to_bits()),
             root: ArcSwap::new(Root::new(next, Arc::clone(&sink))),
             sink,
             control: tokio::sync::Mutex::new(Control::new(view)),
@@ -394,6 +415,45 @@ impl Store {
         self.change(move |store| async move { store.resize_now(&name, size_bytes).await }).await
     }
 
+    /// Sets what becomes of requests that cannot go on without the store, for a disk that is attached to this host or to
+    /// none.
+    ///
+    /// # Errors
+    /// `NotFound`, `InUse` if another host has it, `NoSpace`, the device's.
+    pub async fn set_when_offline(
+        self: &Arc<Self>,
+        name_or_uuid: &str,
+        policy: WhenOffline,
+    ) -> Result<()> {
+        let name = name_or_uuid.to_owned();
+        self.change(move |store| async move { store.set_when_offline_now(&name, policy).await })
+            .await
+    }
+
+    async fn set_when_offline_now(&self, name_or_uuid: &str, policy: WhenOffline) -> Result<()> {
+        let core = &self.core;
+        let reclaimer = Arc::clone(&core.writer()?.reclaimer);
+        let found = self.find_vdi(name_or_uuid).await?;
+        if let Some(inner) = self.attached_here(found.head.uuid)
+            && found.head.owner.is_some()
+        {
+            return Vdi { inner }.set_when_offline(policy).await;
+        }
+        self.refuse_attached(&found, "change").await?;
+        if found.when_offline == policy {
+            return Ok(());
+        }
+        let meta = found.head.meta_block(found.name.clone(), policy);
+        let meta = write_meta(core, &self.control_io, &meta).await?;
+        let next = VdiHead { meta, ..found.head.clone() };
+        let swap = core.records.swap(&core.io, &found.view, next).await?;
+        swap.done(|| found.object())?;
+        if !found.head.meta.is_sparse() {
+            reclaimer.discard(Garbage { blocks: vec![found.head.meta.gba], ..Garbage::default() });
+        }
+        Ok(())
+    }
+
     async fn resize_now(&self, name_or_uuid: &str, size_bytes: u64) -> Result<()> {
         let core = &self.core;
         core.writer()?;
@@ -409,6 +469,18 @@ impl Store {
         swap.done(|| found.object())?;
         Ok(())
     }
+}
+
+/// Writes a disk's immutable block, durably, to a fresh place; `patience` says how long to wait for one.
+pub(crate) async fn write_meta(core: &Core, patience: &Io, meta: &VdiMeta) -> Result<Pointer> {
+    // With the patience of a control operation a full store is an error.
+    let allocator = core.allocator()?;
+    let runs = allocator.allocate(patience, ExtentType::Metadata, 1, Purpose::Normal).await?;
+    let block = Bytes::from(meta.encode());
+    let crc = crate::crc::crc32c(&block);
+    let pointer = Pointer { gba: runs[0].start, read_only: false, birth: Birth(0), crc };
+    core.io.write_durable(&[(pointer.gba, vec![block])]).await?;
+    Ok(pointer)
 }
 
 impl Found {

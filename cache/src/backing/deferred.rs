@@ -80,4 +80,14 @@ impl Backing for Deferred {
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
         self.backing().await?.commit(batch).await
     }
+
+    fn away_since_ms(&self) -> Option<u64> {
+        match &*self.state.borrow() {
+            // Since this was made; one outage is as good a name as another.
+            State::Waiting(_) => Some(0),
+            State::Joined(backing) => backing.away_since_ms(),
+            // What waits has failed with the reason.
+            State::Refused(_) => None,
+        }
+    }
 }

@@ -9,7 +9,7 @@ use crate::backing::deferred::Deferred;
 use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::format::segment::SegmentHeader;
-use crate::format::slot::{SlotVdi, VdiSlot};
+use crate::format::slot::{DiskPolicy, SlotVdi, VdiSlot};
 use crate::log_open::OpenLog;
 use crate::vdi::{VdiHandle, VdiStatus, VdiTaskParts};
 use blockstore::types::Lsn;
@@ -46,6 +46,7 @@ impl Cache {
             name: vdi.name.clone(),
             size_bytes: vdi.size_bytes,
             committed: verified(&record, None, backing.committed())?,
+            policy: if record.epoch == 0 { noted(&*backing) } else { record.policy },
             ..record
         };
         self.open_log(slot, record, &headers, Deferred::joined(backing)).await
@@ -136,6 +137,8 @@ impl Cache {
         let (to_task, from_pool) = tokio::sync::mpsc::unbounded_channel();
         let (vdi, name) = (open.record.uuid, open.record.name.clone());
         self.ground.pool.register(vdi, to_task);
+        let when_offline = open.record.policy.when_offline;
+        let status = VdiStatus { when_offline, ..VdiStatus::default() };
         let parts = VdiTaskParts {
             vdi,
             ground: self.ground.clone(),
@@ -150,13 +153,18 @@ impl Cache {
             sender: open.sender,
             from_disk: open.from_disk,
             from_pool,
-            status: Arc::new(Mutex::new(VdiStatus::default())),
+            status: Arc::new(Mutex::new(status)),
             progress: Arc::clone(&progress),
         };
         let handle = VdiHandle::spawn(name, progress, parts);
         self.handles.lock().insert(vdi, Arc::new(handle));
         open.disk
     }
+}
+
+/// What the store notes of how the disk is to be served: a log that was never served starts with that.
+fn noted(backing: &dyn Backing) -> DiskPolicy {
+    DiskPolicy { when_offline: backing.when_offline() }
 }
 
 /// The LSN at which the store's image of a disk is, if that fits its log, which ended at `log` when it was opened.

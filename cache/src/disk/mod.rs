@@ -263,7 +263,9 @@ impl Disk {
     /// A message from the link (not `Fetched`, which the driver handles).
     pub fn on_message(&mut self, message: ToDisk) {
         match message {
-            ToDisk::Fetched { .. } => debug_assert!(false, "the driver handles fetched blocks"),
+            ToDisk::Fetched { .. } | ToDisk::FailWaiting { .. } => {
+                debug_assert!(false, "the driver handles what is about its requests");
+            }
             ToDisk::Segment(grant) => self.log.grant(grant),
             ToDisk::Committed { lsn } => {
                 self.committed = self.committed.max(lsn);

@@ -4,6 +4,7 @@
 //! durable. Two copies are written in turn; the one with the higher sequence counts.
 
 use super::{FormatError, VERSION, open_block, seal_block};
+use blockstore::WhenOffline;
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -33,7 +34,8 @@ struct Raw {
     epoch: U32,
     name_len: U16,
     reserved0: U16,
-    reserved1: U64,
+    when_offline: U32,
+    reserved1: U32,
     name: [u8; 256],
     reserved: [u8; TAIL],
 }
@@ -71,6 +73,16 @@ pub struct SlotVdi {
     pub epoch: u32,
     /// First LSN of this epoch: records of an older epoch at or beyond it are dead (rule L3).
     pub first_lsn: Lsn,
+    /// How it is to be served.
+    pub policy: DiskPolicy,
+}
+
+/// What an operator chose for a disk on this host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskPolicy {
+    /// What becomes of requests that cannot go on without the store. Here is what counts while the disk is attached: it
+    /// must be known, and can be changed, while the store is away.
+    pub when_offline: WhenOffline,
 }
 
 impl VdiSlot {
@@ -92,6 +104,7 @@ impl VdiSlot {
             raw.sequence_seen = vdi.sequence_seen.into();
             raw.epoch = vdi.epoch.into();
             raw.first_lsn = vdi.first_lsn.0.into();
+            raw.when_offline = vdi.policy.when_offline.to_bits().into();
             let name = vdi.name.as_bytes();
             let len = name.len().min(NAME_MAX);
             raw.name[..len].copy_from_slice(&name[..len]);
@@ -130,6 +143,9 @@ impl VdiSlot {
                     sequence_seen: raw.sequence_seen.get(),
                     epoch: raw.epoch.get(),
                     first_lsn: Lsn(raw.first_lsn.get()),
+                    policy: DiskPolicy {
+                        when_offline: WhenOffline::from_bits(raw.when_offline.get()),
+                    },
                 })
             }
             _ => return Err(FormatError::Invalid { what: WHAT, why: "its state is unknown" }),

@@ -8,6 +8,7 @@ use super::summary::{Summary, blocks_for};
 use super::superblock::Superblock;
 use super::{FormatError, Geometry, LegSet, Membership};
 use crate::disk::plan::SegmentId;
+use blockstore::WhenOffline;
 use blockstore::crc::crc32c;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use proptest::prelude::*;
@@ -41,8 +42,20 @@ fn slot() -> VdiSlot {
             sequence_seen: 12,
             epoch: 2,
             first_lsn: Lsn(90),
+            policy: Default::default(),
         }),
     }
+}
+
+#[test]
+fn a_slot_keeps_the_policy_and_zero_is_the_former_behaviour() {
+    let mut with = slot();
+    let Some(vdi) = &mut with.vdi else { unreachable!() };
+    vdi.policy.when_offline = WhenOffline::FailAfter(1500);
+    let (former, block) = (slot().encode(), with.encode());
+    assert_eq!(VdiSlot::decode(&block, 3), Ok(with));
+    assert_eq!(block[112..116], 1500u32.to_le_bytes());
+    assert_eq!(former[112..120], [0; 8]);
 }
 
 fn segment_header() -> SegmentHeader {

@@ -7,6 +7,7 @@
 
 mod admission;
 mod evict;
+mod offline;
 mod slope;
 mod state;
 mod task;
@@ -19,6 +20,7 @@ use crate::backing::Backing;
 use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::format::slot::VdiSlot;
+use blockstore::WhenOffline;
 use blockstore::types::Lsn;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -71,6 +73,14 @@ impl VdiHandle {
 
     pub async fn resize(&self, vdi: uuid::Uuid, bytes: u64) -> Result<(), CacheError> {
         self.ask(vdi, |reply| Command::Resize { bytes, reply }).await?
+    }
+
+    pub async fn set_when_offline(
+        &self,
+        vdi: uuid::Uuid,
+        policy: WhenOffline,
+    ) -> Result<(), CacheError> {
+        self.ask(vdi, |reply| Command::SetWhenOffline { policy, reply }).await?
     }
 
     /// Stops the task between two steps; what is not committed stays in the log. Returns the slot as it was written last.

@@ -4,6 +4,7 @@ use crate::disk::plan::SegmentId;
 use crate::flusher::Replay;
 use crate::image::SegmentImage;
 use crate::link::SealedSegment;
+use blockstore::WhenOffline;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use serde::Serialize;
@@ -54,6 +55,9 @@ pub struct VdiStatus {
     pub held_bytes: u64,
     /// Bytes of memory that the disk's index takes.
     pub index_bytes: u64,
+    /// What becomes of requests that cannot go on without the store.
+    #[serde(skip)]
+    pub when_offline: WhenOffline,
     /// The last thing that went wrong.
     pub last_error: Option<String>,
 }

@@ -2,6 +2,7 @@
 
 use super::admission::{Admission, Pressure};
 use super::evict::Evictions;
+use super::offline::Offline;
 use super::slope::Slope;
 use super::state::{Phase, Segments, VdiStatus};
 use crate::backing::deferred::Deferred;
@@ -15,6 +16,7 @@ use crate::link::{DiskSender, FetchError, FromDisk, ToDisk, WORKER_PANICKED};
 use crate::log_open::{Ground, OpenLog, belongs};
 use crate::pool::PoolMessage;
 use crate::release;
+use blockstore::WhenOffline;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -53,6 +55,8 @@ pub(crate) enum Command {
     Reopen(oneshot::Sender<Result<AttachedDisk, CacheError>>),
     /// The disk grew.
     Resize { bytes: u64, reply: oneshot::Sender<Result<(), CacheError>> },
+    /// What becomes of requests that cannot go on without the store.
+    SetWhenOffline { policy: WhenOffline, reply: oneshot::Sender<Result<(), CacheError>> },
     /// End; with `forget`, the drained disk leaves the cache. Answers with the slot as it was written last.
     Stop { forget: bool, reply: oneshot::Sender<Result<VdiSlot, CacheError>> },
 }
@@ -117,11 +121,11 @@ pub(crate) struct VdiTask {
     next_roll: u64,
     waiters: Vec<Waiter>,
     pub(super) evictions: Evictions,
-    starving: bool,
+    pub(super) starving: bool,
     admission: Admission,
     slope: Slope,
     /// When a writer that is slowed down gets its next segment.
-    feed_at: Option<Instant>,
+    pub(super) feed_at: Option<Instant>,
     started: Instant,
     /// The slot on the device does not say yet what was committed: nothing may turn clean (rule L2).
     checkpoint_due: bool,
@@ -132,6 +136,7 @@ pub(crate) struct VdiTask {
     failure: Option<String>,
     /// The log takes no more writes. Cleared only by recovery, and only if the local device is not to blame.
     log_failure: Option<String>,
+    pub(super) offline: Offline,
     device_failed: bool,
     /// Last LSN given out, once released.
     last_staged: Lsn,
@@ -160,6 +165,7 @@ impl VdiTask {
             ticks: 0,
             failure: None,
             log_failure: None,
+            offline: Offline::default(),
             device_failed: false,
             last_staged: Lsn(0),
         }
@@ -292,6 +298,9 @@ impl VdiTask {
                 self.p.sender.send(ToDisk::Resized { bytes });
                 let _ = reply.send(result);
             }
+            Command::SetWhenOffline { policy, reply } => {
+                let _ = reply.send(self.set_when_offline(policy).await);
+            }
             Command::Stop { forget, reply } => {
                 let result = if forget { self.forget().await } else { Ok(()) };
                 let failed = result.is_err();
@@ -375,6 +384,7 @@ impl VdiTask {
             self.p.sender.send(ToDisk::Tick);
         }
         self.feed();
+        self.tick_offline();
         let aged = self.open_since.is_some_and(|since| since.elapsed() >= self.max_age());
         // With the store away a segment is filled before it is sealed: a trickle must not use up the ring.
         if aged && self.roll_under_way.is_none() && self.pressure().store_answers {
@@ -477,7 +487,10 @@ impl VdiTask {
             fill: self.fill(),
             dirty_bytes: self.p.segments.bytes(self.p.record.committed).0,
             target_bytes: self.p.images_max as u64 / 4 * 3,
-            store_answers: !stuck && self.failure.is_none() && self.p.backing.is_joined(),
+            store_answers: !stuck
+                && self.failure.is_none()
+                && self.p.backing.is_joined()
+                && self.p.backing.away_since_ms().is_none(),
             at: self.started.elapsed(),
         }
     }
@@ -659,6 +672,7 @@ impl VdiTask {
         let last = self.p.segments.last_lsn().unwrap_or(committed).max(committed).0;
         status.last_lsn = status.last_lsn.max(last);
         status.flushed_lsn = status.flushed_lsn.max(last);
+        status.when_offline = self.p.record.policy.when_offline;
         status.dirty_bytes = dirty;
         status.clean_bytes = clean;
         status.oldest_dirty_ms = oldest.map(|since| since.elapsed().as_millis() as u64);

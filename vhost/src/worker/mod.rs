@@ -10,6 +10,7 @@
 //! disk's service only; the kernel's use of our memory is waited for before anything is freed.
 
 mod control;
+mod expire;
 mod io;
 mod read;
 mod rings;
@@ -359,6 +360,7 @@ impl Worker {
             self.progress = true;
             match message {
                 ToDisk::Fetched { id, result } => self.fetched(id, result),
+                ToDisk::FailWaiting { reads, writes } => self.fail_waiting(reads, writes),
                 message => {
                     let resized = matches!(message, ToDisk::Resized { .. });
                     self.attached.disk.on_message(message);

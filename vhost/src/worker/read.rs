@@ -249,6 +249,7 @@ fn fetch(
     context: &mut Context<'_>,
 ) {
     slot.read.remote += 1;
+    slot.waits();
     let lba = slot.read.plan.lba.plus(u64::from(block));
     let ticket = slot.read.ticket;
     context.fetches.push(Fetch { tag, lba, block, blocks, ticket, patch });
@@ -528,6 +529,11 @@ fn guest_offset(slot: &Slot, position: u64) -> usize {
 
 fn as_usize(range: &Range<u32>) -> Range<usize> {
     range.start as usize..range.end as usize
+}
+
+/// Its local I/O is over, and the store has not answered.
+pub(super) fn waits_for_store_only(read: &ReadState) -> bool {
+    read.local == 0 && read.remote > 0
 }
 
 /// Forgets a read that only waits for the store. Its pins were given back with its last local I/O.

@@ -298,7 +298,7 @@ impl Worker {
     }
 
     /// Ends a request with a status.
-    fn answer(&mut self, index: u32, status: u8) {
+    pub(super) fn answer(&mut self, index: u32, status: u8) {
         let slot = self.slots.at(index);
         let written = slot.written(status);
         if !slot.orphan {

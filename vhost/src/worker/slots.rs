@@ -6,6 +6,7 @@ use crate::memory::GuestMap;
 use crate::request::{Kind, Request, STATUS_OK};
 use cache::disk::Tag;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// A request under way.
 #[derive(Debug, Default)]
@@ -24,6 +25,8 @@ pub(super) struct Slot {
     pub request: Request,
     /// Worst status so far.
     pub status: u8,
+    /// Since when it has waited for space or for the store, from the first time on.
+    pub waits_since: Option<Instant>,
     pub write: WriteState,
     pub read: ReadState,
 }
@@ -43,7 +46,24 @@ pub(super) struct WriteState {
     pub stalled: bool,
 }
 
+impl WriteState {
+    /// No part of it has an LSN.
+    pub(super) fn nothing_staged(&self) -> bool {
+        (self.range, self.staged, self.owed) == (0, 0, 0)
+    }
+}
+
 impl Slot {
+    /// It begins to wait, or goes on waiting.
+    pub(super) fn waits(&mut self) {
+        self.waits_since.get_or_insert_with(Instant::now);
+    }
+
+    /// It has waited at least so long by `now`.
+    pub(super) fn has_waited(&self, longer_than: Duration, now: Instant) -> bool {
+        self.waits_since.is_some_and(|since| now.saturating_duration_since(since) >= longer_than)
+    }
+
     /// Bytes that the device wrote to the chain: data, if it is all there, and the status.
     pub(super) fn written(&self, status: u8) -> u32 {
         let data = match self.request.kind {
@@ -90,6 +110,7 @@ impl Slots {
         slot.head = head;
         slot.map = Some(Arc::clone(map));
         slot.status = STATUS_OK;
+        slot.waits_since = None;
         slot.write = WriteState::default();
         index
     }

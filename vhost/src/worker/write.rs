@@ -9,6 +9,7 @@ use crate::request::{Kind, STATUS_IOERR};
 use blockstore::types::SECTOR_SIZE;
 use cache::disk::{Disk, Staged, Tag};
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 /// How staging went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,13 +99,35 @@ impl Stalled {
 
     /// Lets the request in slot `index` wait behind the others.
     pub(super) fn push(&mut self, index: u32, slots: &mut Slots) {
-        slots.at(index).write.stalled = true;
+        let slot = slots.at(index);
+        slot.write.stalled = true;
+        slot.waits();
         self.queue.push_back(index);
     }
 
     /// Forgets all of them.
     pub(super) fn clear(&mut self) {
         self.queue.clear();
+    }
+
+    /// Takes out those that have waited at least so long by `now` and of which nothing was staged. What was given an LSN
+    /// in part goes on waiting.
+    pub(super) fn take_expired(
+        &mut self,
+        slots: &mut Slots,
+        longer_than: Duration,
+        now: Instant,
+        expired: &mut Vec<u32>,
+    ) {
+        self.queue.retain(|&index| {
+            let slot = slots.at(index);
+            let expires = slot.write.nothing_staged() && slot.has_waited(longer_than, now);
+            if expires {
+                slot.write.stalled = false;
+                expired.push(index);
+            }
+            !expires
+        });
     }
 
     /// Tries them again, in order, until one does not fit; `finished` collects those that ended. True if anything was

@@ -4,6 +4,7 @@ mod data;
 mod guest;
 mod load;
 mod migration;
+mod offline;
 mod replay;
 mod rig;
 mod sessions;

@@ -2,6 +2,7 @@
 
 use async_trait::async_trait;
 use ballast_vhost::{DiskServer, ServerOptions};
+use blockstore::WhenOffline;
 use blockstore::types::{Lba, Lsn};
 use bytes::Bytes;
 use cache::backing::{Backing, BackingError, Batch, Change};
@@ -26,16 +27,22 @@ pub const BLOCK: usize = 4096;
 pub struct MemoryBacking {
     image: Mutex<(Lsn, HashMap<u64, Bytes>)>,
     plugged: watch::Sender<bool>,
+    away: Mutex<Option<u64>>,
 }
 
 impl MemoryBacking {
     fn new() -> Self {
-        Self { image: Mutex::default(), plugged: watch::Sender::new(true) }
+        Self { image: Mutex::default(), plugged: watch::Sender::new(true), away: Mutex::default() }
     }
 
     /// Connects or disconnects the store: while it is away, reads and commits wait.
     pub fn plug(&self, plugged: bool) {
         self.plugged.send_replace(plugged);
+    }
+
+    /// What the store says of itself: the outage that goes on, if one does. Without, a store that is not plugged is slow.
+    pub fn say_away(&self, outage: Option<u64>) {
+        *self.away.lock().unwrap() = outage;
     }
 
     /// Puts a block into the committed image.
@@ -77,6 +84,10 @@ impl Backing for MemoryBacking {
         }
         image.0 = batch.lsn;
         Ok(())
+    }
+
+    fn away_since_ms(&self) -> Option<u64> {
+        *self.away.lock().unwrap()
     }
 }
 
@@ -163,6 +174,17 @@ impl Rig {
     pub fn lsns(&self) -> (u64, u64) {
         let status = self.cache.vdi_status(self.vdi.uuid).unwrap();
         (status.last_lsn, status.flushed_lsn)
+    }
+
+    /// What becomes of requests that cannot go on without the store.
+    pub fn when_offline(&self, policy: WhenOffline) {
+        self.runtime.block_on(self.cache.set_when_offline(self.vdi.uuid, policy)).unwrap();
+    }
+
+    /// No segment of the ring is free or could be.
+    pub fn is_full(&self) -> bool {
+        let status = self.cache.status();
+        status.free_bytes + status.clean_bytes == 0
     }
 
     /// Grows the disk.

@@ -377,6 +377,7 @@ impl Attempts<'_> {
             return Err(error.into());
         }
         tokio::select! {
+            biased;
             () = self.io.closed() => return Err(self.io.closing_error()),
             () = tokio::time::sleep(self.backoff) => {}
         }

@@ -319,7 +319,9 @@ impl Cache {
 
     /// Stops all flushers between two steps. What is not committed stays safely in the log.
     pub async fn close(&self) {
-        let handles: Vec<_> = self.handles.lock().drain().collect();
+        let mut handles: Vec<_> = self.handles.lock().drain().collect();
+        // One order in every run, for the simulator.
+        handles.sort_by(|(_, a), (_, b)| a.name.cmp(&b.name));
         for (vdi, handle) in handles {
             if let Err(error) = handle.stop(vdi, false).await {
                 tracing::debug!(vdi = %handle.name, %error, "flusher was gone already");

@@ -185,6 +185,7 @@ impl Allocator {
                 io.waiting_for_space()
             });
             tokio::select! {
+                biased;
                 () = io.closed() => return Err(io.closing_error()),
                 () = freed => {}
                 () = tokio::time::sleep(SPACE_POLL) => {}
@@ -249,6 +250,7 @@ impl Allocator {
         claim: Claim,
     ) -> Result<bool> {
         let mut pages = tokio::select! {
+            biased;
             () = io.closed() => return Err(io.closing_error()),
             pages = self.pages.lock() => pages,
         };

@@ -60,6 +60,7 @@ impl Reclaimer {
                     outcome
                 }
                 None => tokio::select! {
+                    biased;
                     () = turned(&mut stop, |stop| *stop) => return,
                     () = reader.io.closed() => return,
                     () = turned(&mut queued, |n| *n > 0) => Ok(()),

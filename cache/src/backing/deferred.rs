@@ -2,19 +2,21 @@
 //!
 //! A disk that comes up from the local device alone gets one of these. Whoever opens the store joins it, after the
 //! disk's task has compared what the store holds with the log; a store that does not fit is refused, and what waits
-//! fails with the reason.
+//! fails with the reason. Those who wait go on in the order in which they came.
 
 use super::{Backing, BackingError, Batch};
 use async_trait::async_trait;
 use blockstore::types::{Lba, Lsn};
 use bytes::Bytes;
+use parking_lot::Mutex;
 use std::sync::Arc;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Deferred {
-    state: watch::Sender<State>,
+    state: Mutex<State>,
+    changed: Notify,
 }
 
 #[derive(Clone, Debug)]
@@ -28,37 +30,49 @@ enum State {
 impl Deferred {
     /// A store that is to come, known to have reached `committed`.
     pub fn waiting(committed: Lsn) -> Self {
-        Self { state: watch::Sender::new(State::Waiting(committed)) }
+        Self::in_state(State::Waiting(committed))
     }
 
     /// A store that is here.
     pub fn joined(backing: Arc<dyn Backing>) -> Self {
-        Self { state: watch::Sender::new(State::Joined(backing)) }
+        Self::in_state(State::Joined(backing))
+    }
+
+    fn in_state(state: State) -> Self {
+        Self { state: Mutex::new(state), changed: Notify::new() }
+    }
+
+    fn set(&self, state: State) {
+        *self.state.lock() = state;
+        self.changed.notify_waiters();
     }
 
     /// The store is here and fits the log.
     pub fn join(&self, backing: Arc<dyn Backing>) {
-        self.state.send_replace(State::Joined(backing));
+        self.set(State::Joined(backing));
     }
 
     /// The store does not fit the log: what waits fails, and what comes.
     pub fn refuse(&self, why: String) {
-        self.state.send_replace(State::Refused(why));
+        self.set(State::Refused(why));
     }
 
     /// Commits can be made.
     pub fn is_joined(&self) -> bool {
-        matches!(*self.state.borrow(), State::Joined(_))
+        matches!(*self.state.lock(), State::Joined(_))
     }
 
     async fn backing(&self) -> Result<Arc<dyn Backing>, BackingError> {
-        let mut state = self.state.subscribe();
-        let known = state.wait_for(|state| !matches!(state, State::Waiting(_))).await;
-        match known.as_deref() {
-            Ok(State::Joined(backing)) => Ok(Arc::clone(backing)),
-            Ok(State::Refused(why)) => Err(BackingError::Failed(why.clone())),
-            // The sender lives in `self`.
-            Ok(State::Waiting(_)) | Err(_) => Err(BackingError::Closing),
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            match &*self.state.lock() {
+                State::Joined(backing) => return Ok(Arc::clone(backing)),
+                State::Refused(why) => return Err(BackingError::Failed(why.clone())),
+                State::Waiting(_) => {}
+            }
+            changed.await;
         }
     }
 }
@@ -66,7 +80,7 @@ impl Deferred {
 #[async_trait]
 impl Backing for Deferred {
     fn committed(&self) -> Lsn {
-        match &*self.state.borrow() {
+        match &*self.state.lock() {
             State::Waiting(committed) => *committed,
             State::Joined(backing) => backing.committed(),
             State::Refused(_) => Lsn(0),

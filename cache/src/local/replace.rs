@@ -53,20 +53,33 @@ impl Local {
     ) -> Result<Replaced, CacheError> {
         refuse_same(&[good.into(), new.into()])?;
         let local = Self::open(good, Mode::Serve { create_size: None }).await?;
-        let superblock = local.superblock().await;
         let device = open_blank(&local, new).await?;
-        let Some(source) = local.legs.first() else {
-            return Err(local.no_leg_left("nothing can be copied".into()));
+        let bytes = local.replace_on(&device, progress).await?;
+        Ok(Replaced { good: good.into(), new: new.into(), bytes })
+    }
+
+    /// Copies this cache, which has one member and is not in use, to `device`, which becomes the second and whose content
+    /// is lost. Returns bytes copied.
+    ///
+    /// # Errors
+    /// The devices'. The good leg stays as it was, or names a twin that is not finished.
+    pub async fn replace_on(
+        self,
+        device: &Device,
+        progress: &(dyn Fn(u64, u64) + Send + Sync),
+    ) -> Result<u64, CacheError> {
+        let superblock = self.superblock().await;
+        let Some(source) = self.legs.first() else {
+            return Err(self.no_leg_left("nothing can be copied".into()));
         };
-        mark_unmade(&device).await?;
-        copy(&source.device, &device, local.geometry.size, progress).await?;
+        mark_unmade(device).await?;
+        copy(&source.device, device, self.geometry.size, progress).await?;
         let leg = Uuid::new_v4();
         let membership = joined(&superblock, leg);
         let next = Superblock { membership, ..superblock };
         write_superblock(&source.device, next.clone()).await?;
-        write_superblock(&device, Superblock { leg, ..next }).await?;
-        let bytes = local.geometry.size - COPIED_FROM;
-        Ok(Replaced { good: good.into(), new: new.into(), bytes })
+        write_superblock(device, Superblock { leg, ..next }).await?;
+        Ok(self.geometry.size - COPIED_FROM)
     }
 }
 

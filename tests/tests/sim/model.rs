@@ -10,6 +10,8 @@ use std::ops::Range;
 
 /// Sectors in a block.
 pub const PER_BLOCK: u64 = (BLOCK_SIZE / SECTOR_SIZE) as u64;
+/// Bytes that say which write made a sector.
+const PATTERN: usize = size_of::<u128>();
 
 /// One sector's content: the number of the write that made it (0: zeros).
 pub type Image = Vec<u32>;
@@ -81,23 +83,25 @@ impl Model {
         self.log.push(Done { sectors, stamp });
     }
 
-    /// A sector as write number `stamp` made it.
-    pub fn sector(&self, stamp: u32, at: u64) -> [u8; SECTOR_SIZE] {
-        let mut bytes = [0u8; SECTOR_SIZE];
-        if stamp != 0 {
-            for chunk in bytes.chunks_exact_mut(16) {
-                chunk[..4].copy_from_slice(&stamp.to_le_bytes());
-                chunk[4..8].copy_from_slice(&self.disk.to_le_bytes());
-                chunk[8..].copy_from_slice(&at.to_le_bytes());
-            }
+    /// Makes a sector what write number `stamp` made it.
+    pub fn fill_sector(&self, stamp: u32, at: u64, sector: &mut [u8]) {
+        let pattern = self.pattern(stamp, at).to_le_bytes();
+        sector.chunks_exact_mut(PATTERN).for_each(|chunk| chunk.copy_from_slice(&pattern));
+    }
+
+    /// What a sector consists of, over and over.
+    fn pattern(&self, stamp: u32, at: u64) -> u128 {
+        match stamp {
+            0 => 0,
+            stamp => u128::from(at) << 64 | u128::from(self.disk) << 32 | u128::from(stamp),
         }
-        bytes
     }
 
     /// Which write made this sector; words if none did.
     pub fn stamp_of(&self, bytes: &[u8], at: u64) -> Result<u32, String> {
         let stamp = u32::from_le_bytes(bytes[..4].try_into().map_err(|_| "no sector")?);
-        if bytes == self.sector(stamp, at) {
+        let pattern = self.pattern(stamp, at).to_le_bytes();
+        if bytes.chunks_exact(PATTERN).all(|chunk| chunk == pattern) {
             return Ok(stamp);
         }
         let (head, tail) = (&bytes[..16], &bytes[SECTOR_SIZE - 16..]);

@@ -371,7 +371,7 @@ impl Worker {
                     let first = sector + (at / SECTOR_SIZE) as u64;
                     parts.push(first..first + (into.len() / SECTOR_SIZE) as u64);
                     for (at, out) in (first..).zip(into.chunks_exact_mut(SECTOR_SIZE)) {
-                        out.copy_from_slice(&model.sector(stamp, at));
+                        model.fill_sector(stamp, at, out);
                     }
                 });
                 for part in parts {

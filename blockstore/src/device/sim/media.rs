@@ -7,10 +7,11 @@
 
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE};
 use bytes::Bytes;
+use hashbrown::HashMap;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 type Block = [u8; BLOCK_SIZE];
@@ -54,6 +55,8 @@ pub(super) struct Media {
     /// Blocks that may differ between the two images.
     diverged: BTreeSet<u64>,
     unflushed: Vec<Unflushed>,
+    /// A flush failed: of some blocks reads show what no later flush covers.
+    forgot: bool,
     pub(super) rng: StdRng,
 }
 
@@ -65,6 +68,7 @@ impl Media {
             durable: Image::new(),
             diverged: BTreeSet::new(),
             unflushed: Vec::new(),
+            forgot: false,
             rng: StdRng::seed_from_u64(seed),
         }
     }
@@ -77,6 +81,7 @@ impl Media {
             durable: self.durable.clone(),
             diverged: self.diverged.clone(),
             unflushed: self.unflushed.clone(),
+            forgot: self.forgot,
             rng: StdRng::seed_from_u64(seed),
         }
     }
@@ -108,6 +113,16 @@ impl Media {
     }
 
     pub(super) fn flush(&mut self) {
+        if !self.forgot {
+            // All that reads see becomes durable: the two images share its blocks.
+            self.unflushed.clear();
+            for block in std::mem::take(&mut self.diverged) {
+                if let Some(content) = self.current.get(&block) {
+                    self.durable.insert(block, Arc::clone(content));
+                }
+            }
+            return;
+        }
         for write in std::mem::take(&mut self.unflushed) {
             write_image(&mut self.durable, write.offset, &write.data, None);
         }
@@ -117,6 +132,7 @@ impl Media {
     /// are not, so that no later flush covers them though reads still show them (as Linux did with
     /// pages whose write-back failed).
     pub(super) fn fail_flush(&mut self) {
+        self.forgot = true;
         for write in std::mem::take(&mut self.unflushed) {
             match self.rng.random_range(0..3) {
                 0 => write_image(&mut self.durable, write.offset, &write.data, None),
@@ -128,6 +144,7 @@ impl Media {
 
     /// Power loss: settles the fate of everything unflushed.
     pub(super) fn crash(&mut self) {
+        self.forgot = false;
         let mut writes = std::mem::take(&mut self.unflushed);
         let style = match self.rng.random_range(0..8) {
             0 => CrashStyle::LoseAll,
@@ -250,8 +267,16 @@ fn write_image(
 ) {
     let mut done = 0;
     for (block, at, n) in pieces(offset, data.len()) {
-        let content = Arc::make_mut(image.entry(block).or_insert_with(zero_block));
-        content[at..at + n].copy_from_slice(&data[done..done + n]);
+        let data = &data[done..done + n];
+        match <&Block>::try_from(data) {
+            Ok(whole) => {
+                image.insert(block, Arc::new(*whole));
+            }
+            Err(_) => {
+                let content = Arc::make_mut(image.entry(block).or_insert_with(zero_block));
+                content[at..at + n].copy_from_slice(data);
+            }
+        }
         if let Some(touched) = &mut touched {
             touched.insert(block);
         }

@@ -190,6 +190,15 @@ impl SimDevice {
         self.target.state.lock().media.corrupt(offset, mask);
     }
 
+    /// A write that went astray: the block at `offset` holds `content` instead of its own, for good.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn misplace(&self, offset: u64, content: &[u8; 4096]) {
+        assert!(offset.is_multiple_of(4096) && offset < self.info.capacity, "no block at {offset}");
+        self.target.state.lock().media.put(offset / 4096, content);
+    }
+
     /// What the device shows at the moment, without an operation.
     ///
     /// # Panics
@@ -212,6 +221,24 @@ impl SimDevice {
         let mut buf = vec![0; len];
         self.target.state.lock().media.read_durable(offset, &mut buf);
         buf
+    }
+
+    /// Numbers of all blocks that were ever written, in order.
+    #[must_use]
+    pub fn written_blocks(&self) -> Vec<u64> {
+        self.target.state.lock().media.written_blocks()
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        self.info.capacity
+    }
+
+    /// Faults come by themselves.
+    #[must_use]
+    pub fn is_faulty(&self) -> bool {
+        self.target.state.lock().sessions[self.session].plan.rates != FaultRates::default()
     }
 
     /// Writes that a crash may undo.

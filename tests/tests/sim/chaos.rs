@@ -1,62 +1,107 @@
-//! What goes wrong around a living agent: the store vanishes, restarts, answers late, wrongly or not at all; devices turn
-//! slow. Each trouble is followed by some peace.
+//! What goes wrong around a living agent: the store vanishes, restarts, fills up, answers late, wrongly or not at all; the
+//! cache device, or one leg of it, fails, is lost or rots; devices turn slow. Each trouble is followed by some peace.
 
+use crate::damage;
 use crate::device::Pace;
+use crate::legs::{Condition, GONE};
 use crate::profile::Profile;
 use crate::worker::Excuses;
 use crate::world::World;
-use blockstore::device::sim::{FaultRates, Reach, SimDevice};
+use blockstore::device::sim::{Fault, FaultRates, OpKind, Reach, SimDevice};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+/// What the cache device, or the one leg that may, does in this life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    None,
+    /// Reads fail.
+    Reads,
+    /// Writes fail, sometimes.
+    Writes,
+    /// A flush fails, and with it the device for good.
+    Breaks,
+    /// It answers nothing any more.
+    Lost,
+    /// A write is not carried out, or lands elsewhere.
+    Astray,
+}
+
 /// See the module.
 pub struct Chaos {
     rng: SmallRng,
     profile: Profile,
     san: SimDevice,
-    local: SimDevice,
     san_pace: Arc<Pace>,
-    local_pace: Arc<Pace>,
-    /// The cache device fails in this life.
-    local_fails: bool,
+    /// The victim among the legs.
+    leg: SimDevice,
+    leg_pace: Arc<Pace>,
+    paces: Vec<Arc<Pace>>,
+    condition: Arc<Condition>,
+    mirrored: bool,
+    trouble: Trouble,
+    excuses: Excuses,
 }
 
 impl Chaos {
     pub fn new(world: &World, seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let local_fails = world.profile.local_fails && rng.random_bool(0.6);
+        let (profile, legs) = (world.profile.clone(), &world.legs);
+        let mirrored = legs.are_mirrored();
+        let fails = profile.local_fails && rng.random_bool(0.6);
+        let trouble = match rng.random_range(0..10) {
+            _ if !fails => Trouble::None,
+            0..5 if !mirrored => Trouble::Breaks,
+            _ if !mirrored => Trouble::Reads,
+            0 | 1 => Trouble::Reads,
+            2 | 3 => Trouble::Writes,
+            4 | 5 => Trouble::Breaks,
+            9 if profile.rots => Trouble::Astray,
+            _ => Trouble::Lost,
+        };
+        let alone = fails && !mirrored;
+        let excuses = Excuses {
+            write_errors: alone,
+            read_errors: alone || profile.san.read_garbled > 0.0 || world.may_have_lost(),
+        };
         Self {
             rng,
-            profile: world.profile.clone(),
             san: world.san.clone(),
-            local: world.local.clone(),
             san_pace: Arc::clone(&world.san_pace),
-            local_pace: Arc::clone(&world.local_pace),
-            local_fails,
+            leg: legs.victim_sim().clone(),
+            leg_pace: Arc::clone(&legs.paces[legs.victim]),
+            paces: legs.paces.clone(),
+            condition: Arc::clone(&legs.condition),
+            profile,
+            mirrored,
+            trouble,
+            excuses,
         }
     }
 
     /// What guests must put up with in this life.
     pub fn excuses(&self) -> Excuses {
-        let read_errors = self.local_fails || self.profile.san.read_garbled > 0.0;
-        Excuses { write_errors: self.local_fails, read_errors }
+        self.excuses
     }
 
-    /// The state of things at the agent's start.
-    pub fn begin(&mut self) {
+    /// The state of things at the agent's start, which may find the store away.
+    pub fn begin(&mut self, cold: bool) {
         self.san_pace.set(self.rng.random_range(0..60), self.rng.random_range(1..12));
-        self.local_pace.set(self.rng.random_range(0..60), self.rng.random_range(1..4));
         self.san_pace.set_late(self.rng.random_range(0..30), self.rng.random_range(1..15_000));
         let late_reads = if self.rng.random_bool(0.3) { 50..400 } else { 0..1 };
         self.san_pace.late_reads.store(self.rng.random_range(late_reads), Ordering::Relaxed);
-        self.local_pace.set_late(self.rng.random_range(0..4), self.rng.random_range(1..4_000));
-        self.local_pace.breaks.store(0, Ordering::Relaxed);
-        let read_io = if self.local_fails && self.rng.random() { 0.06 } else { 0.0 };
-        self.local.set_rates(FaultRates { read_io, ..FaultRates::default() });
-        match self.rng.random_range(0..10) {
+        for pace in self.paces.clone() {
+            pace.set(self.rng.random_range(0..60), self.rng.random_range(1..4));
+            pace.set_late(self.rng.random_range(0..4), self.rng.random_range(1..4_000));
+            pace.breaks.store(0, Ordering::Relaxed);
+        }
+        if self.trouble == Trouble::Reads {
+            self.rates(FaultRates { read_io: 0.06, ..FaultRates::default() });
+        }
+        match self.rng.random_range(if cold { 0..2 } else { 0..10 }) {
             0 => self.san.set_reach(Reach::Failing),
             1 => self.san.set_reach(Reach::Hanging),
             2 | 3 => self.san.set_rates(self.profile.san),
@@ -71,16 +116,58 @@ impl Chaos {
             self.heal();
             let peace = if self.rng.random_bool(0.5) { 3_000 } else { 300 };
             self.sleep(peace).await;
-            if self.local_fails && self.rng.random_bool(0.3) {
-                self.local_pace.breaks.store(self.rng.random_range(0..20), Ordering::Relaxed);
+            if self.rng.random_bool(0.3) {
+                self.trouble();
             }
-            match self.rng.random_range(0..7) {
+            if self.profile.rots && self.mirrored && self.rng.random_bool(0.2) {
+                damage::to_cache(&self.leg, &self.condition, &mut self.rng);
+            }
+            match self.rng.random_range(0..8) {
                 0 => self.outage(Reach::Failing).await,
                 1 => self.outage(Reach::Hanging).await,
                 2 => self.san.lose_session(),
                 3 => self.san_pace.set(100, self.rng.random_range(20..800)),
-                4 => self.local_pace.set(100, self.rng.random_range(5..60)),
+                4 => {
+                    let pace = self.rng.random_range(0..self.paces.len());
+                    self.paces[pace].set(100, self.rng.random_range(5..60));
+                }
+                5 => self.san.set_full(true),
                 _ => self.san.set_rates(self.profile.san),
+            }
+        }
+    }
+
+    /// Faults of the leg, unless it is gone for good.
+    fn rates(&self, rates: FaultRates) {
+        if !self.condition.gone.load(Ordering::Relaxed) {
+            self.leg.set_rates(rates);
+        }
+    }
+
+    fn trouble(&mut self) {
+        match self.trouble {
+            Trouble::None | Trouble::Reads => {}
+            Trouble::Writes => {
+                let write_io = self.rng.random_range(0.0..0.1);
+                self.rates(FaultRates { write_io, ..FaultRates::default() });
+            }
+            Trouble::Breaks => {
+                if self.mirrored {
+                    self.condition.harmed.store(true, Ordering::Relaxed);
+                }
+                self.leg_pace.breaks.store(self.rng.random_range(0..20), Ordering::Relaxed);
+            }
+            Trouble::Lost => {
+                // For good, or till the next start.
+                let gone = self.rng.random();
+                self.condition.gone.fetch_or(gone, Ordering::Relaxed);
+                self.leg.set_rates(GONE);
+            }
+            Trouble::Astray => {
+                self.condition.harmed.store(true, Ordering::Relaxed);
+                let by = self.rng.random_range(1..4000) * 4096;
+                let fault = if self.rng.random() { Fault::Lost } else { Fault::Misdirected(by) };
+                self.leg.inject(OpKind::Write, self.rng.random_range(0..20), fault);
             }
         }
     }
@@ -94,9 +181,12 @@ impl Chaos {
 
     fn heal(&mut self) {
         self.san.set_reach(Reach::Up);
+        self.san.set_full(false);
         self.san.set_rates(FaultRates::default());
         self.san_pace.set(self.rng.random_range(0..60), self.rng.random_range(1..12));
-        self.local_pace.set(self.rng.random_range(0..60), self.rng.random_range(1..4));
+        for pace in self.paces.clone() {
+            pace.set(self.rng.random_range(0..60), self.rng.random_range(1..4));
+        }
     }
 
     async fn sleep(&mut self, most_ms: u64) {

@@ -57,6 +57,8 @@ impl Pace {
 pub struct Timed {
     name: u64,
     sim: SimDevice,
+    /// Dies with it: the other leg of the same host.
+    twin: Option<SimDevice>,
     pace: Arc<Pace>,
     rng: Mutex<SmallRng>,
     trace: Arc<Trace>,
@@ -64,7 +66,13 @@ pub struct Timed {
 
 impl Timed {
     pub fn new(name: u64, sim: SimDevice, pace: Arc<Pace>, seed: u64, trace: Arc<Trace>) -> Self {
-        Self { name, sim, pace, rng: Mutex::new(SmallRng::seed_from_u64(seed)), trace }
+        let rng = Mutex::new(SmallRng::seed_from_u64(seed));
+        Self { name, sim, twin: None, pace, rng, trace }
+    }
+
+    /// With another device of the same host.
+    pub fn with_twin(self, twin: Option<SimDevice>) -> Self {
+        Self { twin, ..self }
     }
 
     async fn wait(&self) {
@@ -88,6 +96,12 @@ impl Timed {
     }
 
     fn note<T>(&self, what: u64, offset: u64, len: u64, result: &Result<T, DeviceError>) {
+        if let Some(twin) = &self.twin
+            && self.sim.is_dead()
+            && !twin.is_dead()
+        {
+            twin.kill_host();
+        }
         let outcome = result.as_ref().map_or_else(|error| 1 + error.kind as u64, |_| 0);
         self.trace.note([self.name * 8 + what, offset, len, outcome]);
     }

@@ -1,26 +1,25 @@
 //! One life of the agent: the store and the cache are opened, disks come up, guests use them, and it ends somehow.
 
 use crate::chaos;
+use crate::damage;
 use crate::device::Timed;
 use crate::model::Model;
 use crate::worker::{Excuses, Orders, Worker};
 use crate::world::{NOWHERE, World, name};
 use async_trait::async_trait;
 use blockstore::device::Device;
-use blockstore::device::sim::{FaultRates, Reach};
+use blockstore::device::sim::{FaultRates, Reach, SimDevice};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use blockstore::{AttachOptions, OpenOptions, Store, StoreErrorKind, Vdi};
 use bytes::Bytes;
 use cache::backing::{Backing, BackingError, Batch};
 use cache::disk::AttachedDisk;
-use cache::local::Local;
 use cache::{Cache, CacheError, CacheOptions, VdiIdentity};
-use futures_util::future::join_all;
+use futures_util::future::{FutureExt, join_all};
 use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::cell::Cell;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,6 +28,8 @@ use uuid::Uuid;
 
 /// Longest that anything may take once all faults are over.
 const PATIENCE: Duration = Duration::from_secs(3600);
+/// Disks grow up to this.
+const GROWN_MAX: u64 = 600 * BLOCK_SIZE as u64;
 
 /// How a life ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,34 +42,46 @@ pub enum End {
     LogFailed,
     /// Stopped in order: logs sealed, flushers stopped, store closed.
     Orderly,
+    /// Something did not come up, for damage of which there was no second copy.
+    Refused,
 }
+
+/// Why something did not come up; only after damage of which there was no second copy.
+#[derive(Debug)]
+pub struct Refused(pub String);
 
 /// Lives until something ends it.
 pub async fn live(world: &mut World, last: bool) -> End {
-    let (local, san) = (world.local.clone(), world.san.clone());
+    let (legs, san) = (world.legs.sims.clone(), world.san.clone());
     if !last {
         if world.rng.random_bool(0.4) {
-            local.crash_after(few(&mut world.rng, 3000));
+            let leg = world.rng.random_range(0..legs.len());
+            legs[leg].crash_after(few(&mut world.rng, 3000));
         } else if world.rng.random_bool(0.3) {
             san.crash_after(few(&mut world.rng, 1000));
         }
     }
     // What is possible at all is possible between two outages.
     let limit = PATIENCE + Duration::from_millis(world.profile.outage_ms) * 20;
-    let (cache, pace) = (Arc::clone(&world.cache), Arc::clone(&world.local_pace));
-    pace.broken.store(false, Ordering::Relaxed);
+    let (cache, paces) = (Arc::clone(&world.cache), world.legs.paces.clone());
+    paces.iter().for_each(|pace| pace.broken.store(false, Ordering::Relaxed));
+    let (mirrored, may_have_lost) = (world.legs.are_mirrored(), world.may_have_lost());
     tokio::select! {
         biased;
-        () = local.died() => End::Died,
+        _ = futures_util::future::select_all(legs.iter().map(|leg| leg.died().boxed_local())) => End::Died,
         () = san.died() => End::Died,
-        end = serve(world, last) => end,
+        end = serve(world, last) => end.unwrap_or_else(|Refused(why)| {
+            assert!(may_have_lost, "refused without damage: {why}");
+            End::Refused
+        }),
         words = async {
             tokio::time::sleep(limit).await;
             let cache = cache.lock().upgrade();
             cache.map(|cache| format!("{cache:#?}"))
         } => {
             // With a cache device that is broken for good, nothing can be promised but that it is said.
-            let excused = pace.broken.load(Ordering::Relaxed) && !last;
+            let broken = !mirrored && paces[0].broken.load(Ordering::Relaxed) && !last;
+            let excused = broken || may_have_lost;
             assert!(excused, "liveness: a life comes to no end: {}", words.unwrap_or_default());
             End::LogFailed
         }
@@ -81,74 +94,115 @@ fn few(rng: &mut SmallRng, most: u64) -> u64 {
     order.exp() as u64
 }
 
-async fn serve(world: &mut World, last: bool) -> End {
+async fn serve(world: &mut World, last: bool) -> Result<End, Refused> {
     let seed = world.rng.random();
     let mut chaos = chaos::Chaos::new(world, seed);
+    let cold = world.profile.cold_starts && world.rng.random_bool(0.5);
     if last {
-        return bring_up_and_use(world, last, None).await;
+        let excuses = Excuses { write_errors: false, read_errors: world.may_have_lost() };
+        heal(world);
+        return bring_up_and_use(world, last, cold, excuses).await;
     }
     // The store may be away from the start.
-    chaos.begin();
-    let orders = chaos.excuses();
+    chaos.begin(cold);
+    let excuses = chaos.excuses();
     tokio::select! {
         biased;
-        end = bring_up_and_use(world, last, Some(orders)) => end,
+        end = bring_up_and_use(world, last, cold, excuses) => end,
         () = chaos.run() => unreachable!("chaos never ends"),
     }
 }
 
-async fn bring_up_and_use(world: &mut World, last: bool, excuses: Option<Excuses>) -> End {
-    let [local, san] = world.devices();
-    if last {
-        world.local.set_rates(FaultRates::default());
-        world.san.set_rates(FaultRates::default());
-        world.san.set_reach(Reach::Up);
-        world.local_pace.set(20, 3);
-        world.san_pace.set(20, 5);
-        world.local_pace.set_late(0, 0);
-        world.local_pace.breaks.store(0, Ordering::Relaxed);
-        world.san_pace.set_late(0, 0);
-        world.san_pace.late_reads.store(0, Ordering::Relaxed);
-    }
-    let (host, requests) = (world.local.clone(), Arc::clone(&world.requests));
+fn heal(world: &World) {
+    world.legs.heal();
+    world.san.set_rates(FaultRates::default());
+    world.san.set_reach(Reach::Up);
+    world.san.set_full(false);
+    world.san_pace.set(20, 5);
+    world.san_pace.set_late(0, 0);
+    world.san_pace.late_reads.store(0, Ordering::Relaxed);
+}
+
+async fn bring_up_and_use(
+    world: &mut World,
+    last: bool,
+    cold: bool,
+    excuses: Excuses,
+) -> Result<End, Refused> {
     let orders = Rc::new(Orders {
-        host,
-        requests,
+        hosts: world.legs.sims.clone(),
+        requests: Arc::clone(&world.requests),
         wanting: Cell::new(if world.rng.random() { 1 } else { world.profile.disks.len() }),
         wind_down: Cell::new(false),
         stop: Cell::new(false),
     });
-    let agent = Agent::start(world, local, san).await;
-    let mut workers = agent.attach_all(world, excuses.unwrap_or_default(), &orders).await;
-    let count = workers.len() as u64;
+    let agent = Agent::start(world).await?;
+    let mut disks = None;
+    if cold {
+        disks = agent.attach_alone().await?;
+    }
+    let is_alone = disks.is_some();
+    let disks = match disks {
+        Some(disks) => disks,
+        None => {
+            agent.open_store().await?;
+            agent.attach_all(world).await?
+        }
+    };
+    let count = disks.len() as u64;
     let share = if last { world.left } else { world.rng.random_range(0..=world.left / 2 + 1) };
-    for worker in &mut workers {
+    let mut workers = Vec::new();
+    for (attached, model) in disks.into_iter().zip(&agent.models) {
+        let rng = SmallRng::seed_from_u64(world.rng.random());
+        let manner = (world.profile.habits, excuses, Rc::clone(&orders));
+        let mut worker = Worker::new(attached, Arc::clone(model), agent.legs.clone(), rng, manner);
         if last || world.rng.random_bool(0.6) {
             worker.verify_all();
         }
         worker.budget = share / count;
+        workers.push(worker);
     }
     let orderly = last || world.rng.random_bool(0.2);
+    let mut rng = SmallRng::seed_from_u64(world.rng.random());
+    let grows = world.profile.grows;
+    // What the agent does beside serving.
+    let beside = async {
+        if is_alone {
+            agent.join_all().await?;
+        }
+        if orderly {
+            agent.wind_down(&orders, last).await;
+        } else if grows {
+            agent.grow_now_and_then(&mut rng).await;
+        } else {
+            std::future::pending::<()>().await;
+        }
+        Ok(())
+    };
     if !orderly {
-        let workers = join_all(workers.into_iter().map(Worker::run)).await;
+        let running = join_all(workers.into_iter().map(Worker::run));
+        let workers = tokio::select! {
+            biased;
+            workers = running => workers,
+            refused = beside => return refused.map(|()| End::Spent),
+        };
         let failed = workers.iter().any(|worker| worker.log_failed);
-        return if failed { End::LogFailed } else { End::Spent };
+        return Ok(if failed { End::LogFailed } else { End::Spent });
     }
     // Workers go on while their disks are drained.
-    let running = join_all(workers.into_iter().map(Worker::run_to_the_end));
-    let ending = agent.wind_down(&orders, last);
-    let (workers, ()) = tokio::join!(running, ending);
+    let running = join_all(workers.into_iter().map(Worker::run_to_the_end)).map(Ok);
+    let (workers, ()) = tokio::try_join!(running, beside)?;
     if workers.iter().any(|worker| worker.log_failed) {
-        return End::LogFailed;
+        return Ok(End::LogFailed);
     }
-    agent.stop(workers, last).await
+    Ok(agent.stop(workers, last).await)
 }
 
 /// A store's disk, with every commit checked on its way.
 #[derive(Debug)]
-struct Checked {
-    vdi: Arc<Vdi>,
-    model: Arc<Mutex<Model>>,
+pub struct Checked {
+    pub vdi: Arc<Vdi>,
+    pub model: Arc<Mutex<Model>>,
 }
 
 #[async_trait]
@@ -171,115 +225,146 @@ impl Backing for Checked {
 }
 
 /// What a running agent holds.
-struct Agent {
-    cache: Arc<Cache>,
-    store: Arc<Store>,
-    vdis: Mutex<Vec<Arc<Vdi>>>,
-    models: Vec<Arc<Mutex<Model>>>,
+pub struct Agent {
+    pub cache: Arc<Cache>,
+    san: Arc<Timed>,
+    store: Mutex<Option<Arc<Store>>>,
+    pub vdis: Mutex<Vec<Arc<Vdi>>>,
+    pub models: Vec<Arc<Mutex<Model>>>,
     legs: Vec<Device>,
+    /// The only leg, if it was damaged.
+    damaged: Option<SimDevice>,
+    /// There was damage without a second copy, on whatever device.
+    pub may_have_lost: bool,
 }
 
 impl Agent {
-    async fn start(world: &mut World, local: Arc<Timed>, san: Arc<Timed>) -> Self {
-        let legs: Vec<Device> = vec![local];
+    async fn start(world: &mut World) -> Result<Self, Refused> {
+        let (legs, san) = world.devices();
+        let legs: Vec<Device> = legs.into_iter().map(|leg| -> Device { leg }).collect();
         let options = CacheOptions {
             path: NOWHERE.into(),
             create_size: None,
             flush: world.profile.flush,
             image_bytes: world.profile.image_bytes,
         };
+        let may_have_lost = world.may_have_lost();
         let cache = loop {
-            let opened = match Local::on_device(Path::new(NOWHERE), Arc::clone(&legs[0])).await {
-                Ok(local) => Cache::on_local(options.clone(), local).await,
-                Err(error) => Err(error),
-            };
-            match opened {
+            let local = world.legs.open(&legs, &mut world.rng).await?;
+            match Cache::on_local(options.clone(), local).await {
                 Ok(cache) => break cache,
-                Err(error) => again("the cache", &error).await,
+                Err(error) => again("the cache", &error, may_have_lost).await?,
             }
         };
         *world.cache.lock() = Arc::downgrade(&cache);
+        let damaged = world.legs.may_have_lost().then(|| world.legs.victim_sim().clone());
+        let models = world.models.clone();
+        let (store, vdis) = (Mutex::default(), Mutex::default());
+        Ok(Self { cache, san, store, vdis, models, legs, damaged, may_have_lost })
+    }
+
+    /// Waits for the store.
+    pub async fn open_store(&self) -> Result<(), Refused> {
         let host = OpenOptions {
-            host_uuid: cache.identity().await.host,
+            host_uuid: self.cache.identity().await.host,
             host_name: "host".into(),
             ..OpenOptions::default()
         };
         let store = loop {
-            match Store::open(san.clone(), host.clone()).await {
+            match Store::open(self.san.clone(), host.clone()).await {
                 Ok(store) => break store,
-                Err(error) => transient("opening the store", &error).await,
+                Err(error) => transient("opening the store", &error, self.may_have_lost).await?,
             }
         };
-        let models = world.models.clone();
-        Self { cache, store, vdis: Mutex::default(), models, legs }
+        while let Err(error) = self.cache.bind(store.uuid()).await {
+            again("binding the cache", &error, self.may_have_lost).await?;
+        }
+        *self.store.lock() = Some(store);
+        Ok(())
     }
 
-    async fn attach_all(
-        &self,
-        world: &mut World,
-        excuses: Excuses,
-        orders: &Rc<Orders>,
-    ) -> Vec<Worker> {
-        while let Err(error) = self.cache.bind(self.store.uuid()).await {
-            again("binding the cache", &error).await;
-        }
-        let mut workers = Vec::new();
+    pub fn store(&self) -> Arc<Store> {
+        self.store.lock().clone().expect("the store was opened")
+    }
+
+    /// The highest LSN that the device itself says to be durable in a disk's log; it matters only after damage.
+    pub fn stated(&self, cache: Uuid, vdi: Uuid, log_id: u128) -> u64 {
+        self.damaged.as_ref().map_or(u64::MAX, |sim| damage::stated(sim, cache, vdi, log_id))
+    }
+
+    async fn attach_all(&self, world: &mut World) -> Result<Vec<AttachedDisk>, Refused> {
+        let mut disks = Vec::new();
         for (n, blocks) in world.profile.disks.clone().into_iter().enumerate() {
-            let bytes = blocks * BLOCK_SIZE as u64;
-            let uuid = self.make(n, bytes).await;
+            let (uuid, bytes) = self.make(n, blocks * BLOCK_SIZE as u64).await?;
             world.made[n] = true;
-            let attached = self.attach(n, uuid, bytes).await;
-            let rng = SmallRng::seed_from_u64(world.rng.random());
-            let manner = (world.profile.habits, excuses, Rc::clone(orders));
-            let model = Arc::clone(&self.models[n]);
-            workers.push(Worker::new(attached, model, self.legs.clone(), rng, manner));
+            disks.push(self.attach(n, uuid, bytes).await?);
         }
-        workers
+        Ok(disks)
     }
 
-    /// Finds a disk, or makes it.
-    async fn make(&self, n: usize, bytes: u64) -> Uuid {
+    /// Finds a disk, or makes it; with its size.
+    async fn make(&self, n: usize, bytes: u64) -> Result<(Uuid, u64), Refused> {
+        let (store, lenient) = (self.store(), self.may_have_lost);
         loop {
-            match self.store.lookup_vdi(&name(n)).await {
-                Ok(info) => return info.uuid,
+            match store.lookup_vdi(&name(n)).await {
+                Ok(info) => return Ok((info.uuid, info.size_bytes)),
                 Err(error) if error.kind == StoreErrorKind::NotFound => {
-                    match self.store.create_vdi(&name(n), bytes).await {
-                        Ok(info) => return info.uuid,
+                    match store.create_vdi(&name(n), bytes).await {
+                        Ok(info) => return Ok((info.uuid, info.size_bytes)),
                         Err(error) if error.kind == StoreErrorKind::AlreadyExists => {}
-                        Err(error) => transient("creating a disk", &error).await,
+                        Err(error) => transient("creating a disk", &error, lenient).await?,
                     }
                 }
-                Err(error) => transient("looking a disk up", &error).await,
+                Err(error) => transient("looking a disk up", &error, lenient).await?,
             }
         }
     }
 
-    async fn attach(&self, n: usize, uuid: Uuid, size_bytes: u64) -> AttachedDisk {
+    async fn attach(&self, n: usize, uuid: Uuid, size_bytes: u64) -> Result<AttachedDisk, Refused> {
         let identity = VdiIdentity { uuid, name: name(n), size_bytes };
+        let lenient = self.may_have_lost;
         let log_id = loop {
             match self.cache.reserve(&identity).await {
                 Ok(log_id) => break Uuid::from_u128(log_id),
-                Err(error) => again("reserving a log", &error).await,
+                Err(error) => again("reserving a log", &error, lenient).await?,
             }
         };
         let vdi = loop {
-            match self.store.attach(uuid, AttachOptions { log_id }).await {
+            match self.store().attach(uuid, AttachOptions { log_id }).await {
                 Ok(vdi) => break vdi,
-                Err(error) => transient("attaching", &error).await,
+                Err(error) => transient("attaching", &error, lenient).await?,
             }
         };
         self.vdis.lock().push(Arc::clone(&vdi));
         let model = &self.models[n];
         let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model: Arc::clone(model) });
+        let stated = self.stated(self.cache.identity().await.cache, uuid, log_id.as_u128());
         loop {
             match self.cache.attach(&identity, Arc::<Checked>::clone(&backing)).await {
                 Ok(attached) => {
                     let mut model = model.lock();
-                    model.recovered(attached.disk.staged_lsn().0);
+                    model.grow(attached.disk.size_bytes());
+                    model.recovered(attached.disk.staged_lsn().0, stated);
                     model.attached_at(Backing::committed(&*vdi).0);
-                    return attached;
+                    return Ok(attached);
                 }
-                Err(error) => again("recovering a log", &error).await,
+                Err(error) => again("recovering a log", &error, lenient).await?,
+            }
+        }
+    }
+
+    /// Grows disks, for ever. Whatever becomes of it: the store says at the next start.
+    async fn grow_now_and_then(&self, rng: &mut SmallRng) {
+        loop {
+            tokio::time::sleep(Duration::from_millis(rng.random_range(0..8_000))).await;
+            let vdi = {
+                let vdis = self.vdis.lock();
+                let at = rng.random_range(0..vdis.len());
+                Arc::clone(&vdis[at])
+            };
+            let bytes = vdi.committed().size_bytes + rng.random_range(1..40) * BLOCK_SIZE as u64;
+            if bytes <= GROWN_MAX && vdi.resize(bytes).await.is_ok() {
+                let _ = self.cache.resize(vdi.uuid(), bytes).await;
             }
         }
     }
@@ -300,7 +385,11 @@ impl Agent {
                     match self.cache.drain(vdi.uuid()).await {
                         Ok(_) => break,
                         // A commit that failed for good under the former faults is tried again after a while.
-                        Err(error) => again("draining", &error).await,
+                        Err(error) => {
+                            if again("draining", &error, self.may_have_lost).await.is_err() {
+                                return;
+                            }
+                        }
                     }
                 }
                 let model = model.lock();
@@ -331,31 +420,39 @@ impl Agent {
         }
         self.cache.close().await;
         // The store may be away; then what it should have heard is found out at the next start.
-        let closed = self.store.close().await;
+        let closed = self.store().close().await;
         assert!(!last || closed.is_ok(), "liveness: the store closes");
         End::Orderly
     }
 }
 
-/// A fault of the cache device on the way up: tried again. What recovery refuses is a broken promise.
-async fn again(what: &str, error: &CacheError) {
+/// A fault of the cache device on the way up: tried again. What recovery refuses is a broken promise, unless damage did it.
+pub async fn again(what: &str, error: &CacheError, may_have_lost: bool) -> Result<(), Refused> {
     match error {
         CacheError::Device(_) | CacheError::Flush { .. } | CacheError::NoSegments { .. } => {
             tokio::time::sleep(Duration::from_millis(500)).await;
+            Ok(())
         }
+        other if may_have_lost => Err(Refused(format!("{what}: {other}"))),
         other => panic!("{what}: {other}"),
     }
 }
 
-/// An outage of the store is waited out; anything else is a broken promise.
-async fn transient(what: &str, error: &blockstore::StoreError) {
+/// An outage of the store is waited out; anything else is a broken promise, unless damage did it.
+pub async fn transient(
+    what: &str,
+    error: &blockstore::StoreError,
+    may_have_lost: bool,
+) -> Result<(), Refused> {
     match error.kind {
         StoreErrorKind::Unreachable
         | StoreErrorKind::Device
         | StoreErrorKind::Corrupt
         | StoreErrorKind::Damaged => {
             tokio::time::sleep(Duration::from_millis(500)).await;
+            Ok(())
         }
+        _ if may_have_lost => Err(Refused(format!("{what}: {error}"))),
         _ => panic!("{what}: {error}"),
     }
 }

@@ -8,8 +8,11 @@
 //! `SIM_SEEDS=N SIM_FIRST_SEED=F SIM_REQUESTS=R cargo test -p tests --test sim` runs others, or more.
 
 mod chaos;
+mod cold;
+mod damage;
 mod device;
 mod host;
+mod legs;
 mod model;
 mod profile;
 mod reading;

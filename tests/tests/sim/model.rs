@@ -37,6 +37,8 @@ pub struct Model {
     pub flushed: u64,
     /// The cache device lost power since the last recovery.
     pub power_lost: bool,
+    /// The only leg of the cache was damaged: what no copy is left of may be gone, if that is said.
+    pub damaged: bool,
     /// The store's image as of an LSN, as far as commits told.
     stored: (Image, u64),
     /// The guest has asked for all it wanted, and all was answered.
@@ -56,6 +58,7 @@ impl Model {
             acked: 0,
             flushed: 0,
             power_lost: false,
+            damaged: false,
             stored: (empty, 0),
             guest_is_done: false,
             broken: None,
@@ -147,16 +150,29 @@ impl Model {
         image
     }
 
-    /// The log was recovered up to `last`: judges that, and forgets what came after.
-    pub fn recovered(&mut self, last: u64) {
+    /// The disk grew: what is new holds zeros.
+    pub fn grow(&mut self, bytes: u64) {
+        let sectors = bytes as usize / SECTOR_SIZE;
+        assert!(sectors >= self.now.len(), "disk {}: it shrank to {sectors} sectors", self.disk);
+        self.now.resize(sectors, 0);
+        self.stored.0.resize(sectors, 0);
+    }
+
+    /// The log was recovered up to `last`: judges that, and forgets what came after. What the device itself said to be
+    /// flushed reaches up to `stated`: less than that is never opened, however damaged it is.
+    pub fn recovered(&mut self, last: u64, stated: u64) {
         let Self { disk, flushed, acked, .. } = *self;
         assert!(
             last <= self.last_lsn(),
             "disk {disk}: LSN {last} was recovered but never given out"
         );
-        assert!(last >= flushed, "P1, disk {disk}: LSN {last} recovered, {flushed} was flushed");
+        let least = if self.damaged { flushed.min(stated) } else { flushed };
         assert!(
-            self.power_lost || last >= acked,
+            last >= least,
+            "P1, disk {disk}: LSN {last} recovered, {flushed} was flushed, and {stated} stated"
+        );
+        assert!(
+            self.power_lost || self.damaged || last >= acked,
             "L1, disk {disk}: LSN {last} recovered, {acked} was acknowledged"
         );
         self.log.truncate(last as usize);
@@ -235,9 +251,9 @@ impl Model {
         );
         let expected = self.image_at(lsn);
         if let Some(at) = differs(found, &expected) {
-            let (found, expected) = (found[at], expected[at]);
+            let (found, expected) = (found.get(at), expected.get(at));
             panic!(
-                "P2, disk {disk}: the store at LSN {lsn} shows write {found} in sector {at}, it was {expected}"
+                "P2, disk {disk}: the store at LSN {lsn} shows write {found:?} in sector {at}, it was {expected:?}"
             );
         }
     }
@@ -253,6 +269,8 @@ fn apply(image: &mut Image, log: &[Done]) {
     }
 }
 
+/// The first sector in which two images differ; beyond its end an image holds zeros.
 fn differs(a: &Image, b: &Image) -> Option<usize> {
-    (0..a.len().max(b.len())).find(|&at| a.get(at) != b.get(at))
+    let at = |image: &Image, at| image.get(at).copied().unwrap_or(0);
+    (0..a.len().max(b.len())).find(|&n| at(a, n) != at(b, n))
 }

@@ -21,8 +21,18 @@ pub struct Profile {
     pub outage_ms: u64,
     /// Faults of the store's device while the chaos has its turn.
     pub san: FaultRates,
-    /// The cache device fails writes and flushes in some lives.
+    /// The cache device, or one leg of a mirrored one, fails in some lives.
     pub local_fails: bool,
+    /// Legs of the cache device.
+    pub legs: usize,
+    /// The cache device, or one leg of a mirrored one, is damaged now and then.
+    pub rots: bool,
+    /// So is the store's device.
+    pub store_rots: bool,
+    /// The store is away at many starts, and disks come up without it.
+    pub cold_starts: bool,
+    /// Disks grow now and then.
+    pub grows: bool,
 }
 
 impl Profile {
@@ -62,6 +72,7 @@ impl Profile {
             1..6 => 600_000,
             _ => 20_000,
         };
+        let legs = rng.random_range(1..=2);
         Self {
             disks,
             habits,
@@ -70,7 +81,12 @@ impl Profile {
             lives: rng.random_range(2..12),
             outage_ms,
             san,
-            local_fails: rng.random_bool(0.2),
+            local_fails: rng.random_bool(if legs > 1 { 0.6 } else { 0.2 }),
+            legs,
+            rots: rng.random_bool(if legs > 1 { 0.4 } else { 0.15 }),
+            store_rots: rng.random_bool(0.04),
+            cold_starts: rng.random_bool(0.5),
+            grows: rng.random_bool(0.3),
         }
     }
 }

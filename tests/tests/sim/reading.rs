@@ -6,6 +6,7 @@ use blockstore::types::{BLOCK_SIZE, Lba, SECTOR_SIZE};
 use bytes::Bytes;
 use cache::disk::plan::{BlockSource, Piece, ReadPlan};
 use cache::disk::{BadBlock, Disk};
+use cache::format::LegSet;
 
 /// Times that a read is planned again before it is given up.
 const TRIES_MAX: u32 = 8;
@@ -59,15 +60,17 @@ pub struct Arrived {
     pub read: u64,
     block: u32,
     layer: u32,
-    offset: u64,
-    data: Option<AlignedBuf>,
+    pub offset: u64,
+    pub data: Option<AlignedBuf>,
+    /// Legs whose copy is bad.
+    pub bad: LegSet,
 }
 
 impl Local {
     /// It was read; no data if it is bad.
-    pub fn with(self, data: Option<AlignedBuf>) -> Arrived {
+    pub fn with(self, data: Option<AlignedBuf>, bad: LegSet) -> Arrived {
         let Self { read, block, layer, offset, .. } = self;
-        Arrived { read, block, layer, offset, data }
+        Arrived { read, block, layer, offset, data, bad }
     }
 }
 

@@ -8,6 +8,7 @@ use blockstore::device::Device;
 use blockstore::device::sim::SimDevice;
 use blockstore::types::SECTOR_SIZE;
 use cache::disk::{Action, AttachedDisk, OpId, Staged, Tag};
+use cache::format::LegSet;
 use cache::link::{FromDisk, ToDisk};
 use futures_util::StreamExt;
 use futures_util::future::{FutureExt, LocalBoxFuture};
@@ -39,8 +40,17 @@ pub enum Request {
 
 /// What the worker has started and waits for.
 pub enum Finished {
-    Io { op: OpId, result: Result<(), i32> },
+    Io {
+        op: OpId,
+        result: Result<(), i32>,
+    },
     Block(Arrived),
+    /// A block that was read well from one leg was written over the bad copy on another.
+    Repaired {
+        arrived: Arrived,
+        leg: u8,
+        result: Result<(), i32>,
+    },
 }
 
 /// Faults that a life may bring, and what they excuse.
@@ -68,8 +78,8 @@ pub struct Habits {
 /// What all workers of a life share.
 #[derive(Debug)]
 pub struct Orders {
-    /// The agent's session with the cache device: once it is dead, nobody gets any answer.
-    pub host: SimDevice,
+    /// The agent's sessions with the cache device: once they are dead, nobody gets any answer.
+    pub hosts: Vec<SimDevice>,
     /// Requests so far, over all lives.
     pub requests: Arc<AtomicU64>,
     /// So many guests must be satisfied before the life ends, with whatever is under way.
@@ -275,6 +285,10 @@ impl Worker {
     }
 
     fn guest(&mut self) -> bool {
+        let bytes = self.attached.disk.size_bytes();
+        if bytes > self.model.lock().sectors() * SECTOR_SIZE as u64 {
+            self.model.lock().grow(bytes);
+        }
         if Instant::now() < self.next_burst {
             return false;
         }
@@ -463,7 +477,10 @@ impl Worker {
                 self.ios.push(io.boxed_local());
             }
             Action::Send(message) => {
-                self.log_failed |= matches!(message, FromDisk::Failed { .. });
+                if matches!(message, FromDisk::Failed { .. }) {
+                    self.log_failed = true;
+                    self.excuse(self.excuses.write_errors, "a log failed");
+                }
                 self.attached.link.send(message);
             }
         }
@@ -499,19 +516,42 @@ impl Worker {
 
     /// Errors reach the guest for certain faults only.
     fn excuse(&self, excused: bool, what: &str) {
-        assert!(excused || self.orders.host.is_dead(), "{what} without a cause");
+        let dead = || self.orders.hosts.iter().all(SimDevice::is_dead);
+        assert!(excused || dead(), "{what} without a cause");
     }
 
     fn finished(&mut self, finished: Finished) {
         match finished {
             Finished::Io { op, result } => self.attached.disk.io_done(op, result),
-            Finished::Block(arrived) => {
-                let id = arrived.read;
-                if let Some(reading) = self.reads.get_mut(&id) {
-                    reading.arrived(arrived, &mut self.attached.disk);
-                    self.advance_read(id);
+            Finished::Block(arrived) => self.read_or_repair(arrived),
+            Finished::Repaired { arrived, leg, result } => {
+                if let Err(errno) = result {
+                    self.attached.disk.repair_failed(leg, errno);
                 }
+                self.arrived(arrived);
             }
+        }
+    }
+
+    /// A block was read: a bad copy of it is rewritten first.
+    fn read_or_repair(&mut self, arrived: Arrived) {
+        let bad = arrived.bad.and(self.attached.disk.readable_legs()).iter().next();
+        let (Some(data), Some(number)) = (&arrived.data, bad) else {
+            return self.arrived(arrived);
+        };
+        let (leg, data) = (Arc::clone(&self.legs[usize::from(number)]), AlignedBuf::copy_of(data));
+        let io = async move {
+            let result = leg.write(arrived.offset, vec![data.freeze()]).await;
+            Finished::Repaired { arrived, leg: number, result: result.map_err(|_| libc::EIO) }
+        };
+        self.ios.push(io.boxed_local());
+    }
+
+    fn arrived(&mut self, arrived: Arrived) {
+        let id = arrived.read;
+        if let Some(reading) = self.reads.get_mut(&id) {
+            reading.arrived(arrived, &mut self.attached.disk);
+            self.advance_read(id);
         }
     }
 
@@ -519,19 +559,23 @@ impl Worker {
         let Some(mut reading) = self.reads.remove(&id) else { return };
         let wanted = reading.plan(&mut self.attached.disk);
         for local in wanted.local {
-            let legs = self.legs.clone();
+            let readable = self.attached.disk.readable_legs();
+            let legs = readable.iter().map(|leg| (leg, Arc::clone(&self.legs[usize::from(leg)])));
+            let legs: Vec<_> = legs.collect();
             let io = async move {
-                let mut data = None;
+                let (mut data, mut bad) = (None, LegSet::NONE);
                 // Twice from the first leg, as a worker does that read into guest memory first.
-                for leg in legs.iter().take(1).chain(&legs) {
+                for (number, leg) in legs.iter().take(1).chain(&legs) {
                     let read = leg.read(local.offset, blockstore::types::BLOCK_SIZE).await;
                     data =
                         read.ok().filter(|d: &AlignedBuf| blockstore::crc::crc32c(d) == local.crc);
                     if data.is_some() {
+                        bad = bad.minus(LegSet::NONE.with(*number));
                         break;
                     }
+                    bad = bad.with(*number);
                 }
-                Finished::Block(local.with(data))
+                Finished::Block(local.with(data, bad))
             };
             self.ios.push(io.boxed_local());
         }

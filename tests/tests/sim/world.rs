@@ -1,7 +1,9 @@
 //! One seed: devices, disks, and the agent's lives on them, up to the end in peace.
 
+use crate::damage;
 use crate::device::{Pace, Timed};
 use crate::host::{self, End};
+use crate::legs::Legs;
 use crate::model::Model;
 use crate::profile::Profile;
 use crate::trace::Trace;
@@ -12,7 +14,6 @@ use cache::local::Local;
 use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use tokio::runtime::Runtime;
@@ -39,10 +40,12 @@ pub struct World {
     pub profile: Profile,
     pub rng: SmallRng,
     pub trace: Arc<Trace>,
-    /// Sessions of the agent that lives now.
-    pub local: SimDevice,
+    /// The cache device.
+    pub legs: Legs,
+    /// The session of the agent that lives now.
     pub san: SimDevice,
-    pub local_pace: Arc<Pace>,
+    /// The store's device was damaged: some of it may be lost.
+    pub store_harmed: bool,
     pub san_pace: Arc<Pace>,
     pub models: Vec<Arc<Mutex<Model>>>,
     /// Disks that were made in the store.
@@ -62,8 +65,12 @@ pub fn run(seed: u64, requests: u64) -> Report {
     let mut world = World::new(seed, requests);
     for life in 0..=world.profile.lives {
         let last = life == world.profile.lives;
-        world.live(last);
+        let end = world.live(last);
         world.check_store();
+        if end == End::Refused {
+            // What is lost is lost, and somebody knows.
+            break;
+        }
     }
     world.report.hash = world.trace.hash();
     world.report.requests = world.requests.load(Ordering::Relaxed);
@@ -74,7 +81,7 @@ impl World {
     fn new(seed: u64, requests: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
         let profile = Profile::draw(&mut rng);
-        let local = SimDevice::new(CACHE_BYTES, rng.random());
+        let legs = Legs::new(profile.legs, CACHE_BYTES, profile.rots, &mut rng);
         let logical_block = if rng.random_bool(0.8) { 512 } else { 4096 };
         let options = SimOptions {
             logical_block,
@@ -86,7 +93,7 @@ impl World {
         let models: Vec<_> = models.map(|model| Arc::new(Mutex::new(model))).collect();
         let runtime = runtime();
         runtime.block_on(async {
-            Local::make_on(Path::new(NOWHERE), local.device()).await.expect("a new cache");
+            Local::make_legs(legs.named()).await.expect("a new cache");
             Store::format(san.device(), FormatOptions::default()).await.expect("a new store");
         });
         Self {
@@ -96,9 +103,9 @@ impl World {
             profile,
             rng,
             trace: Arc::new(Trace::new()),
-            local,
+            legs,
             san,
-            local_pace: Arc::default(),
+            store_harmed: false,
             san_pace: Arc::default(),
             models,
             requests: Arc::default(),
@@ -108,9 +115,16 @@ impl World {
     }
 
     /// One life of the agent, and how it ends.
-    fn live(&mut self, last: bool) {
-        self.local = self.local.connect();
+    fn live(&mut self, last: bool) -> End {
+        runtime().block_on(self.legs.between_lives(&mut self.rng));
         self.san = self.san.connect();
+        if self.profile.store_rots && self.rng.random_bool(0.3) {
+            self.store_harmed = true;
+            damage::to_store(&self.san, &mut self.rng);
+        }
+        if self.legs.may_have_lost() {
+            self.models.iter().for_each(|model| model.lock().damaged = true);
+        }
         self.report.lives += 1;
         let runtime = runtime();
         self.trace.note([0xa11e, u64::from(last), self.left, 0]);
@@ -126,6 +140,12 @@ impl World {
         self.die(end);
         // Whatever still ran ends here, wherever it was.
         drop(runtime);
+        end
+    }
+
+    /// More was damaged than there are copies for: errors are legal, and a refusal; wrong data is not.
+    pub fn may_have_lost(&self) -> bool {
+        self.legs.may_have_lost() || self.store_harmed
     }
 
     /// The agent, the host or the whole site fails.
@@ -134,13 +154,9 @@ impl World {
         // After a failed flush the device's cache is not to be trusted: only what is durable counts.
         let power = (how >= 3 || end == End::LogFailed) && end != End::Orderly;
         self.trace.note([0xdead, end as u64, u64::from(power), how]);
-        if power {
-            self.local.crash();
-            for model in &self.models {
-                model.lock().power_lost = true;
-            }
-        } else {
-            self.local.kill_host();
+        self.legs.die(power);
+        for model in self.models.iter().filter(|_| power) {
+            model.lock().power_lost = true;
         }
         if power && how == 5 { self.san.crash() } else { self.san.kill_host() }
     }
@@ -155,12 +171,17 @@ impl World {
         let (models, made) = (&self.models, &self.made);
         runtime().block_on(async {
             let opened = Store::open(session.device(), OpenOptions::read_only()).await;
-            let store = opened.expect("the store opens at any time");
+            let store = match opened {
+                Err(_) if self.store_harmed => return,
+                opened => opened.expect("the store opens at any time"),
+            };
             for ((n, model), made) in models.iter().enumerate().zip(made) {
-                let mut image = vec![0; model.lock().sectors() as usize];
+                let mut image = Vec::new();
                 let mut sink = |offset: u64, block: &[u8]| {
                     for (at, sector) in (offset / 512..).zip(block.chunks_exact(512)) {
                         let stamp = model.lock().stamp_of(sector, at);
+                        // It may have grown since its guest heard of it.
+                        image.resize(image.len().max(at as usize + 1), 0);
                         image[at as usize] = stamp.map_err(std::io::Error::other)?;
                     }
                     Ok(())
@@ -168,24 +189,36 @@ impl World {
                 match store.export_vdi(&name(n), &mut sink).await {
                     Ok(report) => model.lock().check_store(report.lsn.0, &image),
                     Err(error) if error.kind == StoreErrorKind::NotFound && !made => {}
+                    Err(_) if self.store_harmed => {}
                     Err(error) => panic!("P2: the store's image cannot be read: {error}"),
                 }
             }
-            let report = gc::check(&store, gc::CheckOptions { data: false }).await.expect("check");
-            assert!(report.is_sound(), "the store is damaged: {:?}", report.problems);
+            let report = match gc::check(&store, gc::CheckOptions { data: false }).await {
+                Err(_) if self.store_harmed => return,
+                report => report.expect("check"),
+            };
+            assert!(
+                report.is_sound() || self.store_harmed,
+                "the store is damaged: {:?}",
+                report.problems
+            );
         });
     }
 
-    /// The agent's way to its cache device, and to the store's.
-    pub fn devices(&mut self) -> [Arc<Timed>; 2] {
+    /// The agent's ways to the legs of its cache device, and to the store's device.
+    pub fn devices(&mut self) -> (Vec<Arc<Timed>>, Arc<Timed>) {
+        let trace = &self.trace;
         let timed = |name, sim: &SimDevice, pace: &Arc<Pace>, seed| {
-            Arc::new(Timed::new(name, sim.clone(), Arc::clone(pace), seed, Arc::clone(&self.trace)))
+            Timed::new(name, sim.clone(), Arc::clone(pace), seed, Arc::clone(trace))
         };
-        let seeds: [u64; 2] = self.rng.random();
-        [
-            timed(1, &self.local, &self.local_pace, seeds[0]),
-            timed(2, &self.san, &self.san_pace, seeds[1]),
-        ]
+        let san = timed(2, &self.san, &self.san_pace, self.rng.random());
+        let mut legs = Vec::new();
+        for (n, (sim, pace)) in self.legs.sims.iter().zip(&self.legs.paces).enumerate() {
+            let twin = self.legs.sims.get(1 - n).cloned();
+            let leg = timed(1 + 2 * n as u64, sim, pace, self.rng.random());
+            legs.push(Arc::new(leg.with_twin(twin)));
+        }
+        (legs, Arc::new(san))
     }
 }
 

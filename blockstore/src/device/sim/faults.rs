@@ -30,7 +30,7 @@ pub enum Fault {
 }
 
 /// Probabilities, per operation, of faults that come by themselves.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct FaultRates {
     /// [`Fault::Io`] on reads.
     pub read_io: f64,

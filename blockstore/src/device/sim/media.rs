@@ -195,6 +195,25 @@ impl Media {
         }
     }
 
+    /// Puts other content in the place of a block, for good.
+    pub(super) fn put(&mut self, block: u64, content: &Block) {
+        for image in [&mut self.current, &mut self.durable] {
+            image.insert(block, Arc::new(*content));
+        }
+        let place = block << BLOCK_SHIFT;
+        for write in &mut self.unflushed {
+            let end = write.offset + write.data.len() as u64;
+            let (from, to) = (write.offset.max(place), end.min(place + BLOCK_SIZE as u64));
+            if from < to {
+                let mut copy = write.data.to_vec();
+                let new = &content[(from - place) as usize..(to - place) as usize];
+                copy[(from - write.offset) as usize..(to - write.offset) as usize]
+                    .copy_from_slice(new);
+                write.data = Bytes::from(copy);
+            }
+        }
+    }
+
     /// Bit rot: flips the bits of `mask` in one byte, for good.
     pub(super) fn corrupt(&mut self, offset: u64, mask: u8) {
         let (block, at) = (offset >> BLOCK_SHIFT, offset as usize % BLOCK_SIZE);
@@ -209,6 +228,12 @@ impl Media {
                 write.data = Bytes::from(copy);
             }
         }
+    }
+
+    pub(super) fn written_blocks(&self) -> Vec<u64> {
+        let mut blocks: Vec<u64> = self.current.keys().copied().collect();
+        blocks.sort_unstable();
+        blocks
     }
 
     pub(super) fn unflushed_count(&self) -> usize {

@@ -1,0 +1,98 @@
+//! A start without the store: disks come up from the local device alone, and the store joins when it comes. The agent's
+//! `Served` does the same in the same order.
+
+use crate::host::{Agent, Checked, Refused, again, transient};
+use crate::world::name;
+use blockstore::{AttachOptions, Vdi};
+use cache::backing::Backing;
+use cache::disk::AttachedDisk;
+use cache::{AttachedRecord, CacheError, VdiIdentity};
+use std::sync::Arc;
+use uuid::Uuid;
+
+impl Agent {
+    /// Brings all disks up from the local device alone; none if that cannot be, because one was never served.
+    pub async fn attach_alone(&self) -> Result<Option<Vec<AttachedDisk>>, Refused> {
+        let cache = self.cache.identity().await;
+        let records = self.cache.attached().await;
+        let record = |n: usize| records.iter().find(|record| record.name == name(n));
+        let served = |n| record(n).filter(|record| record.was_served);
+        for record in records.iter().filter(|record| !record.was_served) {
+            let refused = self.cache.attach_alone(record.vdi).await;
+            assert!(matches!(refused, Err(CacheError::NeverServed { .. })), "never served");
+        }
+        let known: Option<Vec<&AttachedRecord>> = (0..self.models.len()).map(served).collect();
+        let Some(known) = known else { return Ok(None) };
+        let mut disks = Vec::new();
+        for (record, model) in known.into_iter().zip(&self.models) {
+            let stated = self.stated(cache.cache, record.vdi, record.log_id);
+            disks.push(loop {
+                match self.cache.attach_alone(record.vdi).await {
+                    Ok(attached) => {
+                        let mut model = model.lock();
+                        model.grow(attached.disk.size_bytes());
+                        model.recovered(attached.disk.staged_lsn().0, stated);
+                        break attached;
+                    }
+                    Err(error) => {
+                        again("recovering a log alone", &error, self.may_have_lost).await?
+                    }
+                }
+            });
+        }
+        Ok(Some(disks))
+    }
+
+    /// The store comes: it is compared with each log, has the disk attached, and joins.
+    pub async fn join_all(&self) -> Result<(), Refused> {
+        self.open_store().await?;
+        let records = self.cache.attached().await;
+        for n in 0..self.models.len() {
+            let record = records.iter().find(|record| record.name == name(n));
+            let vdi = self.join(n, record.expect("it is served")).await?;
+            self.vdis.lock().push(vdi);
+        }
+        Ok(())
+    }
+
+    async fn join(&self, n: usize, record: &AttachedRecord) -> Result<Arc<Vdi>, Refused> {
+        let lenient = self.may_have_lost;
+        let vdi = loop {
+            let found = match self.store().lookup_vdi(&record.vdi.to_string()).await {
+                Ok(found) => found,
+                Err(error) => {
+                    transient("looking a disk up", &error, lenient).await?;
+                    continue;
+                }
+            };
+            if let Err(error) = self.cache.verify(record.vdi, found.committed_lsn).await {
+                again("comparing a log with the store", &error, lenient).await?;
+                continue;
+            }
+            let (uuid, size_bytes) = (record.vdi, record.size_bytes);
+            let identity = VdiIdentity { uuid, name: name(n), size_bytes };
+            let reserved = self.cache.reserve(&identity).await;
+            let log_id = reserved.expect("a log that is open is known");
+            assert_eq!(log_id, record.log_id, "a disk keeps its log");
+            let options = AttachOptions { log_id: Uuid::from_u128(log_id) };
+            match self.store().attach(uuid, options).await {
+                Ok(vdi) => break vdi,
+                Err(error) => transient("attaching", &error, lenient).await?,
+            }
+        };
+        self.models[n].lock().attached_at(Backing::committed(&*vdi).0);
+        let model = Arc::clone(&self.models[n]);
+        let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model });
+        while let Err(error) = self.cache.join(record.vdi, Arc::<Checked>::clone(&backing)).await {
+            again("joining the store", &error, lenient).await?;
+        }
+        let bytes = vdi.committed().size_bytes;
+        if bytes > record.size_bytes {
+            // A growth that a crash cut off.
+            while let Err(error) = self.cache.resize(record.vdi, bytes).await {
+                again("growing a disk", &error, lenient).await?;
+            }
+        }
+        Ok(vdi)
+    }
+}

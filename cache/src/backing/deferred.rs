@@ -96,7 +96,7 @@ impl Backing for Deferred {
     }
 
     fn away_since_ms(&self) -> Option<u64> {
-        match &*self.state.borrow() {
+        match &*self.state.lock() {
             // Since this was made; one outage is as good a name as another.
             State::Waiting(_) => Some(0),
             State::Joined(backing) => backing.away_since_ms(),

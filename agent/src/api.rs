@@ -3,6 +3,8 @@
 //! Scripts rely on these fields: they are only ever added to. Sizes are bytes, ages and times are
 //! milliseconds, LSNs count from 1 per disk (0: nothing written yet).
 
+pub mod loss;
+
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use uuid::Uuid;
@@ -208,6 +210,9 @@ pub struct CacheStatus {
     /// The devices that it is written to together: one, or two of a mirror.
     #[serde(default)]
     pub legs: Vec<cache::LegState>,
+    /// Damaged logs that were given up and are kept.
+    #[serde(default)]
+    pub quarantined: Vec<cache::QuarantinedLog>,
 }
 
 /// The agent as `status` shows it.

@@ -11,7 +11,7 @@ use crate::control::server::{Gate, Phase, serve, serve_metrics};
 use crate::error::{Failure, Kind, Result};
 use crate::host::Host;
 use crate::notify;
-use crate::run_dir::{Remembered, RunDir};
+use crate::run_dir::RunDir;
 use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
@@ -90,7 +90,6 @@ async fn live(config: AgentConfig, run_dir: &RunDir, control: UnixListener) -> R
         gate.set(Phase::Starting(doing.to_owned()));
     };
     let timeout = config.shutdown_timeout;
-    let remembered = Remembered { caches: config.caches() };
     let started = tokio::select! {
         started = Host::start(config, run_dir.path(), &progress) => Some(started),
         () = signals.stop() => None,
@@ -102,7 +101,7 @@ async fn live(config: AgentConfig, run_dir: &RunDir, control: UnixListener) -> R
             return Ok(());
         }
     };
-    run_dir.remember(&remembered);
+    run_dir.remember(&host.remembered());
     gate.set(Phase::Running(Arc::clone(&host)));
     notify::ready("serving");
     tracing::info!("ready; control socket in {}", run_dir.path().display());

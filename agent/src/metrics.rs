@@ -65,6 +65,8 @@ fn of_host(registry: &mut Registry, status: &Status) {
     let in_step = cache.legs.iter().filter(|leg| leg.member).count();
     gauge("cache_legs", "Devices that the cache is mirrored on", Some(cache.legs.len() as f64));
     gauge("cache_legs_in_step", "Those of them that hold everything", Some(in_step as f64));
+    let kept: u64 = cache.quarantined.iter().map(|log| log.bytes).sum();
+    gauge("cache_quarantined_bytes", "Bytes in damaged logs that are kept", Some(kept as f64));
     gauge("cache_fill", "Share of the ring that holds logs", Some(cache.fill));
     gauge(
         "runway_seconds",
@@ -236,6 +238,7 @@ mod tests {
                 free_bytes: 70,
                 fill: 0.1,
                 legs: [true, false].map(leg).to_vec(),
+                quarantined: Vec::new(),
             },
             vdis: vec![info],
             outlook: Outlook { runway_ms: Some(60_000), ..Default::default() },
@@ -261,6 +264,7 @@ mod tests {
             "ballast_degraded 1.0",
             "ballast_cache_legs 2.0",
             "ballast_cache_legs_in_step 1.0",
+            "ballast_cache_quarantined_bytes 0.0",
             "ballast_vdi_reads_total{vdi=\"web \\\"1\\\"\\\\\",uuid=\"00000000-0000-0000-0000-000000000000\"} 3",
             "ballast_vdi_drain_seconds{vdi=\"web \\\"1\\\"\\\\\",uuid=\"00000000-0000-0000-0000-000000000000\"} 1.5",
         ] {

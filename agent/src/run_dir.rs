@@ -2,7 +2,7 @@
 //!
 //! `agent.lock` carries a lock that the kernel drops with the process, and the process id in words; whoever holds it owns
 //! every socket in the directory, so what an agent that was killed left behind may be replaced. `agent.toml`
-//! remembers which cache the agent used, for commands that run while it is down.
+//! remembers which cache the agent used, for commands that run while it is down, and who the host is, should the cache be lost.
 
 use crate::error::{Failure, Kind, Result};
 use crate::names::{CONTROL_SOCKET, SOCKET_PATH_LEN_MAX};
@@ -30,6 +30,9 @@ pub struct RunDir {
 pub struct Remembered {
     /// The cache's files.
     pub caches: Vec<PathBuf>,
+    /// The host's identity, for a cache that has to be made anew.
+    #[serde(default)]
+    pub host: Option<uuid::Uuid>,
 }
 
 impl RunDir {
@@ -221,8 +224,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert!(recall(dir.path()).is_none());
         let run_dir = RunDir::claim(dir.path()).unwrap();
-        run_dir.remember(&Remembered { caches: vec!["/c \"x\"".into()] });
+        run_dir.remember(&Remembered {
+            caches: vec!["/c \"x\"".into()],
+            host: Some(uuid::Uuid::from_u128(7)),
+        });
         let found = recall(dir.path()).unwrap();
         assert_eq!(found.caches[0].to_str(), Some("/c \"x\""));
+        assert_eq!(found.host, Some(uuid::Uuid::from_u128(7)));
+        // As former versions left it.
+        std::fs::write(dir.path().join(MEMORY_FILE), "caches = [\"/c\"]").unwrap();
+        assert_eq!(recall(dir.path()).unwrap().host, None);
     }
 }

@@ -55,8 +55,8 @@ pub use error::{Result, StoreError, StoreErrorKind};
 pub use io::Health;
 pub use policy::WhenOffline;
 pub use store::{
-    AttachOptions, ExportReport, FormatOptions, HostInfo, OpenOptions, OwnerInfo, Store, StoreInfo,
-    VdiInfo,
+    AttachOptions, ExportReport, FormatOptions, HostInfo, LostLog, OpenOptions, OwnerInfo, Store,
+    StoreInfo, VdiInfo,
 };
 pub use vdi::{CommittedState, Vdi};
 

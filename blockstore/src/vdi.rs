@@ -303,7 +303,14 @@ impl VdiInner {
                     ),
                 ));
             }
-            let next = VdiHead { owner: None, log_id: None, attached_ms: 0, ..base.head.clone() };
+            let last_log = base.head.log_id;
+            let next = VdiHead {
+                owner: None,
+                log_id: None,
+                last_log,
+                attached_ms: 0,
+                ..base.head.clone()
+            };
             if self.swap_head(&mut control, next).await? {
                 let message = "the disk was detached".to_owned();
                 control.lost = Some((StoreErrorKind::NotOwner, message));

@@ -1,8 +1,11 @@
 //! The cache as the agent sees it: open, attach, drain, detach, close.
 
 pub(crate) mod attach;
+mod loss;
 #[cfg(test)]
 mod tests;
+
+pub use self::loss::{LogFinding, QuarantinedLog, Survey};
 
 use crate::disk::AttachedDisk;
 use crate::disk::plan::SegmentId;
@@ -106,6 +109,8 @@ pub struct Cache {
     handles: Mutex<HashMap<Uuid, Arc<VdiHandle>>>,
     /// Disks on their way.
     attaching: Mutex<HashSet<Uuid>>,
+    /// Logs that were given up and are kept.
+    quarantined: Mutex<Vec<loss::Kept>>,
 }
 
 #[derive(Debug)]
@@ -144,12 +149,19 @@ impl Cache {
         let local = Arc::new(local);
         let slots = local.read_slots().await?;
         let headers = local.read_headers().await?;
-        let (found, free, next_seq) = sort_segments(&local.geometry, &slots, headers);
+        let Sorted { found, quarantined, free, next_seq } =
+            sort_segments(&local.geometry, &slots, headers);
         let image_len = local.geometry.segment_size as usize;
         let images = ImagePool::new(image_len, (options.image_bytes / image_len).max(2));
         let pool = Arc::new(Pool::new(local.geometry, free, next_seq));
         for (vdi, headers) in &found {
             pool.adopt(*vdi, headers.iter().map(|header| header.segment));
+        }
+        let quarantined: Vec<_> = quarantined.into_values().collect();
+        for kept in &quarantined {
+            let owner = loss::owner_of(kept.record.log_id);
+            pool.adopt(owner, kept.headers.iter().map(|header| header.segment));
+            pool.quarantine(owner, owner);
         }
         Ok(Arc::new(Self {
             ground: Ground { local, pool, images },
@@ -158,6 +170,7 @@ impl Cache {
             inner: tokio::sync::Mutex::new(Inner { slots, found }),
             handles: Mutex::default(),
             attaching: Mutex::default(),
+            quarantined: Mutex::new(quarantined),
         }))
     }
 
@@ -213,25 +226,21 @@ impl Cache {
             return Err(CacheError::NoSegments { free: counts.free });
         }
         let slots = self.ground.local.geometry.slots;
-        let free = inner.slots.iter_mut().find(|slot| slot.vdi.is_none());
+        let free = inner.slots.iter_mut().find(|slot| slot.is_free());
         let slot = free.ok_or(CacheError::NoSlot { slots })?;
         let log_id = Uuid::new_v4().as_u128();
-        let next = VdiSlot {
-            sequence: slot.sequence + 1,
-            slot: slot.slot,
-            vdi: Some(SlotVdi {
-                uuid: vdi.uuid,
-                log_id,
-                name: vdi.name.clone(),
-                size_bytes: vdi.size_bytes,
-                committed: Lsn(0),
-                evicted_below: self.ground.pool.next_seq(),
-                sequence_seen: self.ground.pool.next_seq(),
-                epoch: 0,
-                first_lsn: Lsn(1),
-                policy: DiskPolicy::default(),
-            }),
-        };
+        let next = slot.next(Some(SlotVdi {
+            uuid: vdi.uuid,
+            log_id,
+            name: vdi.name.clone(),
+            size_bytes: vdi.size_bytes,
+            committed: Lsn(0),
+            evicted_below: self.ground.pool.next_seq(),
+            sequence_seen: self.ground.pool.next_seq(),
+            epoch: 0,
+            first_lsn: Lsn(1),
+            policy: DiskPolicy::default(),
+        }));
         self.ground.local.write_slot(&next).await?;
         *slot = next;
         Ok(log_id)
@@ -246,7 +255,7 @@ impl Cache {
         }
         let slot = inner.slots.iter_mut().find(|s| s.vdi.as_ref().is_some_and(|v| v.uuid == vdi));
         let Some(slot) = slot else { return Ok(()) };
-        let next = VdiSlot { sequence: slot.sequence + 1, slot: slot.slot, vdi: None };
+        let next = slot.next(None);
         self.ground.local.write_slot(&next).await?;
         *slot = next;
         Ok(())
@@ -334,18 +343,31 @@ impl Cache {
     }
 }
 
-/// Segments of each disk, free segments, next sequence number.
-type Sorted = (HashMap<Uuid, Vec<SegmentHeader>>, Vec<SegmentId>, u64);
+/// What the segments of a cache are.
+pub(crate) struct Sorted {
+    /// Those of each attached disk, in order of their sequence.
+    pub found: HashMap<Uuid, Vec<SegmentHeader>>,
+    /// Logs that were given up, by their ids.
+    pub quarantined: HashMap<u128, loss::Kept>,
+    /// Free ones.
+    pub free: Vec<SegmentId>,
+    /// The sequence number that comes next.
+    pub next_seq: u64,
+}
 
-/// Tells which segments belong to a recorded disk (in order of their sequence), which are free, and which sequence number
-/// comes next.
+/// Tells which segments belong to a recorded log, which are free, and which sequence number comes next.
 pub(crate) fn sort_segments(
     geometry: &Geometry,
     slots: &[VdiSlot],
     headers: Vec<SegmentHeader>,
 ) -> Sorted {
-    let records: HashMap<Uuid, &SlotVdi> =
-        slots.iter().filter_map(|slot| slot.vdi.as_ref()).map(|vdi| (vdi.uuid, vdi)).collect();
+    let active = slots.iter().filter_map(|slot| slot.vdi.as_ref());
+    let given_up = slots.iter().filter_map(|slot| slot.quarantined.as_ref());
+    let records: HashMap<u128, &SlotVdi> =
+        active.chain(given_up.clone()).map(|vdi| (vdi.log_id, vdi)).collect();
+    let mut quarantined: HashMap<u128, loss::Kept> = given_up
+        .map(|vdi| (vdi.log_id, loss::Kept { record: vdi.clone(), headers: Vec::new() }))
+        .collect();
     let seen = headers.iter().map(|header| header.seq + 1);
     let noted = records.values().map(|vdi| vdi.sequence_seen.max(vdi.evicted_below));
     let next_seq = seen.chain(noted).max().unwrap_or(1).max(1);
@@ -354,16 +376,20 @@ pub(crate) fn sort_segments(
     let mut taken = HashSet::new();
     for header in headers {
         let belongs = records
-            .get(&header.vdi)
-            .is_some_and(|vdi| vdi.log_id == header.log_id && header.seq >= vdi.evicted_below);
+            .get(&header.log_id)
+            .is_some_and(|vdi| vdi.uuid == header.vdi && header.seq >= vdi.evicted_below);
         if belongs {
             taken.insert(header.segment);
-            found.entry(header.vdi).or_default().push(header);
+            match quarantined.get_mut(&header.log_id) {
+                Some(kept) => kept.headers.push(header),
+                None => found.entry(header.vdi).or_default().push(header),
+            }
         }
     }
-    for headers in found.values_mut() {
+    let kept = quarantined.values_mut().map(|kept| &mut kept.headers);
+    for headers in found.values_mut().chain(kept) {
         headers.sort_unstable_by_key(|header| header.seq);
     }
     let free = (0..geometry.segments).map(SegmentId).filter(|id| !taken.contains(id)).collect();
-    (found, free, next_seq)
+    Sorted { found, quarantined, free, next_seq }
 }

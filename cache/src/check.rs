@@ -1,6 +1,6 @@
 //! Offline check of a cache: read-only, every structure and every payload block.
 
-use crate::cache::sort_segments;
+use crate::cache::{Sorted, sort_segments};
 use crate::error::CacheError;
 use crate::format::record::Entries;
 use crate::format::segment::SegmentHeader;
@@ -56,7 +56,8 @@ pub async fn check(path: &Path) -> Result<CheckReport, CacheError> {
     let local = Local::open(path, Mode::ReadOnly).await?;
     let superblock = local.superblock().await;
     let slots = local.read_slots().await?;
-    let (mut found, ..) = sort_segments(&local.geometry, &slots, local.read_headers().await?);
+    let Sorted { mut found, quarantined, .. } =
+        sort_segments(&local.geometry, &slots, local.read_headers().await?);
     let mut report = CheckReport {
         cache: superblock.cache,
         host: superblock.host,
@@ -67,6 +68,7 @@ pub async fn check(path: &Path) -> Result<CheckReport, CacheError> {
         vdis: Vec::new(),
         problems: Vec::new(),
     };
+    report.segments_used += quarantined.values().map(|kept| kept.headers.len() as u32).sum::<u32>();
     for vdi in slots.iter().filter_map(|slot| slot.vdi.as_ref()) {
         let headers = found.remove(&vdi.uuid).unwrap_or_default();
         check_vdi(&local, vdi, &headers, &mut report).await;

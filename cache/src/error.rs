@@ -84,9 +84,12 @@ pub enum CacheError {
     NoSlot { slots: u32 },
     /// Not enough segments for another disk.
     #[error(
-        "the cache has no free segments for another disk ({free} free, 2 needed): wait for the flusher, detach a disk, or use a larger cache"
+        "the cache has no free segments for another disk ({free} free, 2 needed): wait for the flusher, detach a disk, discard a log in quarantine, or use a larger cache"
     )]
     NoSegments { free: u32 },
+    /// No such log is in quarantine.
+    #[error("no log {log_id} is in quarantine here: 'ballast cache status' shows those that are")]
+    NotQuarantined { log_id: Uuid },
     /// A disk by that UUID is attached already.
     #[error("VDI {name} ({vdi}) is attached already")]
     Attached { name: String, vdi: Uuid },

@@ -32,7 +32,10 @@ pub mod recovery;
 pub mod release;
 mod vdi;
 
-pub use cache::{AttachedRecord, Cache, CacheIdentity, CacheOptions, CacheStatus, VdiIdentity};
+pub use cache::{
+    AttachedRecord, Cache, CacheIdentity, CacheOptions, CacheStatus, LogFinding, QuarantinedLog,
+    Survey, VdiIdentity,
+};
 pub use check::{CheckReport, VdiReport, check};
 pub use error::CacheError;
 pub use local::LegState;

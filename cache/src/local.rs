@@ -475,7 +475,7 @@ fn newest(slot: u32, copies: [&[u8]; 2]) -> Result<VdiSlot, FormatError> {
         // A torn write destroys only the older copy; the younger one stands.
         [Ok(one), Err(_)] | [Err(_), Ok(one)] => Ok(one),
         [Err(FormatError::Absent(_)), Err(FormatError::Absent(_))] => {
-            Ok(VdiSlot { sequence: 0, slot, vdi: None })
+            Ok(VdiSlot { sequence: 0, slot, vdi: None, quarantined: None })
         }
         [Err(FormatError::Absent(_)), Err(error)] | [Err(error), Err(_)] => Err(error),
     }

@@ -69,8 +69,7 @@ impl Ground {
             sequence_seen: self.pool.next_seq(),
             ..record
         };
-        let slot =
-            VdiSlot { sequence: slot.sequence + 1, slot: slot.slot, vdi: Some(record.clone()) };
+        let slot = slot.next(Some(record.clone()));
         let settled = match recovery::settle(&self.local, &recovered).await {
             Ok(()) => self.local.write_slot(&slot).await,
             Err(error) => Err(error),

@@ -11,7 +11,7 @@ use crate::disk::plan::SegmentId;
 use crate::format::Geometry;
 use crate::link::Grant;
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tokio::sync::mpsc::UnboundedSender;
 use uuid::Uuid;
 
@@ -41,6 +41,8 @@ struct Inner {
     owners: Vec<Option<Uuid>>,
     /// Segments that each disk owns and that are not in `clean`; kept in step by [`Self::dirtied`] and [`Self::cleaned`].
     dirty: BTreeMap<Uuid, u32>,
+    /// Owners whose segments are out of use: logs in quarantine.
+    quarantined: BTreeSet<Uuid>,
     waiting: VecDeque<Uuid>,
     tasks: BTreeMap<Uuid, UnboundedSender<PoolMessage>>,
 }
@@ -54,22 +56,25 @@ pub struct PoolCounts {
     pub free: u32,
     /// Committed; read cache until evicted.
     pub clean: u32,
+    /// Out of use: segments of logs in quarantine.
+    pub quarantined: u32,
     /// Disks that hold segments.
     pub disks: u32,
 }
 
 impl PoolCounts {
-    /// Segments that are neither free nor clean.
+    /// Segments that are neither free nor clean, nor out of use.
     #[must_use]
     pub fn used(&self) -> u32 {
-        self.segments.saturating_sub(self.free).saturating_sub(self.clean)
+        let usable = self.segments.saturating_sub(self.quarantined);
+        usable.saturating_sub(self.free).saturating_sub(self.clean)
     }
 
     /// Share of the segments that hold uncommitted records, 0 to 1; the two that each disk has at hand do not count.
     #[must_use]
     pub fn fill(&self) -> f64 {
         let dirty = self.used().saturating_sub(2 * self.disks);
-        f64::from(dirty) / f64::from(self.segments.max(1))
+        f64::from(dirty) / f64::from(self.segments.saturating_sub(self.quarantined).max(1))
     }
 }
 
@@ -84,6 +89,7 @@ impl Pool {
             evicting: 0,
             owners: vec![None; geometry.segments as usize],
             dirty: BTreeMap::new(),
+            quarantined: BTreeSet::new(),
             waiting: VecDeque::new(),
             tasks: BTreeMap::new(),
         };
@@ -97,6 +103,26 @@ impl Pool {
             inner.owners[id.0 as usize] = Some(vdi);
             inner.dirtied(vdi);
         }
+    }
+
+    /// Takes all segments of a disk out of use; they belong to `log` from now on.
+    pub fn quarantine(&self, vdi: Uuid, log: Uuid) {
+        let mut inner = self.inner.lock();
+        for owner in inner.owners.iter_mut().filter(|owner| **owner == Some(vdi)) {
+            *owner = Some(log);
+        }
+        if let Some(count) = inner.dirty.remove(&vdi) {
+            inner.dirty.insert(log, count);
+        }
+        inner.quarantined.insert(log);
+    }
+
+    /// The segments of a log in quarantine are free: the slot that kept it is durably gone.
+    pub fn unquarantine(&self, log: Uuid) {
+        for id in self.owned(log) {
+            self.release(id, false);
+        }
+        self.inner.lock().quarantined.remove(&log);
     }
 
     /// Segments that a disk owns.
@@ -218,6 +244,7 @@ impl Pool {
             segments: self.geometry.segments,
             free: inner.free.len() as u32,
             clean: inner.clean.len() as u32 + inner.evicting,
+            quarantined: inner.quarantined.iter().filter_map(|log| inner.dirty.get(log)).sum(),
             disks: inner.tasks.len() as u32,
         }
     }

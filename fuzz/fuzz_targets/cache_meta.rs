@@ -48,7 +48,7 @@ fn slot() -> VdiSlot {
         first_lsn: Lsn(5),
         policy: Default::default(),
     };
-    VdiSlot { sequence: 3, slot: SLOT, vdi: Some(vdi) }
+    VdiSlot { sequence: 3, slot: SLOT, vdi: Some(vdi), quarantined: None }
 }
 
 fn segment_header() -> SegmentHeader {

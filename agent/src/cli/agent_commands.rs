@@ -63,6 +63,9 @@ pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()>
             let done: Done = client.delete(&at(&name, "")?).await?;
             out.print(&done, |done| format!("deleted {}", done.name))
         }
+        VdiCommand::Rollback { name, accept_loss } => {
+            super::loss::roll_back(&client, &name, accept_loss, out).await
+        }
         VdiCommand::Resize { name, size } => {
             let resized: Created =
                 client.post(&at(&name, "/resize")?, &ResizeRequest { size }).await?;

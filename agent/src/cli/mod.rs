@@ -7,6 +7,7 @@ mod agent_commands;
 mod cache_check;
 mod cache_replace;
 mod drill;
+mod loss;
 mod output;
 mod store_commands;
 mod tables;
@@ -156,6 +157,14 @@ enum VdiCommand {
         /// The disk: name or UUID
         name: String,
     },
+    /// Give up the lost log of a disk: it goes back to what is committed in the store, and is detached
+    Rollback {
+        /// The disk: name or UUID
+        name: String,
+        /// Do it; without, only say what would be lost
+        #[arg(long)]
+        accept_loss: bool,
+    },
     /// Grow a disk
     Resize {
         /// The disk: name or UUID
@@ -179,6 +188,11 @@ enum CacheCommand {
     Check {
         /// Its file or device [default: what the last agent in --run-dir used]
         path: Option<PathBuf>,
+    },
+    /// Free the space of a damaged log that was given up by 'vdi rollback'; 'cache status' names them
+    DiscardQuarantine {
+        /// The log's id
+        log: uuid::Uuid,
     },
     /// Give a cache that no agent uses a new leg: after one was lost, or as the second of a cache that had one
     Replace {
@@ -271,6 +285,9 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Cache(CacheCommand::Status) => {
             block_on(agent_commands::cache_status(&run_dir(), out))
         }
+        Command::Cache(CacheCommand::DiscardQuarantine { log }) => {
+            block_on(loss::discard(log, &run_dir(), out))
+        }
         Command::Cache(CacheCommand::Drain { vdi }) => {
             block_on(agent_commands::cache_drain(vdi, &run_dir(), out))
         }
@@ -324,6 +341,9 @@ mod tests {
             "vdi detach db --force",
             "vdi resize db --size 1T",
             "vdi delete db",
+            "vdi rollback db",
+            "--run-dir /r vdi rollback db --accept-loss --json",
+            "cache discard-quarantine 6b2f2d9e-0000-4000-8000-000000000001",
             "cache status",
             "cache drain",
             "cache drain db",

@@ -153,7 +153,16 @@ pub fn cache_status(cache: &CacheStatus) -> String {
         ("free", format_size(cache.free_bytes)),
         ("fill", format!("{:.1} %", cache.fill * 100.0)),
         ("mirror", mirror_line(&cache.legs)),
+        ("quarantine", quarantine_line(&cache.quarantined)),
     ])
+}
+
+fn quarantine_line(kept: &[cache::QuarantinedLog]) -> String {
+    let logs = kept.iter();
+    let logs: Vec<_> = logs
+        .map(|log| format!("log {} of {}, {}", log.log_id, log.name, format_size(log.bytes)))
+        .collect();
+    if logs.is_empty() { "none".to_owned() } else { logs.join("; ") }
 }
 
 fn mirror_line(legs: &[cache::LegState]) -> String {

@@ -5,6 +5,7 @@
 //! can end the daemon: what cannot be understood is answered with words.
 
 use super::REQUEST_BYTES_MAX;
+use crate::api::loss::RollbackRequest;
 use crate::api::{
     CreateRequest, DetachRequest, DrainRequest, DrillRequest, ResizeRequest, SetRequest,
 };
@@ -112,12 +113,14 @@ fn router(gate: Gate) -> Router {
         .route("/v1/metrics", get(metrics))
         .route("/v1/cache", get(cache_status))
         .route("/v1/cache/drain", post(drain))
+        .route("/v1/cache/quarantine/{name}", axum::routing::delete(discard_quarantine))
         .route("/v1/vdis", get(list).post(create))
         .route("/v1/vdis/{name}", get(info).delete(delete))
         .route("/v1/vdis/{name}/attach", post(attach))
         .route("/v1/vdis/{name}/detach", post(detach))
         .route("/v1/vdis/{name}/resize", post(resize))
         .route("/v1/vdis/{name}/set", post(set))
+        .route("/v1/vdis/{name}/rollback", post(rollback))
         .route("/v1/vdis/{name}/drill", post(drill).delete(end_drill))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
@@ -207,6 +210,27 @@ async fn detach(State(gate): Gated, name: Name, body: Body) -> Response {
             let DetachRequest { force } = parse_or_default(body)?;
             let (name, host) = (name_of(name)?, gate.host()?);
             to_the_end(async move { host.detach(&name, force).await }).await
+        }
+        .await,
+    )
+}
+
+async fn rollback(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let RollbackRequest { accept_loss } = parse_or_default(body)?;
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.roll_back(&name, accept_loss).await }).await
+        }
+        .await,
+    )
+}
+
+async fn discard_quarantine(State(gate): Gated, log: Name) -> Response {
+    answer(
+        async {
+            let (log, host) = (name_of(log)?, gate.host()?);
+            to_the_end(async move { host.discard_quarantine(&log).await }).await
         }
         .await,
     )

@@ -52,7 +52,9 @@ impl From<CacheError> for Failure {
     fn from(error: CacheError) -> Self {
         let kind = match error {
             CacheError::Device(device) => return Self::from(device).within("cache"),
-            CacheError::Missing { .. } | CacheError::NotACache { .. } => Kind::NotFound,
+            CacheError::Missing { .. }
+            | CacheError::NotACache { .. }
+            | CacheError::NotQuarantined { .. } => Kind::NotFound,
             CacheError::TooSmall { .. } => Kind::Usage,
             CacheError::OtherStore { .. }
             | CacheError::NoSlot { .. }

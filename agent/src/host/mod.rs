@@ -8,9 +8,12 @@
 
 mod drill;
 mod errors;
+mod loss;
 mod meters;
+mod notes;
 mod opening;
 mod parts;
+mod receipt;
 mod report;
 mod requests;
 mod seat;
@@ -49,6 +52,8 @@ pub struct Host {
     served: Mutex<BTreeMap<Uuid, Arc<Served>>>,
     /// What `status` foretells.
     meters: Mutex<meters::Meters>,
+    /// How far disks were, for when their log is lost.
+    notes: notes::Notes,
     /// Heartbeat, and disks on their way back. Ended at the stop.
     tasks: Mutex<JoinSet<()>>,
 }
@@ -81,6 +86,7 @@ impl Host {
             options.flush.max_age_ms = age.as_millis() as u64;
         }
         let cache = Cache::open_legs(options, &legs, config.degraded).await?;
+        keep_identity(&cache, run_dir).await?;
         let identity = cache.identity().await;
         progress(&format!("opening the store {}", store::without_secrets(&config.store)));
         let seat = Arc::new(Seat::new(&config.store, identity.store));
@@ -115,13 +121,23 @@ impl Host {
             started: Instant::now(),
             served: Mutex::default(),
             meters: Mutex::default(),
+            notes: notes::Notes::open(run_dir),
             tasks: Mutex::new(tasks),
         });
         host.bring_back().await;
         host.spawn(heartbeat(Arc::clone(&host.parts)));
         host.spawn(watch::workers(Arc::downgrade(&host)));
         host.spawn(report::read_meters(Arc::downgrade(&host)));
+        host.spawn(notes::keep(Arc::downgrade(&host)));
+        host.spawn(loss::find(Arc::downgrade(&host)));
         Ok(host)
+    }
+
+    /// What commands need to know while no agent runs, and the next agent if the cache is lost.
+    #[must_use]
+    pub fn remembered(&self) -> crate::run_dir::Remembered {
+        let (caches, host) = (self.parts.config.caches(), Some(self.identity.host));
+        crate::run_dir::Remembered { caches, host }
     }
 
     /// Opens the sockets of all disks that were attached, then recovers them side by side.
@@ -196,6 +212,19 @@ impl Host {
             tracing::warn!("closing the store: {error}");
         }
     }
+}
+
+/// A cache that was just created makes a new host, unless this run directory's last agent says who the host was: then it is
+/// the same with a new cache, and the disks that the store has for it are still its own. One agent at a time uses a run
+/// directory, so two of one identity do not meet.
+async fn keep_identity(cache: &Cache, run_dir: &Path) -> Result<()> {
+    let Some(host) = crate::run_dir::recall(run_dir).and_then(|last| last.host) else {
+        return Ok(());
+    };
+    if cache.identity().await.host != host && cache.take_identity(host).await? {
+        tracing::info!(%host, "a new cache; the host keeps its identity, as the run directory has it");
+    }
+    Ok(())
 }
 
 /// Tells the store now and then that this host is alive; this also notices an outage while all disks are idle.

@@ -101,6 +101,7 @@ impl Host {
             free_bytes: status.free_bytes,
             fill: status.fill,
             legs: self.parts.cache.legs(),
+            quarantined: self.parts.cache.quarantined(),
         }
     }
 
@@ -244,6 +245,13 @@ fn degraded(store: &StoreStatus, cache: &CacheStatus, vdis: &[VdiInfo]) -> Vec<S
     for leg in cache.legs.iter().filter(|leg| !leg.member) {
         let why = leg.why.as_deref().unwrap_or("see the agent's log");
         found.push(format!("the cache is not mirrored, {} is out: {why}", leg.path.display()));
+    }
+    for kept in &cache.quarantined {
+        let (log, name) = (kept.log_id, &kept.name);
+        found.push(format!(
+            "log {log} of disk '{name}' is in quarantine and takes {} bytes of the cache",
+            kept.bytes
+        ));
     }
     if store.waiting_for_space > 0 {
         found.push("the store is full: commits wait for free space".to_owned());

@@ -79,7 +79,7 @@ impl Host {
         }
     }
 
-    fn remove(&self, gone: &Arc<Served>) {
+    pub(super) fn remove(&self, gone: &Arc<Served>) {
         let mut served = self.served.lock();
         // A new one may have taken its place.
         if served.get(&gone.uuid).is_some_and(|disk| Arc::ptr_eq(disk, gone)) {
@@ -90,6 +90,9 @@ impl Host {
     /// Notes a disk of the store as one of this host.
     async fn enter(&self, name: &str) -> Result<Arc<Served>> {
         let info = self.parts.store.get()?.lookup_vdi(name).await?;
+        if self.is_lost(&info).await {
+            return Ok(self.show_lost(&info));
+        }
         if let Some(owner) = info.owner.as_ref().filter(|owner| owner.host != self.identity.host) {
             let host = owner.host_name.clone().unwrap_or_else(|| owner.host.to_string());
             return Err(Failure::new(
@@ -106,6 +109,9 @@ impl Host {
     /// Takes a disk off the list again if its attach failed before it took hold in the store. One of which the store's
     /// answer is unknown stays, with its log, so that trying again is safe.
     async fn leave_if_untouched(&self, disk: &Arc<Served>, failure: &Failure) {
+        if disk.is_lost() {
+            return;
+        }
         if failure.kind != Kind::Unavailable && disk.give_up(&self.parts).await {
             self.remove(disk);
         }
@@ -136,6 +142,7 @@ impl Host {
             return Err(Failure::new(Kind::Conflict, words));
         }
         disk.take_down(&self.parts, force).await?;
+        self.notes.forget(disk.uuid);
         self.remove(&disk);
         Ok(Done { name: disk.name.clone(), uuid: disk.uuid })
     }

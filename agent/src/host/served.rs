@@ -71,6 +71,8 @@ pub struct View {
     pub error: Option<String>,
     /// It was detached: whoever still holds this object is late.
     gone: bool,
+    /// It is attached to this host in the store, and its log is not in the cache: why it stays closed.
+    lost: Option<String>,
 }
 
 impl Served {
@@ -83,11 +85,25 @@ impl Served {
             name: name.to_owned(),
             socket: socket_path(run_dir, name, uuid).ok(),
             drill: Arc::new(Switch::new()),
-            view: Mutex::new(View { size, state, error: None, gone: false }),
+            view: Mutex::new(View { size, state, error: None, gone: false, lost: None }),
             server: Mutex::new(None),
             unserved: Mutex::new(None),
             handle: tokio::sync::Mutex::new(None),
         }
+    }
+
+    /// A disk that stays closed because its log is not here.
+    #[must_use]
+    pub fn lost(run_dir: &Path, uuid: Uuid, name: &str, size: u64, why: &str) -> Self {
+        let disk = Self::new(run_dir, uuid, name, size);
+        disk.set(VdiState::Failed, Some(why.to_owned()));
+        disk.view.lock().lost = Some(why.to_owned());
+        disk
+    }
+
+    /// Its log is not here.
+    pub fn is_lost(&self) -> bool {
+        self.view().lost.is_some()
     }
 
     /// What others see of it.
@@ -152,6 +168,7 @@ impl Served {
         way: Way,
         handle: &mut Option<Arc<Vdi>>,
     ) -> Result<()> {
+        self.refuse_lost()?;
         let former = self.server.lock().take();
         if let Some(former) = former {
             // Its worker left the disk half-way through anything: it is made anew from the log.
@@ -268,7 +285,12 @@ impl Served {
         let store = if patient { parts.store.wait().await } else { parts.store.get()? };
         loop {
             let options = AttachOptions { log_id: Uuid::from_u128(log_id) };
-            let failure = match store.attach(self.uuid, options).await {
+            // A log that was served may hold records: it goes on only where it ended (rule L6).
+            let attached = match parts.cache.log_of(self.uuid).await {
+                Some((_, true)) => store.resume(self.uuid, options).await,
+                _ => store.attach(self.uuid, options).await,
+            };
+            let failure = match attached {
                 Ok(vdi) => return Ok(vdi),
                 Err(error) => Failure::from(error),
             };
@@ -284,6 +306,7 @@ impl Served {
     pub async fn take_down(&self, parts: &Parts, force: bool) -> Result<()> {
         let mut handle = self.handle.lock().await;
         self.refuse_gone()?;
+        self.refuse_lost()?;
         if !force && self.stats().is_some_and(|stats| stats.connected) {
             return Err(Failure::new(
                 Kind::Conflict,
@@ -321,6 +344,33 @@ impl Served {
         result
     }
 
+    /// Keeps the disk closed while its log is given up. If that succeeds, the disk is no longer one of this host.
+    ///
+    /// # Errors
+    /// [`Kind::Conflict`]: it is served. Otherwise those of `work`.
+    pub async fn give_up_log<T>(
+        &self,
+        parts: &Parts,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let mut handle = self.handle.lock().await;
+        self.refuse_gone()?;
+        if self.server.lock().is_some() || self.unserved.lock().is_some() {
+            let words = format!(
+                "disk '{}' is being served from its log in this host's cache {}: nothing is lost and nothing is to be given \
+                 up; if its log has failed, restart the agent first",
+                self.name,
+                parts.config.cache.display()
+            );
+            return Err(Failure::new(Kind::Conflict, words));
+        }
+        // Not open here, whatever the store was told: the next attach takes it up again.
+        *handle = None;
+        let result = work.await?;
+        self.view.lock().gone = true;
+        Ok(result)
+    }
+
     async fn go_down(&self, parts: &Parts, vdi: &Vdi, handle: &mut Option<Arc<Vdi>>) -> Result<()> {
         if self.unserved.lock().is_some() {
             // Nobody is there to seal its log.
@@ -352,6 +402,12 @@ impl Served {
             Ok(()) => Ok(()),
             Err(_) => Err(self.log_not_open()),
         }
+    }
+
+    fn refuse_lost(&self) -> Result<()> {
+        let Some(why) = self.view().lost else { return Ok(()) };
+        let words = format!("disk '{}' stays closed: {why}", self.name);
+        Err(Failure::new(Kind::Conflict, words))
     }
 
     fn log_not_open(&self) -> Failure {

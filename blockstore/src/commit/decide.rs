@@ -80,6 +80,8 @@ mod tests {
             snapshot_log: Pointer::SPARSE,
             meta: Pointer::SPARSE,
             created_ms: 0,
+            committed_ms: 0,
+            last_log: None,
         }
     }
 

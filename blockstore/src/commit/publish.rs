@@ -11,7 +11,7 @@ use crate::format::extent::ExtentType;
 use crate::format::node::Node;
 use crate::format::pointer::Pointer;
 use crate::format::vdi::VdiHead;
-use crate::io::Write;
+use crate::io::{Write, now_ms};
 use crate::root::{Garbage, Root};
 use crate::sabotage::{self, Bug};
 use crate::slot::{Content, Swap, View};
@@ -118,7 +118,13 @@ impl VdiInner {
             self.barrier(&prepared, &tree).await?;
             let ms = started.elapsed().as_millis() as u64;
             tracing::debug!(vdi = %self.name, nodes = tree.nodes.len(), tree_ms, ms, "tree written");
-            let next = VdiHead { root: tree.root, committed: lsn, birth, ..head.clone() };
+            let next = VdiHead {
+                root: tree.root,
+                committed: lsn,
+                committed_ms: now_ms(),
+                birth,
+                ..head.clone()
+            };
             if self.swap_head(&mut control, next).await? {
                 let next = Root::new(self.head_of(&control)?, Arc::clone(&self.sink));
                 for (pointer, node) in &tree.nodes {

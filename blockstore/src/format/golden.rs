@@ -99,6 +99,8 @@ fn vdi() -> VdiHead {
         snapshot_log: Pointer::SPARSE,
         meta: pointer(301),
         created_ms: 0x88,
+        committed_ms: 0x99,
+        last_log: Some(Uuid::from_u128(0xaa)),
     }
 }
 
@@ -125,13 +127,14 @@ fn fields_of_a_vdi_head_lie_where_the_document_says() {
     assert_eq!(body[15], 0x55, "uuid");
     assert_eq!(body[16..24], [2, 0, 0, 0, 2, 0, 0, 0], "state, height");
     assert_eq!(body[39], 7, "owner");
-    let words = [40, 48, 56, 64, 72, 96, 104, 160].map(word);
-    assert_eq!(words, [9, 2, 0x77, 16 << 20, 0x1234, 3, 1, 0x88]);
+    let words = [40, 48, 56, 64, 72, 96, 104, 160, 168].map(word);
+    assert_eq!(words, [9, 2, 0x77, 16 << 20, 0x1234, 3, 1, 0x88, 0x99]);
     assert_eq!(body[95], 0x66, "log id");
+    assert_eq!(body[191], 0xaa, "last log");
     assert_eq!(&body[112..128], &pointer(300).encode(), "root");
     assert_eq!(&body[128..144], &[0; 16], "snapshot log");
     assert_eq!(&body[144..160], &pointer(301).encode(), "name block");
-    assert!(body[168..].iter().all(|&b| b == 0));
+    assert!(body[192..].iter().all(|&b| b == 0));
 }
 
 /// One checksum per structure stands for all its bytes. (Of a head, those before its own checksum: a
@@ -271,7 +274,7 @@ const GOLDEN: [(&str, u32); 9] = [
     ("host", 0xe07b_871c),
     ("extent", 0xa50f_8c04),
     ("extent header", 0x1fb3_554d),
-    ("vdi", 0x3e30_1dc7),
+    ("vdi", 0xb6d4_8a77),
     ("bmap", 0xc354_5b0a),
     ("reclaim", 0x57dc_faff),
     ("name block", 0x2b9e_b6e8),

@@ -34,7 +34,9 @@ struct RawVdi {
     snapshot_log: [u8; POINTER_SIZE],
     meta: [u8; POINTER_SIZE],
     created_ms: U64,
-    reserved: [u8; 292],
+    committed_ms: U64,
+    last_log: [u8; 16],
+    reserved: [u8; 268],
 }
 
 const _: () = {
@@ -43,6 +45,8 @@ const _: () = {
     assert!(std::mem::offset_of!(RawVdi, committed_lsn) == 72);
     assert!(std::mem::offset_of!(RawVdi, root) == 112);
     assert!(std::mem::offset_of!(RawVdi, created_ms) == 160);
+    assert!(std::mem::offset_of!(RawVdi, committed_ms) == 168);
+    assert!(std::mem::offset_of!(RawVdi, last_log) == 176);
 };
 
 /// Where a virtual disk is in its life. (A slot that was never used is all zero.)
@@ -102,7 +106,14 @@ pub struct VdiHead {
     pub meta: Pointer,
     /// Milliseconds since 1970.
     pub created_ms: u64,
+    /// When `committed` was reached, milliseconds since 1970 by its owner's clock, for people; 0: not noted.
+    pub committed_ms: u64,
+    /// The log that was drained when the disk was last detached, [`GIVEN_UP`] if it was lost instead; none: not noted.
+    pub last_log: Option<Uuid>,
 }
+
+/// Stands for the log of an attachment that ended by a rollback: no log goes on from there.
+pub const GIVEN_UP: Uuid = Uuid::max();
 
 impl VdiHead {
     /// Size in blocks.
@@ -133,7 +144,9 @@ impl Record for VdiHead {
             snapshot_log: self.snapshot_log.encode(),
             meta: self.meta.encode(),
             created_ms: U64::new(self.created_ms),
-            reserved: [0; 292],
+            committed_ms: U64::new(self.committed_ms),
+            last_log: uuid_bytes(self.last_log),
+            reserved: [0; 268],
         };
         zerocopy::transmute!(raw)
     }
@@ -187,6 +200,8 @@ impl Record for VdiHead {
             snapshot_log: Pointer::decode(raw.snapshot_log)?,
             meta: Pointer::decode(raw.meta)?,
             created_ms: raw.created_ms.get(),
+            committed_ms: raw.committed_ms.get(),
+            last_log: optional_uuid(raw.last_log),
         })
     }
 }

@@ -48,6 +48,8 @@ pub struct VdiInfo {
     pub attachment: Generation,
     /// The image is the disk as of this point of the guest's write order.
     pub committed_lsn: Lsn,
+    /// When it was reached, milliseconds since 1970 by its owner's clock; 0: not noted.
+    pub committed_ms: u64,
     /// The log that extends the image.
     pub log_id: Option<Uuid>,
     /// Levels of its tree.
@@ -276,6 +278,7 @@ impl Store {
             }),
             attachment: head.attachment,
             committed_lsn: head.committed,
+            committed_ms: head.committed_ms,
             log_id: head.log_id,
             height: head.height,
             root: head.root,

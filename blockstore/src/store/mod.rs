@@ -5,6 +5,7 @@ mod hosts;
 mod info;
 pub(crate) mod open;
 mod registry;
+mod rollback;
 mod verify;
 
 pub use format::{FormatOptions, check_size, foreign_signature};
@@ -12,6 +13,7 @@ pub use info::{ExportReport, HostInfo, OwnerInfo, StoreInfo, VdiInfo};
 pub use open::OpenOptions;
 pub use registry::AttachOptions;
 pub(crate) use registry::write_meta;
+pub use rollback::LostLog;
 
 use crate::alloc::Allocator;
 use crate::error::{Result, StoreError, StoreErrorKind};

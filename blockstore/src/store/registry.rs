@@ -6,7 +6,7 @@ use crate::format::extent::ExtentType;
 use crate::format::meta::VdiMeta;
 use crate::format::node::height_for;
 use crate::format::pointer::Pointer;
-use crate::format::vdi::{Owner, VdiHead, VdiState};
+use crate::format::vdi::{GIVEN_UP, Owner, VdiHead, VdiState};
 use crate::io::{Io, now_ms};
 use crate::name::check_name;
 use crate::policy::WhenOffline;
@@ -117,6 +117,8 @@ impl Store {
             snapshot_log: Pointer::SPARSE,
             meta,
             created_ms: now,
+            committed_ms: 0,
+            last_log: None,
         };
         let view = match self.take_slot(head.clone()).await {
             Ok(view) => view,
@@ -336,10 +338,24 @@ impl Store {
     /// # Errors
     /// `NotFound`; `InUse` if another host or another log has it; `Damaged`; the device's.
     pub async fn attach(self: &Arc<Self>, uuid: Uuid, options: AttachOptions) -> Result<Arc<Vdi>> {
-        self.change(move |store| async move { store.attach_now(uuid, &options).await }).await
+        self.change(move |store| async move { store.attach_now(uuid, &options, false).await }).await
     }
 
-    async fn attach_now(&self, uuid: Uuid, options: &AttachOptions) -> Result<Arc<Vdi>> {
+    /// As [`attach`](Self::attach), with a log that the disk was served from before: it may hold records, and so must be
+    /// the disk's present log, or the one that was drained when the disk was detached last (rule L6).
+    ///
+    /// # Errors
+    /// As [`attach`](Self::attach).
+    pub async fn resume(self: &Arc<Self>, uuid: Uuid, options: AttachOptions) -> Result<Arc<Vdi>> {
+        self.change(move |store| async move { store.attach_now(uuid, &options, true).await }).await
+    }
+
+    async fn attach_now(
+        &self,
+        uuid: Uuid,
+        options: &AttachOptions,
+        resumes: bool,
+    ) -> Result<Arc<Vdi>> {
         let core = &self.core;
         let writer = core.writer()?;
         if options.log_id.is_nil() {
@@ -349,6 +365,9 @@ impl Store {
         let found = self.find_vdi(&uuid.to_string()).await?;
         self.check_attachable(&found, writer.host, options).await?;
         let head = &found.head;
+        if resumes {
+            check_resumable(&found, options.log_id)?;
+        }
         let next = VdiHead {
             owner: Some(Owner { host: writer.host, generation: writer.generation }),
             attachment: head.attachment.plus(1),
@@ -487,6 +506,28 @@ impl Found {
     pub(super) fn object(&self) -> String {
         format!("VDI '{}' ({})", self.name, self.head.uuid)
     }
+}
+
+/// A log that was served before goes on only where it ended.
+fn check_resumable(found: &Found, log_id: Uuid) -> Result<()> {
+    let (head, object) = (&found.head, found.object());
+    // A head without a note was written by a former version: believed, as it was then.
+    let Some(last) = head.last_log.filter(|last| *last != log_id && head.log_id.is_none()) else {
+        return Ok(());
+    };
+    let since = if last == GIVEN_UP {
+        "it was rolled back to its committed image since, and what this log held beyond that was given up".to_owned()
+    } else {
+        format!("it has been attached and detached since with log {last}")
+    };
+    Err(StoreError::new(
+        StoreErrorKind::InUse,
+        object,
+        format!(
+            "this host's cache has log {log_id} of it, but {since}; nothing was changed. 'ballast vdi rollback \
+             --accept-loss' of the disk puts the old log into quarantine, then the disk can be attached"
+        ),
+    ))
 }
 
 fn gone(object: &str) -> StoreError {

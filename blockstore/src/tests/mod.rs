@@ -4,5 +4,6 @@ mod basics;
 mod crash;
 mod faults;
 mod model;
+mod rollback;
 mod rules;
 mod space;

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 /// A disk that nobody else may attach or forget for now.
-struct Claim<'a> {
+pub(super) struct Claim<'a> {
     vdi: Uuid,
     among: &'a Mutex<HashSet<Uuid>>,
 }
@@ -102,7 +102,7 @@ impl Cache {
         self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.reopen(vdi).await
     }
 
-    async fn claim(
+    pub(super) async fn claim(
         &self,
         vdi: Uuid,
     ) -> Result<(Claim<'_>, VdiSlot, SlotVdi, Vec<SegmentHeader>), CacheError> {

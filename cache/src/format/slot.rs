@@ -13,6 +13,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 const MAGIC: [u8; 8] = *b"BLSTVDIS";
 const WHAT: &str = "VDI slot";
 const NAME_MAX: usize = 255;
+/// States of a slot that is not free.
+const ATTACHED: u32 = 1;
+const QUARANTINED: u32 = 2;
 const TAIL: usize = BLOCK_SIZE - 120 - 256;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -48,8 +51,10 @@ pub struct VdiSlot {
     pub sequence: u64,
     /// Own place in the table.
     pub slot: u32,
-    /// The disk, or none if the slot is free.
+    /// The disk, or none if the slot is free or holds a log in quarantine.
     pub vdi: Option<SlotVdi>,
+    /// A damaged log that was given up: its segments are kept, and it is never opened again.
+    pub quarantined: Option<SlotVdi>,
 }
 
 /// An attached disk.
@@ -86,6 +91,24 @@ pub struct DiskPolicy {
 }
 
 impl VdiSlot {
+    /// The same place, one write later, holding this.
+    #[must_use]
+    pub fn next(&self, vdi: Option<SlotVdi>) -> Self {
+        Self { sequence: self.sequence + 1, slot: self.slot, vdi, quarantined: None }
+    }
+
+    /// The same place, one write later: the disk's log is in quarantine.
+    #[must_use]
+    pub fn next_quarantined(&self) -> Self {
+        Self { quarantined: self.vdi.clone(), ..self.next(None) }
+    }
+
+    /// Nothing is in it.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        self.vdi.is_none() && self.quarantined.is_none()
+    }
+
     /// The block that stands for it. Names longer than 255 bytes are cut (they are for messages only).
     #[must_use]
     pub fn encode(&self) -> [u8; BLOCK_SIZE] {
@@ -94,8 +117,10 @@ impl VdiSlot {
         raw.version = VERSION.into();
         raw.sequence = self.sequence.into();
         raw.slot = self.slot.into();
-        if let Some(vdi) = &self.vdi {
-            raw.state = 1.into();
+        let kept = self.vdi.as_ref().map(|vdi| (ATTACHED, vdi));
+        if let Some((state, vdi)) = kept.or(self.quarantined.as_ref().map(|vdi| (QUARANTINED, vdi)))
+        {
+            raw.state = state.into();
             raw.vdi = vdi.uuid.into_bytes();
             raw.log_id = vdi.log_id.to_le_bytes();
             raw.size_bytes = vdi.size_bytes.into();
@@ -126,9 +151,10 @@ impl VdiSlot {
                 why: "it was written for another place",
             });
         }
-        let vdi = match raw.state.get() {
+        let state = raw.state.get();
+        let kept = match state {
             0 => None,
-            1 => {
+            ATTACHED | QUARANTINED => {
                 let len = usize::from(raw.name_len.get());
                 if len > NAME_MAX {
                     return Err(FormatError::Invalid { what: WHAT, why: "its name is too long" });
@@ -150,7 +176,8 @@ impl VdiSlot {
             }
             _ => return Err(FormatError::Invalid { what: WHAT, why: "its state is unknown" }),
         };
-        Ok(Self { sequence: raw.sequence.get(), slot, vdi })
+        let (vdi, quarantined) = if state == QUARANTINED { (None, kept) } else { (kept, None) };
+        Ok(Self { sequence: raw.sequence.get(), slot, vdi, quarantined })
     }
 }
 

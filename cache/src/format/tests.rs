@@ -30,6 +30,7 @@ fn superblock() -> Superblock {
 
 fn slot() -> VdiSlot {
     VdiSlot {
+        quarantined: None,
         sequence: 9,
         slot: 3,
         vdi: Some(SlotVdi {

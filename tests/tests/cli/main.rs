@@ -7,6 +7,7 @@ mod control;
 mod devices;
 mod full_disk;
 mod lifecycle;
+mod loss;
 mod usage;
 
 use std::ffi::OsStr;

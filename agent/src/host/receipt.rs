@@ -1,0 +1,46 @@
+//! Loss receipts as files of the run directory: `receipts/DISK-TIME.json`, written whole or not at all, and never removed.
+
+use crate::api::loss::LossReceipt;
+use crate::error::{Failure, Kind, Result};
+use crate::names::percent_escape;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+const FOLDER: &str = "receipts";
+/// Bytes of a disk's name in a file's name.
+const NAME_MAX: usize = 150;
+
+/// Where the receipt of a rollback at that time goes.
+#[must_use]
+pub fn path(run_dir: &Path, disk: &str, at: u64) -> PathBuf {
+    let mut name = percent_escape(disk);
+    name.truncate(NAME_MAX);
+    run_dir.join(FOLDER).join(format!("{name}-{at}.json"))
+}
+
+/// Writes it durably to its file, in the place of an earlier state of it.
+///
+/// # Errors
+/// The file that failed.
+pub fn write(receipt: &LossReceipt) -> Result<()> {
+    let path = &receipt.file;
+    put(path, receipt).map_err(|error| {
+        let words = format!(
+            "cannot keep the loss receipt {}: {error}; make room, then try again",
+            path.display()
+        );
+        Failure::new(Kind::Failed, words)
+    })
+}
+
+fn put(path: &Path, receipt: &LossReceipt) -> std::io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder)?;
+    let beside = path.with_extension("json.new");
+    let mut file = File::create(&beside)?;
+    file.write_all(&serde_json::to_vec_pretty(receipt)?)?;
+    file.sync_all()?;
+    std::fs::rename(&beside, path)?;
+    File::open(folder)?.sync_all()
+}

@@ -1,29 +1,5 @@
-//! `ballast`: the daemon that gives every VM on this host virtual disks, and the commands to control it.
-//!
-//! ```text
-//! cli/       grammar, tables; store commands work on devices, the others ask the daemon
-//! control/   HTTP over a UNIX socket: server in the daemon, client in the commands
-//! daemon     start, signals, stop
-//! host/      wires store, cache and vhost servers together: attach, detach, drain, status
-//! metrics      the status in Prometheus' words
-//! config, run_dir, names, units, notify, error, api: what the names say
-//! ```
-//!
-//! Start reading in `daemon`, then `host`.
-
-mod api;
-mod cli;
-mod config;
-mod control;
-mod daemon;
-mod error;
-mod host;
-mod metrics;
-mod names;
-mod notify;
-mod run_dir;
-mod units;
+//! The `ballast` program; see the library for what it does.
 
 fn main() -> std::process::ExitCode {
-    cli::run()
+    agent::run()
 }

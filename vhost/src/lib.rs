@@ -31,6 +31,8 @@ mod config;
 mod dirty;
 mod error;
 mod front_ends;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod memory;
 pub mod request;
 mod ring;

@@ -144,6 +144,12 @@ impl SplitRing {
         self.inflight = Some(part);
     }
 
+    /// Heads that are served again, in their order.
+    #[cfg(fuzzing)]
+    pub(crate) fn replayed(&self) -> &VecDeque<u16> {
+        &self.replay
+    }
+
     /// Marks the used ring's pages in `log` from now on.
     pub(crate) fn set_log(&mut self, log: Option<Arc<DirtyLog>>) {
         self.log = log;

@@ -14,6 +14,8 @@
 
 mod context;
 mod ffi;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod identity;
 mod link;
 mod open;

@@ -8,7 +8,7 @@
 //! * [`load`] runs a workload against one server; [`compare`] alternates between two and knows the
 //!   promised ratios; [`suite`] makes the files and runs the phases; [`fio`] measures the file system
 //!   beneath as the limit.
-//! * [`memory`] and [`recovery`] measure the agent's two other promises; [`report`] prints.
+//! * [`memory`], [`recovery`] and [`outage`] measure what else the agent promises; [`report`] prints.
 //!
 //! The binary (`cargo run --release -p bench -- --help`) only parses arguments.
 
@@ -20,6 +20,7 @@ pub mod front_end;
 pub mod load;
 pub mod machine;
 pub mod memory;
+pub mod outage;
 pub mod peer;
 pub mod process;
 pub mod recovery;

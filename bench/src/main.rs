@@ -7,9 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use bench::compare::Line;
 use bench::memory::Memory;
+use bench::outage::Outage;
 use bench::recovery::Recovery;
 use bench::suite::{self, Settings};
-use bench::{agent, machine, memory, process, recovery, report};
+use bench::{agent, machine, memory, outage, process, recovery, report};
 use clap::{Args, Parser, Subcommand};
 
 #[derive(Debug, Parser)]
@@ -23,7 +24,7 @@ struct Cli {
 
 #[derive(Debug, Clone, Copy, Subcommand)]
 enum Task {
-    /// Limits, comparison, memory and recovery in turn.
+    /// Limits, comparison, memory, recovery and outage in turn.
     All,
     /// fio on the file system: what no server on it can pass.
     Limits,
@@ -33,6 +34,8 @@ enum Task {
     Memory,
     /// Time from the agent's start to its first read after a crash with a full ring.
     Recovery,
+    /// Latency of writes around an outage of the shared device, and what the ring takes before it slows writers.
+    Outage,
 }
 
 #[derive(Debug, Args)]
@@ -97,6 +100,7 @@ fn main() -> Result<()> {
             if settings.ballast.is_some() {
                 memory(&settings, cli.options.memory_cache, &out)?;
                 recovery(&settings, cli.options.recovery_ring, &out)?;
+                outage(&settings, &out)?;
             }
             Ok(())
         }
@@ -104,6 +108,7 @@ fn main() -> Result<()> {
         Task::Compare => compare(&settings, &out),
         Task::Memory => memory(&settings, cli.options.memory_cache, &out),
         Task::Recovery => recovery(&settings, cli.options.recovery_ring, &out),
+        Task::Outage => outage(&settings, &out),
     }
 }
 
@@ -210,7 +215,7 @@ fn recovery(settings: &Settings, ring_bytes: u64, out: &Output) -> Result<()> {
 fn recovery_text(found: &Recovery) -> String {
     format!(
         "Ring of {} MiB filled with {} random 4 KiB writes while the shared device was frozen ({} MiB \
-         dirty), agent killed: its socket accepted after {:.2} s, the first read was served after \
+         dirty), agent killed and started with the device still frozen: its socket accepted after {:.2} s, the first read was served after \
          {:.2} s (target: 5 s for 16 GiB), peak resident memory {} MiB.",
         found.ring_bytes >> 20,
         report::number(found.writes as f64),
@@ -218,6 +223,41 @@ fn recovery_text(found: &Recovery) -> String {
         found.connected.as_secs_f64(),
         found.first_read.as_secs_f64(),
         found.peak_bytes >> 20,
+    )
+}
+
+fn outage(settings: &Settings, out: &Output) -> Result<()> {
+    eprintln!("an outage of the shared device …");
+    let found = outage::run(settings)?;
+    out.section("outage", &outage_text(&out.command, settings, &found))
+}
+
+fn outage_text(command: &str, settings: &Settings, found: &Outage) -> String {
+    let row = |what: &str, times: &outage::Latency| {
+        let micros = |time: Duration| time.as_micros().to_string();
+        let ratio = times.p99.as_secs_f64() / found.present.p99.as_secs_f64();
+        let writes = times.writes.to_string();
+        let (p50, p99, max) = (micros(times.p50), micros(times.p99), micros(times.max));
+        vec![what.to_owned(), writes, p50, p99, max, format!("{ratio:.2}")]
+    };
+    let rows = [
+        row("there", &found.present),
+        row("frozen (target: ≤ 1.1)", &found.away),
+        row("back, until 90 % is drained (target: ≤ 3)", &found.draining),
+    ];
+    format!(
+        "`{command}`\n\nDisk {} MiB, ring {} MiB; 4k random writes, one at a time; target and client share a core.\n\n{}\n\
+         Writers were slowed when {} % of the ring was dirty (target: ≥ 75 %). The store answered {:.1} s after its \
+         return; 90 % was drained after {:.1} s.",
+        settings.disk_bytes >> 20,
+        found.ring_bytes >> 20,
+        report::table(
+            &["shared device", "writes", "p50 µs", "p99 µs", "max µs", "p99 against there"],
+            &rows
+        ),
+        100 * found.absorbed_bytes / found.ring_bytes,
+        found.answered.as_secs_f64(),
+        found.drained.as_secs_f64(),
     )
 }
 

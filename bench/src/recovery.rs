@@ -1,4 +1,5 @@
-//! Time from the start of an agent, killed with its ring full, to the first read it serves.
+//! Time from the start of an agent, killed with its ring full, to the first read it serves, with the shared device away
+//! all the while.
 
 use std::fs::File;
 use std::path::Path;
@@ -36,7 +37,7 @@ pub struct Recovery {
 }
 
 /// Fills a ring of `settings.cache_bytes` with random 4 KiB writes while the shared device is frozen,
-/// kills the agent, restarts it on the device's file, reads the last block written.
+/// kills the agent, restarts it with the device still frozen, reads the last block written.
 ///
 /// # Errors
 /// When there is no agent to measure, it fails, or it returns something else than was written.
@@ -49,7 +50,7 @@ pub fn run(settings: &Settings) -> Result<Recovery> {
         .and_then(|file| file.set_len(store_bytes))
         .context("make the shared device")?;
     let san = FreezableSan::start(&image, store_bytes, dir.path(), CLIENT_CORE)?;
-    let mut config = AgentConfig {
+    let config = AgentConfig {
         binary: binary.clone(),
         store: san.url(),
         cache: dir.path().join("cache.img"),
@@ -69,11 +70,9 @@ pub fn run(settings: &Settings) -> Result<Recovery> {
     ballast.agent_mut().process_mut().kill()?;
     let (filled, dirty_bytes) = (filled?, dirty?);
 
-    // The same store by its file: a target's login takes seconds that are not the recovery's.
-    drop(san);
-    config.store = format!("file:{}", image.display());
     config.wait_for_release()?;
 
+    // The device stays frozen: the local one must be enough.
     let start = Instant::now();
     let agent = Agent::spawn(&config)?;
     let mut disk = connect(&socket, start)?;
@@ -81,6 +80,7 @@ pub fn run(settings: &Settings) -> Result<Recovery> {
     let read = Request::Read { sector: filled.last_sector, sectors: 8 };
     disk.execute(&read, Duration::from_secs(600))?;
     let first_read = start.elapsed();
+    drop(san);
     // A write that was in flight at the kill may have gone over it.
     let found = u64::from_le_bytes(disk.buffer(0)[..8].try_into().expect("eight bytes"));
     ensure!(

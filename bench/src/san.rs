@@ -56,6 +56,14 @@ impl FreezableSan {
     pub fn freeze(&self) -> Result<()> {
         kill(Pid::from_raw(self.process.pid() as i32), Signal::SIGSTOP).context("freeze istgt")
     }
+
+    /// It goes on where it was.
+    ///
+    /// # Errors
+    /// When the signal cannot be sent.
+    pub fn thaw(&self) -> Result<()> {
+        kill(Pid::from_raw(self.process.pid() as i32), Signal::SIGCONT).context("thaw istgt")
+    }
 }
 
 fn find_istgt() -> Result<PathBuf> {

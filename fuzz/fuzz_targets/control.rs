@@ -52,8 +52,9 @@ fn send(bytes: &[u8], whole: bool) -> Vec<u8> {
 
 fn request(method: &str, path: &str, body: &[u8]) -> Vec<u8> {
     let len = body.len();
-    let head =
-        format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len}\r\n\r\n");
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len}\r\n\r\n"
+    );
     send(&[head.as_bytes(), body].concat(), true)
 }
 
@@ -109,7 +110,8 @@ fn clear() {
     for uuid in answer.split(r#""uuid":""#).skip(1).filter_map(|rest| rest.get(..36)) {
         request("DELETE", &format!("/v1/vdis/{uuid}/drill"), b"");
         request("POST", &format!("/v1/vdis/{uuid}/detach"), br#"{"force":true}"#);
-        let gone = String::from_utf8_lossy(&request("DELETE", &format!("/v1/vdis/{uuid}"), b"")).into_owned();
+        let gone = String::from_utf8_lossy(&request("DELETE", &format!("/v1/vdis/{uuid}"), b""))
+            .into_owned();
         assert!(gone.starts_with("HTTP/1.1 200"), "a disk cannot be deleted: {gone}");
     }
 }

@@ -158,7 +158,10 @@ fn name_block(script: &mut Script<'_>, raw: bool) {
     let decoded = if raw {
         VdiMeta::decode(script.rest())
     } else {
-        let meta = VdiMeta { uuid, name: "Диск".into(), when_offline: Default::default(), created_ms: 9 };
+        let meta =
+            VdiMeta {
+                uuid, name: "Диск".into(), when_offline: Default::default(), created_ms: 9
+            };
         let mut bytes = meta.encode();
         script.patch_all(&mut bytes);
         VdiMeta::decode(&bytes)

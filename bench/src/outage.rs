@@ -1,0 +1,192 @@
+//! What an outage of the shared device costs a guest: latency of its writes with the device there, frozen, and back, and
+//! how much the ring takes before writers are slowed.
+//!
+//! The load is one client that writes random 4 KiB blocks, one at a time, as fast as they are answered; only to fill the
+//! ring it keeps many in flight.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+use crate::agent::{Agent, AgentConfig};
+use crate::ballast::Ballast;
+use crate::front_end::{Disk, Options};
+use crate::load::{self, Limit, Pattern, Workload};
+use crate::san::FreezableSan;
+use crate::server::Server;
+use crate::suite::{CLIENT_CORE, SERVER_CORE, Settings, fill};
+
+/// How long one look at the speed of writers takes.
+const SLICE: Duration = Duration::from_millis(250);
+/// Slices that must be slow, one after the other, before writers count as slowed: one may be noise.
+const SLOW_SLICES: usize = 3;
+/// Writes in flight while the ring is filled.
+const FILL_DEPTH: usize = 32;
+/// The drain is over, for this measurement, when less than this share of the ring is dirty.
+const DRAINED: f64 = 0.1;
+/// Patience with the drain.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Each call writes elsewhere than the one before.
+static NEXT_SEED: AtomicU64 = AtomicU64::new(0x0bad_5eed);
+
+/// Latency of writes.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Latency {
+    /// How many were measured.
+    pub writes: u64,
+    /// Half of them took no longer.
+    pub p50: Duration,
+    /// 99 of 100 took no longer.
+    pub p99: Duration,
+    /// None took longer.
+    pub max: Duration,
+}
+
+/// One outage.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Outage {
+    /// Size of the ring.
+    pub ring_bytes: u64,
+    /// With the device there.
+    pub present: Latency,
+    /// With the device frozen, and room in the ring.
+    pub away: Latency,
+    /// From the device's return until the ring was nearly drained.
+    pub draining: Latency,
+    /// Bytes of log that the ring held, none of them in the store, when writers were slowed.
+    pub absorbed_bytes: u64,
+    /// From the device's return until the store answered.
+    pub answered: Duration,
+    /// From the device's return until the ring was nearly drained.
+    pub drained: Duration,
+}
+
+/// Takes the device away from a busy guest and gives it back.
+///
+/// # Errors
+/// When there is no agent to measure, it fails, or a write fails.
+pub fn run(settings: &Settings) -> Result<Outage> {
+    let binary = settings.ballast.as_ref().context("no `ballast` binary to measure")?;
+    let dir = tempfile::tempdir_in(&settings.dir).context("make a directory")?;
+    let image = dir.path().join("lun.img");
+    let store_bytes = 3 * settings.disk_bytes + (1 << 30);
+    File::create(&image)
+        .and_then(|file| file.set_len(store_bytes))
+        .context("make the shared device")?;
+    let san = FreezableSan::start(&image, store_bytes, dir.path(), CLIENT_CORE)?;
+    let config = AgentConfig {
+        binary: binary.clone(),
+        store: san.url(),
+        cache: dir.path().join("cache.img"),
+        cache_bytes: settings.ring_bytes,
+        dir: dir.path().to_owned(),
+        arguments: settings.agent_arguments.clone(),
+        environment: Vec::new(),
+        core: Some(SERVER_CORE),
+    };
+    config.format_store(store_bytes)?;
+    let mut ballast = Ballast::create(&config, settings.disk_bytes)?;
+    fill(&mut ballast, settings.disk_bytes, settings.ring_bytes)?;
+
+    let mut disk = Disk::connect(ballast.socket(), &Options::default())?;
+    let present = one_at_a_time(&mut disk, settings, settings.sustained)?;
+    ballast.settle()?;
+    san.freeze()?;
+    let away = one_at_a_time(&mut disk, settings, settings.burst)?;
+    let absorbed_bytes = until_slowed(&mut disk, settings, ballast.agent())?;
+
+    san.thaw()?;
+    let back = Instant::now();
+    let mut answered = None;
+    let mut times = histogram()?;
+    loop {
+        times.add(write(&mut disk, settings, 1, SLICE)?.latency).context("add up latencies")?;
+        if answered.is_none() && is_reachable(ballast.agent())? {
+            answered = Some(back.elapsed());
+        }
+        let (dirty, _, ring) = ballast.agent().cache_bytes()?;
+        if (dirty as f64) < DRAINED * ring as f64 {
+            break;
+        }
+        ensure!(back.elapsed() < DRAIN_TIMEOUT, "{dirty} bytes are still dirty");
+    }
+    let drained = back.elapsed();
+    Ok(Outage {
+        ring_bytes: settings.ring_bytes,
+        present,
+        away,
+        draining: Latency::of(&times),
+        absorbed_bytes,
+        answered: answered.unwrap_or(drained),
+        drained,
+    })
+}
+
+impl Latency {
+    fn of(times: &Histogram<u64>) -> Self {
+        let at = |quantile| Duration::from_nanos(times.value_at_quantile(quantile));
+        let max = Duration::from_nanos(times.max());
+        Self { writes: times.len(), p50: at(0.5), p99: at(0.99), max }
+    }
+}
+
+fn histogram() -> Result<Histogram<u64>> {
+    Histogram::new_with_bounds(1, 120_000_000_000, 3).context("histogram")
+}
+
+fn one_at_a_time(disk: &mut Disk, settings: &Settings, time: Duration) -> Result<Latency> {
+    Ok(Latency::of(&write(disk, settings, 1, time)?.latency))
+}
+
+fn write(
+    disk: &mut Disk,
+    settings: &Settings,
+    depth: usize,
+    time: Duration,
+) -> Result<load::Measured> {
+    let workload = Workload {
+        pattern: Pattern::RandomWrite,
+        block_bytes: 4096,
+        depth,
+        span_bytes: settings.disk_bytes,
+        paced_writes_per_second: 0,
+        seed: NEXT_SEED.fetch_add(1, Ordering::Relaxed),
+    };
+    load::run(disk, &workload, Limit { time, bytes: u64::MAX >> 1 })
+}
+
+/// Fills the ring until some slices in a row are slower than half of the median of those before; returns what was dirty
+/// when the first of them began.
+fn until_slowed(disk: &mut Disk, settings: &Settings, agent: &Agent) -> Result<u64> {
+    let mut speeds: Vec<f64> = Vec::new();
+    let mut slow_since: Option<u64> = None;
+    let mut slow = 0;
+    loop {
+        let (dirty, _, ring) = agent.cache_bytes()?;
+        ensure!(dirty < ring, "the ring is full and nobody was slowed");
+        let speed = write(disk, settings, FILL_DEPTH, SLICE)?.iops();
+        let mut sorted = speeds.clone();
+        sorted.sort_unstable_by(f64::total_cmp);
+        let median = sorted.get(sorted.len() / 2).copied().unwrap_or(speed);
+        if speed < median / 2.0 {
+            slow += 1;
+            let since = *slow_since.get_or_insert(dirty);
+            if slow == SLOW_SLICES {
+                return Ok(since);
+            }
+        } else {
+            (slow, slow_since) = (0, None);
+            speeds.push(speed);
+        }
+    }
+}
+
+fn is_reachable(agent: &Agent) -> Result<bool> {
+    let status = agent.control(&["status"])?;
+    status["store"]["reachable"].as_bool().context("no store.reachable in `status`")
+}

@@ -15,6 +15,7 @@
 pub mod agent;
 pub mod ballast;
 pub mod compare;
+pub mod filling;
 pub mod fio;
 pub mod front_end;
 pub mod load;

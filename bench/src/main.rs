@@ -247,7 +247,7 @@ fn outage_text(command: &str, settings: &Settings, found: &Outage) -> String {
     ];
     format!(
         "`{command}`\n\nDisk {} MiB, ring {} MiB; 4k random writes, one at a time; target and client share a core.\n\n{}\n\
-         Writers were slowed when {} % of the ring was dirty (target: ≥ 75 %). The store answered {:.1} s after its \
+         Writers were slowed when {} % of the ring was dirty (target: ≥ 75 %), and stopped at {} %. The store answered {:.1} s after its \
          return; 90 % was drained after {:.1} s.",
         settings.disk_bytes >> 20,
         found.ring_bytes >> 20,
@@ -256,6 +256,7 @@ fn outage_text(command: &str, settings: &Settings, found: &Outage) -> String {
             &rows
         ),
         100 * found.absorbed_bytes / found.ring_bytes,
+        100 * found.full_bytes / found.ring_bytes,
         found.answered.as_secs_f64(),
         found.drained.as_secs_f64(),
     )

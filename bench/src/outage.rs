@@ -2,7 +2,8 @@
 //! how much the ring takes before writers are slowed.
 //!
 //! The load is one client that writes random 4 KiB blocks, one at a time, as fast as they are answered; only to fill the
-//! ring it keeps many in flight.
+//! ring it keeps many in flight. All but that goes on while the ring has room: from its return the device has a full ring
+//! to take.
 
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent::{Agent, AgentConfig};
 use crate::ballast::Ballast;
+use crate::filling::fill as fill_ring;
 use crate::front_end::{Disk, Options};
 use crate::load::{self, Limit, Pattern, Workload};
 use crate::san::FreezableSan;
@@ -22,10 +24,6 @@ use crate::suite::{CLIENT_CORE, SERVER_CORE, Settings, fill};
 
 /// How long one look at the speed of writers takes.
 const SLICE: Duration = Duration::from_millis(250);
-/// Slices that must be slow, one after the other, before writers count as slowed: one may be noise.
-const SLOW_SLICES: usize = 3;
-/// Writes in flight while the ring is filled.
-const FILL_DEPTH: usize = 32;
 /// The drain is over, for this measurement, when less than this share of the ring is dirty.
 const DRAINED: f64 = 0.1;
 /// Patience with the drain.
@@ -50,7 +48,7 @@ pub struct Latency {
 /// One outage.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Outage {
-    /// Size of the ring.
+    /// Bytes of the ring for records.
     pub ring_bytes: u64,
     /// With the device there.
     pub present: Latency,
@@ -60,6 +58,8 @@ pub struct Outage {
     pub draining: Latency,
     /// Bytes of log that the ring held, none of them in the store, when writers were slowed.
     pub absorbed_bytes: u64,
+    /// The same when nothing was answered any more.
+    pub full_bytes: u64,
     /// From the device's return until the store answered.
     pub answered: Duration,
     /// From the device's return until the ring was nearly drained.
@@ -98,30 +98,41 @@ pub fn run(settings: &Settings) -> Result<Outage> {
     ballast.settle()?;
     san.freeze()?;
     let away = one_at_a_time(&mut disk, settings, settings.burst)?;
-    let absorbed_bytes = until_slowed(&mut disk, settings, ballast.agent())?;
+    let (held, _, _) = ballast.agent().cache_bytes()?;
+    drop(disk);
+    let (mut answers, start) = (Vec::new(), Instant::now());
+    fill_ring(ballast.socket(), settings.disk_bytes, &mut |_| {
+        let slice = (start.elapsed().as_millis() / SLICE.as_millis()) as usize;
+        answers.resize(answers.len().max(slice + 1), 0);
+        answers[slice] += 1;
+    })?;
+    let (full, _, ring_bytes) = ballast.agent().cache_bytes()?;
+    let filled = full - held;
 
+    let mut disk = Disk::connect(ballast.socket(), &Options::default())?;
     san.thaw()?;
     let back = Instant::now();
     let mut answered = None;
     let mut times = histogram()?;
     loop {
-        times.add(write(&mut disk, settings, 1, SLICE)?.latency).context("add up latencies")?;
+        times.add(write(&mut disk, settings, SLICE)?.latency).context("add up latencies")?;
         if answered.is_none() && is_reachable(ballast.agent())? {
             answered = Some(back.elapsed());
         }
-        let (dirty, _, ring) = ballast.agent().cache_bytes()?;
-        if (dirty as f64) < DRAINED * ring as f64 {
+        let (dirty, ..) = ballast.agent().cache_bytes()?;
+        if (dirty as f64) < DRAINED * ring_bytes as f64 {
             break;
         }
         ensure!(back.elapsed() < DRAIN_TIMEOUT, "{dirty} bytes are still dirty");
     }
     let drained = back.elapsed();
     Ok(Outage {
-        ring_bytes: settings.ring_bytes,
+        ring_bytes,
         present,
         away,
         draining: Latency::of(&times),
-        absorbed_bytes,
+        absorbed_bytes: held + (filled as f64 * share_before_slowing(&answers)) as u64,
+        full_bytes: full,
         answered: answered.unwrap_or(drained),
         drained,
     })
@@ -140,19 +151,14 @@ fn histogram() -> Result<Histogram<u64>> {
 }
 
 fn one_at_a_time(disk: &mut Disk, settings: &Settings, time: Duration) -> Result<Latency> {
-    Ok(Latency::of(&write(disk, settings, 1, time)?.latency))
+    Ok(Latency::of(&write(disk, settings, time)?.latency))
 }
 
-fn write(
-    disk: &mut Disk,
-    settings: &Settings,
-    depth: usize,
-    time: Duration,
-) -> Result<load::Measured> {
+fn write(disk: &mut Disk, settings: &Settings, time: Duration) -> Result<load::Measured> {
     let workload = Workload {
         pattern: Pattern::RandomWrite,
         block_bytes: 4096,
-        depth,
+        depth: 1,
         span_bytes: settings.disk_bytes,
         paced_writes_per_second: 0,
         seed: NEXT_SEED.fetch_add(1, Ordering::Relaxed),
@@ -160,33 +166,34 @@ fn write(
     load::run(disk, &workload, Limit { time, bytes: u64::MAX >> 1 })
 }
 
-/// Fills the ring until some slices in a row are slower than half of the median of those before; returns what was dirty
-/// when the first of them began.
-fn until_slowed(disk: &mut Disk, settings: &Settings, agent: &Agent) -> Result<u64> {
-    let mut speeds: Vec<f64> = Vec::new();
-    let mut slow_since: Option<u64> = None;
-    let mut slow = 0;
-    loop {
-        let (dirty, _, ring) = agent.cache_bytes()?;
-        ensure!(dirty < ring, "the ring is full and nobody was slowed");
-        let speed = write(disk, settings, FILL_DEPTH, SLICE)?.iops();
-        let mut sorted = speeds.clone();
-        sorted.sort_unstable_by(f64::total_cmp);
-        let median = sorted.get(sorted.len() / 2).copied().unwrap_or(speed);
-        if speed < median / 2.0 {
-            slow += 1;
-            let since = *slow_since.get_or_insert(dirty);
-            if slow == SLOW_SLICES {
-                return Ok(since);
-            }
-        } else {
-            (slow, slow_since) = (0, None);
-            speeds.push(speed);
-        }
-    }
+/// The share of what was answered, before the ring was full, after which writers were slowed for good: from there no slice
+/// was half as fast as the median of those before. `answers` are the answers of each slice.
+fn share_before_slowing(answers: &[u64]) -> f64 {
+    let all: u64 = answers.iter().sum();
+    let is_slow = |at: usize| {
+        let mut before = answers[..at].to_vec();
+        before.sort_unstable();
+        before.get(before.len() / 2).is_some_and(|median| answers[at] < median / 2)
+    };
+    let slow = answers.len() - (0..answers.len()).rev().take_while(|at| is_slow(*at)).count();
+    answers[..slow].iter().sum::<u64>() as f64 / all.max(1) as f64
 }
 
 fn is_reachable(agent: &Agent) -> Result<bool> {
     let status = agent.control(&["status"])?;
     status["store"]["reachable"].as_bool().context("no store.reachable in `status`")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slowing_is_what_lasts_until_the_end() {
+        // A slow slice amid fast ones is noise.
+        let share = share_before_slowing(&[100, 90, 10, 100, 100, 40, 30, 0, 0]);
+        assert!((share - 400.0 / 470.0).abs() < 1e-9, "{share}");
+        assert!((share_before_slowing(&[100, 100, 90]) - 1.0).abs() < 1e-9);
+        assert!(share_before_slowing(&[]).abs() < 1e-9);
+    }
 }

@@ -5,19 +5,16 @@ use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::agent::{Agent, AgentConfig};
 use crate::ballast::{Ballast, DISK_NAME};
-use crate::front_end::{Disk, Options, Request, Status, Wake};
-use crate::load::Random;
+use crate::filling::fill;
+use crate::front_end::{Disk, Options, Request};
 use crate::san::FreezableSan;
 use crate::server::Server;
 use crate::suite::{CLIENT_CORE, SERVER_CORE, Settings};
-
-/// The ring counts as full when a write has waited this long.
-const FULL_AFTER: Duration = Duration::from_secs(3);
 
 /// One recovery.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -65,7 +62,7 @@ pub fn run(settings: &Settings) -> Result<Recovery> {
     let socket = ballast.socket().to_owned();
 
     san.freeze()?;
-    let filled = fill(&socket, settings.disk_bytes);
+    let filled = fill(&socket, settings.disk_bytes, &mut |_| {});
     let dirty = ballast.agent().info(DISK_NAME).map(|info| info.dirty_bytes);
     ballast.agent_mut().process_mut().kill()?;
     let (filled, dirty_bytes) = (filled?, dirty?);
@@ -96,51 +93,6 @@ pub fn run(settings: &Settings) -> Result<Recovery> {
         first_read,
         peak_bytes: agent.process().memory("VmHWM")?,
     })
-}
-
-struct Filled {
-    writes: u64,
-    last_sector: u64,
-    last_stamp: u64,
-}
-
-/// Writes random blocks until one is not answered any more. Each starts with its own number.
-fn fill(socket: &Path, disk_bytes: u64) -> Result<Filled> {
-    let mut disk = Disk::connect(socket, &Options::default())?;
-    let mut random = Random(0x0f11_5eed);
-    let slots = disk.options().slots;
-    let mut placed = vec![(0, 0); slots];
-    let mut filled = Filled { writes: 0, last_sector: 0, last_stamp: 0 };
-    let mut submitted: u64 = 0;
-    for slot in 0..slots {
-        random.fill(disk.buffer(slot));
-    }
-    let mut idle: Vec<usize> = (0..slots).collect();
-    loop {
-        for slot in idle.drain(..) {
-            submitted += 1;
-            let sector = random.below(disk_bytes / 4096) * 8;
-            placed[slot] = (sector, submitted);
-            disk.buffer(slot)[..8].copy_from_slice(&submitted.to_le_bytes());
-            disk.submit(slot, &Request::Write { sector, sectors: 8 })?;
-        }
-        disk.kick()?;
-        match disk.wait(FULL_AFTER)? {
-            Wake::Completions => {}
-            Wake::TimedOut => break,
-            Wake::Disconnected => bail!("the agent died while its ring was filled"),
-        }
-        while let Some(done) = disk.take()? {
-            ensure!(done.status == Status::Ok, "a write ended with {:?}", done.status);
-            filled.writes += 1;
-            let (sector, stamp) = placed[done.slot];
-            if stamp > filled.last_stamp {
-                (filled.last_sector, filled.last_stamp) = (sector, stamp);
-            }
-            idle.push(done.slot);
-        }
-    }
-    Ok(filled)
 }
 
 /// Connects as soon as the restarted agent listens; the dead agent's socket file may still be there.

@@ -23,8 +23,8 @@ use tests::client::{End, Loss, Mix};
 use tests::targets::{IstgtTarget, TgtOptions, TgtTarget};
 
 const MIB: u64 = 1 << 20;
-/// Sparse, and large: what a killed agent had claimed and not used stays claimed until it is collected.
-const STORE_BYTES: u64 = 16 * 1024 * MIB;
+/// What a killed agent had claimed and not used stays claimed until it is collected.
+const LEFT_BY_A_KILL: u64 = 128 * MIB;
 const CACHE_BYTES: u64 = 64 * MIB;
 const DISK_BYTES: [u64; 2] = [64 * MIB, 32 * MIB];
 const SEED_VARIABLE: &str = "BALLAST_CRASH_SEED";
@@ -35,6 +35,11 @@ const CYCLES: u64 = 200;
 fn kills(percent: u64) -> u64 {
     let all = std::env::var(CYCLES_VARIABLE).ok().and_then(|text| text.parse().ok());
     (all.unwrap_or(CYCLES) * percent).div_ceil(100).max(1)
+}
+
+/// Size of a store that is to outlive this share of the kills: sparse, and large.
+fn store_bytes(percent: u64) -> u64 {
+    16 * 1024 * MIB + kills(percent) * LEFT_BY_A_KILL
 }
 
 fn with_seed(name: &str, test: impl FnOnce(u64) -> Result<()>) {
@@ -266,15 +271,15 @@ fn a_disk_rolled_back_is_convicted() {
 
 #[test]
 fn file_store() {
-    with_seed("file_store", |seed| crash(seed, &StoreSpec::file(STORE_BYTES), kills(60)));
+    with_seed("file_store", |seed| crash(seed, &StoreSpec::file(store_bytes(60)), kills(60)));
 }
 
 #[test]
 fn iscsi_store_with_compare_and_write() {
     with_seed("iscsi_store_with_compare_and_write", |seed| {
         let dir = tempfile::tempdir()?;
-        let target = IstgtTarget::start(dir.path(), STORE_BYTES)?;
-        crash(seed, &StoreSpec::url(target.url(), STORE_BYTES), kills(20))
+        let target = IstgtTarget::start(dir.path(), store_bytes(20))?;
+        crash(seed, &StoreSpec::url(target.url(), store_bytes(20)), kills(20))
     });
 }
 
@@ -282,7 +287,7 @@ fn iscsi_store_with_compare_and_write() {
 fn iscsi_store_without_compare_and_write() {
     with_seed("iscsi_store_without_compare_and_write", |seed| {
         let dir = tempfile::tempdir()?;
-        let target = TgtTarget::start(dir.path(), STORE_BYTES, TgtOptions::default())?;
-        crash(seed, &StoreSpec::url(target.url(), STORE_BYTES), kills(20))
+        let target = TgtTarget::start(dir.path(), store_bytes(20), TgtOptions::default())?;
+        crash(seed, &StoreSpec::url(target.url(), store_bytes(20)), kills(20))
     });
 }

@@ -5,7 +5,7 @@
 //! with the target and the agent in network namespaces of their own. Every read is judged, then the whole disk, then the
 //! store's own image. Times are printed; none is asserted, waits have limits only so that a hang ends.
 //!
-//! BALLAST_OUTAGE_SECONDS: how long the Linux guest's store is away (20); the other outages last a third of it.
+//! BALLAST_OUTAGE_SECONDS: how long the Linux guest's store is away (60); the other outages last a ninth of it.
 //! To repeat a failure: BALLAST_OUTAGE_SEED=<seed printed> cargo test -p tests --test outage NAME
 
 use std::net::SocketAddr;
@@ -37,9 +37,10 @@ const PATIENCE: Duration = Duration::from_secs(100);
 const WHOLE_BLOCKS: Mix =
     Mix { reads: 20, flushes: 5, large: 0, small: 0, zeroes: 0, discards: 0, depth_max: 32 };
 
+/// How long the store is away.
 fn outage() -> Duration {
     let seconds = std::env::var(SECONDS_VARIABLE).ok().and_then(|text| text.parse().ok());
-    Duration::from_secs(seconds.unwrap_or(20))
+    Duration::from_secs(seconds.unwrap_or(60))
 }
 
 fn with_seed(name: &str, test: impl FnOnce(u64) -> Result<()>) {
@@ -148,7 +149,7 @@ fn ride_out(
     let away = Instant::now();
     let before = client.runner.counts();
     client.runner.workload().set_mix(Mix { depth_max: 32, ..Mix::default() });
-    while away.elapsed() < outage() / 3 {
+    while away.elapsed() < outage() / 9 {
         // Not a request waits for the store, or this never returns.
         burst(&mut client, 40).context("during the outage")?;
         std::thread::sleep(Duration::from_millis(100));
@@ -261,7 +262,7 @@ fn a_slow_store() {
         let written = client.runner.counts().sectors_written * 512;
         let taken = slow.elapsed();
         ensure!(dirty_bytes(&status(&rig)?) > 0, "the store was not slow enough to show anything");
-        while slow.elapsed() < outage() / 3 {
+        while slow.elapsed() < outage() / 9 {
             burst(&mut client, 5)?;
             std::thread::sleep(Duration::from_millis(50));
         }

@@ -213,6 +213,21 @@ pub struct CacheStatus {
     /// Damaged logs that were given up and are kept.
     #[serde(default)]
     pub quarantined: Vec<cache::QuarantinedLog>,
+    /// A leg that is being replaced, or was last since the agent started.
+    #[serde(default)]
+    pub replacement: Option<Replacement>,
+}
+
+/// How far a leg's replacement is.
+pub type Replacement = cache::Replacement;
+
+/// Asks for a leg's replacement.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ReplaceRequest {
+    /// Where the new leg is to be; absolute.
+    pub path: PathBuf,
+    /// Bytes a second at most; zero: as fast as it goes.
+    pub rate: u64,
 }
 
 /// The agent as `status` shows it.

@@ -6,6 +6,7 @@
 
 use crate::api::{Status, VdiInfo, VdiState};
 use crate::error::{Failure, Kind, Result};
+use cache::ReplacementState;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -67,6 +68,17 @@ fn of_host(registry: &mut Registry, status: &Status) {
     gauge("cache_legs_in_step", "Those of them that hold everything", Some(in_step as f64));
     let kept: u64 = cache.quarantined.iter().map(|log| log.bytes).sum();
     gauge("cache_quarantined_bytes", "Bytes in damaged logs that are kept", Some(kept as f64));
+    let replacing = cache.replacement.as_ref().filter(|r| r.state == ReplacementState::Copying);
+    gauge(
+        "cache_replacement_bytes",
+        "Bytes to be on a new leg that is being filled",
+        replacing.map(|replacement| replacement.bytes_all as f64),
+    );
+    gauge(
+        "cache_replacement_done_bytes",
+        "Bytes of them that are there",
+        replacing.map(|replacement| replacement.bytes_done as f64),
+    );
     gauge("cache_fill", "Share of the ring that holds logs", Some(cache.fill));
     gauge(
         "runway_seconds",
@@ -239,6 +251,14 @@ mod tests {
                 fill: 0.1,
                 legs: [true, false].map(leg).to_vec(),
                 quarantined: Vec::new(),
+                replacement: Some(cache::Replacement {
+                    id: 1,
+                    path: "/new".into(),
+                    state: ReplacementState::Copying,
+                    bytes_done: 25,
+                    bytes_all: 100,
+                    why: None,
+                }),
             },
             vdis: vec![info],
             outlook: Outlook { runway_ms: Some(60_000), ..Default::default() },
@@ -265,6 +285,8 @@ mod tests {
             "ballast_cache_legs 2.0",
             "ballast_cache_legs_in_step 1.0",
             "ballast_cache_quarantined_bytes 0.0",
+            "ballast_cache_replacement_bytes 100.0",
+            "ballast_cache_replacement_done_bytes 25.0",
             "ballast_vdi_reads_total{vdi=\"web \\\"1\\\"\\\\\",uuid=\"00000000-0000-0000-0000-000000000000\"} 3",
             "ballast_vdi_drain_seconds{vdi=\"web \\\"1\\\"\\\\\",uuid=\"00000000-0000-0000-0000-000000000000\"} 1.5",
         ] {

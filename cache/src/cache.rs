@@ -2,6 +2,7 @@
 
 pub(crate) mod attach;
 mod loss;
+pub(crate) mod replacing;
 #[cfg(test)]
 mod tests;
 
@@ -24,6 +25,7 @@ use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use hashbrown::{HashMap, HashSet};
 use parking_lot::Mutex;
+use replacing::Replacing;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -111,6 +113,8 @@ pub struct Cache {
     attaching: Mutex<HashSet<Uuid>>,
     /// Logs that were given up and are kept.
     quarantined: Mutex<Vec<loss::Kept>>,
+    /// The leg that is being filled, or was last.
+    replacing: Mutex<Replacing>,
 }
 
 #[derive(Debug)]
@@ -164,13 +168,14 @@ impl Cache {
             pool.quarantine(owner, owner);
         }
         Ok(Arc::new(Self {
-            ground: Ground { local, pool, images },
+            ground: Ground { local, pool, images, logs_opening: Arc::default() },
             images_held: Arc::default(),
             options,
             inner: tokio::sync::Mutex::new(Inner { slots, found }),
             handles: Mutex::default(),
             attaching: Mutex::default(),
             quarantined: Mutex::new(quarantined),
+            replacing: Mutex::default(),
         }))
     }
 
@@ -328,6 +333,7 @@ impl Cache {
 
     /// Stops all flushers between two steps. What is not committed stays safely in the log.
     pub async fn close(&self) {
+        self.stop_replacing().await;
         let mut handles: Vec<_> = self.handles.lock().drain().collect();
         // One order in every run, for the simulator.
         handles.sort_by(|(_, a), (_, b)| a.name.cmp(&b.name));

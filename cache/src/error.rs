@@ -66,6 +66,16 @@ pub enum CacheError {
         "cache leg {path} has {found} bytes, its twin {twin} needs {expected}: give both the same size, or bring back the leg's full length; nothing was changed"
     )]
     SmallerLeg { path: PathBuf, found: u64, twin: PathBuf, expected: u64 },
+    /// A new leg for a cache that is in use did not become a member.
+    #[error(
+        "the new leg {path} is not used: {why}; the cache goes on as it was, what was copied to it counts for nothing"
+    )]
+    NewLeg { path: PathBuf, why: String },
+    /// The making or filling of a leg was cut short.
+    #[error(
+        "{path} is unfinished: it was being made, or filled as the new leg of a cache, when that was cut short, and holds nothing that counts; fill it again with 'ballast cache replace', or leave it out"
+    )]
+    Unfinished { path: PathBuf },
     /// More legs were named than the cache has.
     #[error(
         "cache {path} has {legs} leg(s) and {given} were named: a cache gets its second leg when it is created; name as many as it has"

@@ -24,6 +24,7 @@ pub mod flusher;
 pub mod format;
 pub mod image;
 pub mod index;
+pub mod leg_filler;
 pub mod link;
 pub mod local;
 mod log_open;
@@ -32,6 +33,7 @@ pub mod recovery;
 pub mod release;
 mod vdi;
 
+pub use cache::replacing::{Replacement, ReplacementState};
 pub use cache::{
     AttachedRecord, Cache, CacheIdentity, CacheOptions, CacheStatus, LogFinding, QuarantinedLog,
     Survey, VdiIdentity,

@@ -8,6 +8,7 @@ use crate::format::LegSet;
 use crate::image::SegmentImage;
 use blockstore::types::{Lba, Lsn};
 use bytes::Bytes;
+use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,12 +31,16 @@ pub enum ToDisk {
     Roll { id: u64 },
     /// The disk grew.
     Resized { bytes: u64 },
-    /// From now on these legs, and no others, are the cache: it is written so on each of them.
+    /// From now on these legs, and no others, are the cache: it is written so on each of them. A leg that was joining is
+    /// a member now, or given up.
     Legs { members: LegSet },
     /// Fail reads that have waited for the store at least so long, and writes that have waited for space and of which
     /// nothing was staged: the disk's policy wants it, and the store has been away for as long. Sent again and again
     /// while that is so; the driver handles it itself.
     FailWaiting { reads: Option<Duration>, writes: Option<Duration> },
+    /// A leg is being filled that is to become a member: from now on it is written like one, and never read. Answered with
+    /// [`FromDisk::LegJoined`]. The driver must use `file` for it.
+    LegJoins { leg: u8, id: u64, file: Arc<File> },
     /// Sent about once a second: write down how far the log is flushed, if no later record says so (rule L4).
     Tick,
 }
@@ -81,8 +86,12 @@ pub enum FromDisk {
     Pinned { segment: SegmentId },
     /// No index entry and no read refers to the segment any more.
     Evicted { segment: SegmentId },
-    /// Something failed on a leg, and another is left. What waits for the leg goes on with [`ToDisk::Legs`].
-    LegFailed { leg: u8, reason: String },
+    /// Something failed on a leg, and another is left. What waits for the leg goes on with [`ToDisk::Legs`]. Of a leg that is
+    /// joining it says as which.
+    LegFailed { leg: u8, joining: Option<u64>, reason: String },
+    /// Answer to [`ToDisk::LegJoins`]: every segment of which something was written without the leg is sealed, and was told
+    /// of with [`FromDisk::Sealed`] before.
+    LegJoined { id: u64 },
     /// The log can no longer be written; the disk refuses writes.
     Failed { reason: String },
 }

@@ -3,12 +3,14 @@
 //! The worker writes records through file handles of its own; here is everything else. What is written here goes to all
 //! members of the mirror at once; a leg that fails is put out of the set, durably on the other, before the write counts as
 //! done (rule L5). Reads are answered by any member, and judged by checksums: a copy that does not match is rewritten from
-//! one that does.
+//! one that does. A leg that is being filled is written with the members, and never read.
 //!
-//! Where to read on: `local/opening.rs` (which legs are the cache), `local/create.rs`.
+//! Where to read on: `local/opening.rs` (which legs are the cache), `local/create.rs`, `local/joining.rs` (a leg that is to
+//! become a member).
 
 mod choose;
 mod create;
+mod joining;
 mod opening;
 mod replace;
 #[cfg(test)]
@@ -29,8 +31,10 @@ use blockstore::buf::AlignedBuf;
 use blockstore::device::file::FileDevice;
 use blockstore::device::{Device, DeviceError};
 use blockstore::types::BLOCK_SIZE;
+use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
+use joining::Joining;
 use parking_lot::Mutex;
 use std::fs::File;
 use std::future::Future;
@@ -49,16 +53,16 @@ pub struct Local {
     /// Division of each leg.
     pub geometry: Geometry,
     cache: Uuid,
-    legs: Vec<Leg>,
-    /// Paths that were given and are no members: why.
-    outsiders: Vec<(PathBuf, String)>,
     read_only: bool,
     /// As the members hold it, but for the leg's own UUID.
     superblock: tokio::sync::Mutex<Superblock>,
+    /// Held alone while bytes are copied to a leg that is being filled, so that what is copied is not old when it arrives.
+    /// Never held by who waits for the superblock's lock.
+    copying: tokio::sync::RwLock<()>,
     mirror: Mutex<Mirror>,
 }
 
-/// A leg that was a member when the cache was opened.
+/// A leg of the cache, or one that is to become one.
 #[derive(Debug)]
 struct Leg {
     number: u8,
@@ -70,9 +74,21 @@ struct Leg {
 #[derive(Debug)]
 struct Mirror {
     members: LegSet,
-    /// Why others were put out.
-    lost: Vec<(u8, String)>,
+    /// At least the members.
+    legs: Vec<Arc<Leg>>,
+    /// Paths that were given, or were members, and are none now: why.
+    outsiders: Vec<(PathBuf, String)>,
+    joining: Option<Joining>,
+    /// The leg that joined last, and why it was given up.
+    given_up: Option<(PathBuf, String)>,
     disks: Vec<DiskSender>,
+}
+
+impl Mirror {
+    /// Legs that are written.
+    fn written(&self) -> LegSet {
+        self.joining.as_ref().map_or(self.members, |joining| self.members.with(joining.leg.number))
+    }
 }
 
 impl Local {
@@ -88,11 +104,17 @@ impl Local {
             path: legs.first().map(|leg| leg.path.clone()).unwrap_or_default(),
             geometry: superblock.geometry,
             cache: superblock.cache,
-            legs,
-            outsiders,
             read_only,
             superblock: tokio::sync::Mutex::new(superblock),
-            mirror: Mutex::new(Mirror { members, lost: Vec::new(), disks: Vec::new() }),
+            copying: tokio::sync::RwLock::new(()),
+            mirror: Mutex::new(Mirror {
+                members,
+                legs: legs.into_iter().map(Arc::new).collect(),
+                outsiders,
+                joining: None,
+                given_up: None,
+                disks: Vec::new(),
+            }),
         }
     }
 
@@ -113,9 +135,13 @@ impl Local {
         self.mirror.lock().members
     }
 
-    /// Makes a disk's worker known: from now on it is told of each change. Returns the members as they are.
-    pub(crate) fn join(&self, disk: DiskSender) -> LegSet {
+    /// Makes a disk's worker known: from now on it is told of each change, first of a leg that is being filled. Returns the
+    /// members as they are.
+    pub fn join(&self, disk: DiskSender) -> LegSet {
         let mut mirror = self.mirror.lock();
+        if let Some(joining) = &mirror.joining {
+            disk.send(joining.message());
+        }
         mirror.disks.push(disk);
         mirror.members
     }
@@ -133,7 +159,17 @@ impl Local {
 
     /// A leg failed: puts it out of the set of members, durably on those that are left, and then tells all disks. If that
     /// cannot be done, no leg is left, and they are told that.
-    pub async fn leg_failed(&self, leg: u8, why: &str) {
+    /// One that was joining as `joining` when it failed is given up, unless it has become a member.
+    pub async fn leg_failed(&self, leg: u8, joining: Option<u64>, why: &str) {
+        {
+            let mirror = self.mirror.lock();
+            if let Some(now) = mirror.joining.as_ref().filter(|now| now.leg.number == leg)
+                && joining != Some(now.id())
+            {
+                // That was its predecessor, which is out already.
+                return;
+            }
+        }
         let gone = LegSet::NONE.with(leg);
         if let Err(error) = self.put_out(gone, why).await {
             tracing::error!(%error, "the cache's last leg failed");
@@ -141,9 +177,16 @@ impl Local {
         }
     }
 
-    /// Makes the set of members without `gone` durable. Done at once if none of them is a member.
+    /// Makes the set of members without `gone` durable. Done at once if none of them is a member; one that is joining is given
+    /// up.
     async fn put_out(&self, gone: LegSet, why: &str) -> Result<(), CacheError> {
         let mut superblock = self.superblock.lock().await;
+        {
+            let mut mirror = self.mirror.lock();
+            if mirror.joining.as_ref().is_some_and(|joining| gone.contains(joining.leg.number)) {
+                mirror.give_up(why);
+            }
+        }
         let gone = gone.and(self.members());
         if gone.is_empty() {
             return Ok(());
@@ -204,25 +247,40 @@ impl Local {
                 leg, path = %path.display(), why,
                 "a leg of the cache failed: the cache goes on without it, unmirrored; replace it"
             );
-            self.mirror.lock().lost.push((leg, why.to_string()));
+            self.mirror.lock().outsiders.push((path, why.to_string()));
         }
     }
 
     /// The set is durable: whoever waits for a leg outside of it goes on.
     fn now_members(&self, members: LegSet) {
         let mut mirror = self.mirror.lock();
-        if mirror.members != members {
-            mirror.members = members;
-            mirror.disks.retain(|disk| disk.send(ToDisk::Legs { members }));
+        if mirror.members == members {
+            return;
         }
+        if let Some(joining) =
+            mirror.joining.take_if(|joining| members.contains(joining.leg.number))
+        {
+            mirror.legs.push(joining.leg);
+            // It takes the place of whatever is no member.
+            mirror.outsiders.clear();
+        }
+        mirror.give_up("the leg that it was filled from failed");
+        mirror.members = members;
+        if !members.is_empty() {
+            // Closed when nothing is under way on them, so that they can be opened to be filled anew.
+            mirror.legs.retain(|leg| members.contains(leg.number));
+        }
+        mirror.disks.retain(|disk| disk.send(ToDisk::Legs { members }));
     }
 
     fn no_leg_left(&self, why: String) -> CacheError {
         CacheError::NoLegLeft { path: self.path.clone(), why }
     }
 
-    fn leg_path(&self, number: u8) -> &Path {
-        self.legs.iter().find(|leg| leg.number == number).map_or(&self.path, |leg| &leg.path)
+    fn leg_path(&self, number: u8) -> PathBuf {
+        let mirror = self.mirror.lock();
+        let leg = mirror.legs.iter().find(|leg| leg.number == number);
+        leg.map_or(&self.path, |leg| &leg.path).clone()
     }
 
     /// All slots; those never written are free. A slot of which all copies are damaged is an error, since a disk's log
@@ -329,7 +387,8 @@ impl Local {
         offset: u64,
         len: usize,
     ) -> Result<Vec<(u8, AlignedBuf)>, CacheError> {
-        let results = self.on_legs(self.members(), |leg| leg.device.read(offset, len)).await;
+        let read = |leg: Arc<Leg>| async move { leg.device.read(offset, len).await };
+        let results = self.on_legs(self.members(), read).await;
         let (mut copies, mut failed) = (Vec::new(), None);
         for (leg, result) in results {
             match result {
@@ -355,68 +414,80 @@ impl Local {
         let path = self.leg_path(leg);
         tracing::warn!(leg, path = %path.display(), offset, len = bytes.len(), "rewriting a damaged copy from another leg");
         let (only, bytes) = (LegSet::NONE.with(leg), bytes.freeze());
-        let results = self.on_legs(only, |leg| leg.device.write(offset, vec![bytes.clone()])).await;
+        let results = self.on_legs(only, |leg| write_leg(leg, offset, bytes.clone())).await;
         match failures(results) {
             (_, None) => Ok(()),
             (failed, Some(error)) => self.put_out(failed, &error.to_string()).await,
         }
     }
 
-    /// Writes bytes to every member.
+    /// Writes bytes to every member, and to a leg that is being filled.
     pub async fn write(&self, offset: u64, bytes: AlignedBuf) -> Result<(), CacheError> {
-        let (members, bytes) = (self.members(), bytes.freeze());
-        self.settle_failures(
-            members,
-            self.on_legs(members, |leg| leg.device.write(offset, vec![bytes.clone()])).await,
-        )
-        .await
+        let not_copied_meanwhile = self.copying.read().await;
+        let (members, written) = self.members_and_written();
+        let bytes = bytes.freeze();
+        let results = self.on_legs(written, |leg| write_leg(leg, offset, bytes.clone())).await;
+        // Putting a leg out takes the superblock's lock, which comes first.
+        drop(not_copied_meanwhile);
+        self.settle_failures(members, results).await
     }
 
-    /// Makes finished writes durable on every member.
+    /// Makes finished writes durable on every member, and on a leg that is being filled.
     pub async fn flush(&self) -> Result<(), CacheError> {
-        let members = self.members();
-        self.settle_failures(members, self.on_legs(members, |leg| leg.device.flush()).await).await
+        let (members, written) = self.members_and_written();
+        let flush = |leg: Arc<Leg>| async move { leg.device.flush().await };
+        self.settle_failures(members, self.on_legs(written, flush).await).await
     }
 
-    /// Legs on which a write or flush failed while another one did it are put out; if none did it, it failed.
+    fn members_and_written(&self) -> (LegSet, LegSet) {
+        let mirror = self.mirror.lock();
+        (mirror.members, mirror.written())
+    }
+
+    /// Legs on which a write or flush failed while a member did it are put out; if none of `members` did it, it failed.
     async fn settle_failures(
         &self,
-        asked: LegSet,
+        members: LegSet,
         results: Vec<(u8, Result<(), DeviceError>)>,
     ) -> Result<(), CacheError> {
         match failures(results) {
-            (_, None) if asked.is_empty() => Err(self.no_leg_left("nothing can be written".into())),
+            (_, None) if members.is_empty() => {
+                Err(self.no_leg_left("nothing can be written".into()))
+            }
             (_, None) => Ok(()),
-            (failed, Some(error)) if asked.minus(failed).is_empty() => Err(error.into()),
+            (failed, Some(error)) if members.minus(failed).is_empty() => Err(error.into()),
             (failed, Some(error)) => self.put_out(failed, &error.to_string()).await,
         }
     }
 
     /// Does the same on several legs at once.
-    async fn on_legs<'a, T, F: Future<Output = Result<T, DeviceError>>>(
-        &'a self,
+    async fn on_legs<T, F: Future<Output = Result<T, DeviceError>>>(
+        &self,
         legs: LegSet,
-        operation: impl Fn(&'a Leg) -> F,
+        operation: impl Fn(Arc<Leg>) -> F,
     ) -> Vec<(u8, Result<T, DeviceError>)> {
-        let legs = self.legs.iter().filter(|leg| legs.contains(leg.number));
-        join_all(legs.map(|leg| {
-            let done = operation(leg);
-            async move { (leg.number, done.await) }
+        join_all(self.legs_in(legs).into_iter().map(|leg| {
+            let (number, done) = (leg.number, operation(leg));
+            async move { (number, done.await) }
         }))
         .await
     }
 
-    fn members_now(&self) -> impl Iterator<Item = &Leg> {
-        let members = self.members();
-        self.legs.iter().filter(move |leg| members.contains(leg.number))
+    fn members_now(&self) -> Vec<Arc<Leg>> {
+        self.legs_in(self.members())
+    }
+
+    fn legs_in(&self, legs: LegSet) -> Vec<Arc<Leg>> {
+        let mirror = self.mirror.lock();
+        let all = mirror.legs.iter().chain(mirror.joining.iter().map(|joining| &joining.leg));
+        all.filter(|leg| legs.contains(leg.number)).cloned().collect()
     }
 
     /// A file handle for a worker for each leg, at its number: O_DIRECT where the file system has it. The place of a leg
     /// that is no member is taken by one that is.
     pub fn worker_files(&self) -> Result<Vec<Arc<File>>, CacheError> {
-        let members = self.members();
         let mut files: Vec<Option<Arc<File>>> = Vec::new();
-        for leg in self.legs.iter().filter(|leg| members.contains(leg.number)) {
+        for leg in self.members_now() {
             let at = usize::from(leg.number);
             files.resize(files.len().max(at + 1), None);
             files[at] = Some(open_for_worker(&leg.path)?);
@@ -429,22 +500,25 @@ impl Local {
     #[must_use]
     pub fn leg_states(&self) -> Vec<LegState> {
         let mirror = self.mirror.lock();
-        let legs = self.legs.iter().map(|leg| LegState {
+        let legs = mirror.legs.iter().map(|leg| LegState {
             path: leg.path.clone(),
             member: mirror.members.contains(leg.number),
-            why: mirror
-                .lost
-                .iter()
-                .find(|(lost, _)| *lost == leg.number)
-                .map(|(_, why)| why.clone()),
+            why: None,
         });
-        let outsiders = self.outsiders.iter().map(|(path, why)| LegState {
+        // Those that are being put out are named below.
+        let legs = legs
+            .filter(|leg| leg.member || mirror.outsiders.iter().all(|(path, _)| *path != leg.path));
+        let outsiders = mirror.outsiders.iter().map(|(path, why)| LegState {
             path: path.clone(),
             member: false,
             why: Some(why.clone()),
         });
         legs.chain(outsiders).collect()
     }
+}
+
+async fn write_leg(leg: Arc<Leg>, offset: u64, bytes: Bytes) -> Result<(), DeviceError> {
+    leg.device.write(offset, vec![bytes]).await
 }
 
 /// Legs that failed, and an error of one.

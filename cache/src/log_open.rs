@@ -24,6 +24,9 @@ pub(crate) struct Ground {
     pub local: Arc<Local>,
     pub pool: Arc<Pool>,
     pub images: Arc<ImagePool>,
+    /// Held by whoever opens a log, until its disk is known to the cache; alone, by whoever changes which legs are written
+    /// by adding one.
+    pub logs_opening: Arc<tokio::sync::RwLock<()>>,
 }
 
 /// A log that is open.

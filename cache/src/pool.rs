@@ -7,9 +7,14 @@
 //! INV-POOL-2: every segment is free or has an owner, never both. INV-POOL-3 (rule L10): each disk can always have its
 //! floor of dirty segments; what it takes beyond must leave the others theirs, so no disk takes the whole ring.
 
+mod filling;
+
+pub use filling::Next;
+
 use crate::disk::plan::SegmentId;
 use crate::format::Geometry;
 use crate::link::Grant;
+use filling::Filling;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tokio::sync::mpsc::UnboundedSender;
@@ -29,6 +34,8 @@ pub enum PoolMessage {
 pub struct Pool {
     geometry: Geometry,
     inner: Mutex<Inner>,
+    /// Something was heard of a disk that was awaited; one waits for it.
+    joined: tokio::sync::Notify,
 }
 
 #[derive(Debug)]
@@ -45,6 +52,8 @@ struct Inner {
     quarantined: BTreeSet<Uuid>,
     waiting: VecDeque<Uuid>,
     tasks: BTreeMap<Uuid, UnboundedSender<PoolMessage>>,
+    /// A leg of the cache is being filled.
+    filling: Option<Filling>,
 }
 
 /// Segments by state.
@@ -92,8 +101,9 @@ impl Pool {
             quarantined: BTreeSet::new(),
             waiting: VecDeque::new(),
             tasks: BTreeMap::new(),
+            filling: None,
         };
-        Self { geometry, inner: Mutex::new(inner) }
+        Self { geometry, inner: Mutex::new(inner), joined: tokio::sync::Notify::new() }
     }
 
     /// Notes who owns segments that were found in use.
@@ -144,6 +154,8 @@ impl Pool {
         inner.tasks.remove(&vdi);
         inner.waiting.retain(|waiting| *waiting != vdi);
         inner.withdraw(vdi);
+        inner.forget_awaited(vdi);
+        self.joined.notify_one();
         Self::next_turn(&inner);
     }
 
@@ -163,7 +175,7 @@ impl Pool {
             return None;
         }
         let first = inner.waiting.front().is_none_or(|front| *front == vdi);
-        let granted = if first { inner.free.pop_front() } else { None };
+        let granted = if first { inner.take_free() } else { None };
         match granted {
             Some(id) => {
                 inner.waiting.retain(|waiting| *waiting != vdi);
@@ -194,7 +206,7 @@ impl Pool {
         let mut inner = self.inner.lock();
         let mut grants = Vec::new();
         for _ in 0..2 {
-            if let Some(id) = inner.free.pop_front() {
+            if let Some(id) = inner.take_free() {
                 grants.push(self.make_grant(&mut inner, vdi, id));
             }
         }
@@ -296,7 +308,7 @@ impl Pool {
     }
 
     fn next_turn(inner: &Inner) {
-        if !inner.free.is_empty()
+        if inner.grantable().is_some()
             && let Some(task) = inner.waiting.front().and_then(|vdi| inner.tasks.get(vdi))
         {
             // A task that is gone unregisters itself and so leaves the queue.

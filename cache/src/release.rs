@@ -35,9 +35,9 @@ pub async fn seal(mut attached: AttachedDisk, local: &Local) -> std::io::Result<
         let mut lost = false;
         for message in said {
             match message {
-                FromDisk::LegFailed { leg, reason } => {
+                FromDisk::LegFailed { leg, joining, reason } => {
                     // The answer is on the link.
-                    local.leg_failed(leg, &reason).await;
+                    local.leg_failed(leg, joining, &reason).await;
                     lost = true;
                 }
                 other => messages.push(other),
@@ -59,8 +59,8 @@ fn seal_blocking(mut attached: AttachedDisk) -> (AttachedDisk, Vec<FromDisk>, Op
     let mut idle_rounds = 0;
     loop {
         while let Some(message) = attached.link.try_recv() {
-            if !matches!(message, ToDisk::Fetched { .. }) {
-                attached.disk.on_message(message);
+            if !matches!(message, ToDisk::Fetched { .. } | ToDisk::FailWaiting { .. }) {
+                attached.on_message(message);
             }
         }
         let worked = run_once(&mut attached, &mut messages);

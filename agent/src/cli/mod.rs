@@ -194,12 +194,23 @@ enum CacheCommand {
         /// The log's id
         log: uuid::Uuid,
     },
-    /// Give a cache that no agent uses a new leg: after one was lost, or as the second of a cache that had one
+    /// Give the cache a new leg: after one was lost, or as the second of a cache that had one
+    ///
+    /// With NEW alone the agent in --run-dir does it while it serves its disks, and this command shows the progress.
+    /// Interrupting it (Ctrl-C) changes nothing: the agent goes on, 'cache status' shows how far it is, the same command
+    /// looks on again, and --cancel gives the new leg up. With GOOD and NEW, no agent may use the cache.
+    #[command(arg_required_else_help = true, after_help = EXIT_CODES)]
     Replace {
-        /// The leg that has everything
-        good: PathBuf,
-        /// The new leg: a path at which nothing is yet, a blank block device, or a leg of this cache that was left behind
-        new: PathBuf,
+        /// [GOOD] NEW. GOOD: the leg that has everything, when no agent runs. NEW: a path at which nothing is yet, a
+        /// blank block device, or a leg of this cache that was left behind
+        #[arg(value_name = "LEG", num_args = 1..=2, required_unless_present = "cancel")]
+        legs: Vec<PathBuf>,
+        /// Copy at most so much a second while disks are served; 0: as fast as it goes
+        #[arg(long, value_name = "SIZE", value_parser = parse_rate, default_value = "128MiB")]
+        rate: u64,
+        /// Give up the new leg that is being filled
+        #[arg(long, conflicts_with = "legs")]
+        cancel: bool,
     },
 }
 
@@ -278,9 +289,11 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Cache(CacheCommand::Check { path }) => {
             block_on(cache_check::run(path, &run_dir(), out))
         }
-        Command::Cache(CacheCommand::Replace { good, new }) => {
-            block_on(cache_replace::run(&good, &new, out))
-        }
+        Command::Cache(CacheCommand::Replace { legs, rate, cancel: _ }) => match &legs[..] {
+            [good, new] => block_on(cache_replace::offline(good, new, out)),
+            [new] => block_on(cache_replace::online(new, rate, &run_dir(), out)),
+            _ => block_on(cache_replace::cancel(&run_dir(), out)),
+        },
         Command::Vdi(command) => block_on(agent_commands::vdi(command, &run_dir(), out)),
         Command::Cache(CacheCommand::Status) => {
             block_on(agent_commands::cache_status(&run_dir(), out))
@@ -298,6 +311,11 @@ fn execute(cli: Cli) -> Result<()> {
         }
         Command::Outage(OutageCommand::End { vdi }) => block_on(drill::end(&vdi, &run_dir(), out)),
     }
+}
+
+/// A size, or none at all.
+fn parse_rate(text: &str) -> std::result::Result<u64, String> {
+    if text == "0" { Ok(0) } else { parse_size(text) }
 }
 
 fn block_on(task: impl Future<Output = Result<()>>) -> Result<()> {
@@ -349,6 +367,10 @@ mod tests {
             "cache drain db",
             "cache check",
             "cache check /c",
+            "cache replace /good /new",
+            "--run-dir /r cache replace /new --rate 64MiB",
+            "cache replace /new --rate 0 --json",
+            "cache replace --cancel",
             "status",
             "metrics",
             "outage drill db",
@@ -377,6 +399,9 @@ mod tests {
             "status --frob",
             "agent --metrics-listen 0.0.0.0:9477",
             "outage",
+            "cache replace",
+            "cache replace /a /b /c",
+            "cache replace /a --cancel",
         ] {
             let words = std::iter::once("ballast").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_err(), "{line}");

@@ -2,10 +2,11 @@
 
 use super::output::{Table, fields};
 use crate::api::{
-    CacheStatus, Drained, DrillReport, Outlook, Readiness, Status, StoreStatus, Vdi, VdiInfo,
-    VdiState,
+    CacheStatus, Drained, DrillReport, Outlook, Readiness, Replacement, Status, StoreStatus, Vdi,
+    VdiInfo, VdiState,
 };
 use crate::units::{format_ms, format_size};
+use cache::ReplacementState;
 use std::path::Path;
 
 fn dash<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
@@ -153,6 +154,7 @@ pub fn cache_status(cache: &CacheStatus) -> String {
         ("free", format_size(cache.free_bytes)),
         ("fill", format!("{:.1} %", cache.fill * 100.0)),
         ("mirror", mirror_line(&cache.legs)),
+        ("new leg", dash(cache.replacement.as_ref(), replacement_line)),
         ("quarantine", quarantine_line(&cache.quarantined)),
     ])
 }
@@ -163,6 +165,22 @@ fn quarantine_line(kept: &[cache::QuarantinedLog]) -> String {
         .map(|log| format!("log {} of {}, {}", log.log_id, log.name, format_size(log.bytes)))
         .collect();
     if logs.is_empty() { "none".to_owned() } else { logs.join("; ") }
+}
+
+fn replacement_line(replacement: &Replacement) -> String {
+    let path = show_path(&replacement.path);
+    let why = replacement.why.as_deref().unwrap_or_default();
+    match replacement.state {
+        ReplacementState::Copying => {
+            let (done, all) = (replacement.bytes_done, replacement.bytes_all);
+            let percent = done * 100 / all.max(1);
+            let line =
+                format!("{path}: {percent} % ({} of {})", format_size(done), format_size(all));
+            if why.is_empty() { line } else { format!("{line}, {why}") }
+        }
+        ReplacementState::Done => format!("{path}: in step"),
+        ReplacementState::Failed => format!("{path}: given up, {why}"),
+    }
 }
 
 fn mirror_line(legs: &[cache::LegState]) -> String {

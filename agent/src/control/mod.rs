@@ -5,6 +5,9 @@
 //! GET    /v1/metrics                the status as text for Prometheus
 //! GET    /v1/cache                  CacheStatus
 //! POST   /v1/cache/drain            DrainRequest   → Drained
+//! GET    /v1/cache/replace          Replacement: the last one
+//! POST   /v1/cache/replace          ReplaceRequest → Replacement, as it begins
+//! DELETE /v1/cache/replace          Replacement, given up
 //! GET    /v1/vdis                   [Vdi]
 //! POST   /v1/vdis                   CreateRequest  → Created
 //! GET    /v1/vdis/NAME              VdiInfo

@@ -7,7 +7,8 @@
 use super::REQUEST_BYTES_MAX;
 use crate::api::loss::RollbackRequest;
 use crate::api::{
-    CreateRequest, DetachRequest, DrainRequest, DrillRequest, ResizeRequest, SetRequest,
+    CreateRequest, DetachRequest, DrainRequest, DrillRequest, ReplaceRequest, ResizeRequest,
+    SetRequest,
 };
 use crate::error::{ErrorBody, Failure, Kind, Result};
 use crate::host::Host;
@@ -114,6 +115,7 @@ fn router(gate: Gate) -> Router {
         .route("/v1/cache", get(cache_status))
         .route("/v1/cache/drain", post(drain))
         .route("/v1/cache/quarantine/{name}", axum::routing::delete(discard_quarantine))
+        .route("/v1/cache/replace", get(replacement).post(replace).delete(cancel_replacement))
         .route("/v1/vdis", get(list).post(create))
         .route("/v1/vdis/{name}", get(info).delete(delete))
         .route("/v1/vdis/{name}/attach", post(attach))
@@ -163,6 +165,31 @@ async fn metrics(State(gate): Gated) -> Response {
 
 async fn cache_status(State(gate): Gated) -> Response {
     answer(gate.host().map(|host| host.cache_status()))
+}
+
+async fn replacement(State(gate): Gated) -> Response {
+    answer(gate.host().and_then(|host| host.replacement()))
+}
+
+async fn replace(State(gate): Gated, body: Body) -> Response {
+    answer(
+        async {
+            let ReplaceRequest { path, rate } = parse(body)?;
+            let host = gate.host()?;
+            to_the_end(async move { host.replace_leg(&path, rate).await }).await
+        }
+        .await,
+    )
+}
+
+async fn cancel_replacement(State(gate): Gated) -> Response {
+    answer(
+        async {
+            let host = gate.host()?;
+            to_the_end(async move { host.cancel_replacement().await }).await
+        }
+        .await,
+    )
 }
 
 async fn list(State(gate): Gated) -> Response {

@@ -2,7 +2,7 @@
 //!
 //! `store` opens a store, `opening` this host's, `seat` is where it is found, `parts` is what all disks share, `served` is one disk, `requests` and `report` are
 //! what the control API does and shows, `meters` what the counters foretell, `drill` cuts a disk off
-//! on purpose, `errors` translates. All use of the other crates' APIs is in this folder.
+//! on purpose, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
 //!
 //! A disk that does not come back at the start, or whose worker fails, is shown as failed; all others go on.
 
@@ -14,6 +14,7 @@ mod notes;
 mod opening;
 mod parts;
 mod receipt;
+mod replacing;
 mod report;
 mod requests;
 mod seat;

@@ -7,6 +7,7 @@ use crate::api::{
     AgentStatus, CacheStatus, Status, StoreStatus, Totals, Vdi, VdiInfo, VdiState, Waiting,
 };
 use crate::error::Result;
+use cache::ReplacementState;
 use std::collections::BTreeMap;
 use std::sync::Weak;
 use std::time::Instant;
@@ -102,6 +103,7 @@ impl Host {
             fill: status.fill,
             legs: self.parts.cache.legs(),
             quarantined: self.parts.cache.quarantined(),
+            replacement: self.parts.cache.replacement(),
         }
     }
 
@@ -252,6 +254,21 @@ fn degraded(store: &StoreStatus, cache: &CacheStatus, vdis: &[VdiInfo]) -> Vec<S
             "log {log} of disk '{name}' is in quarantine and takes {} bytes of the cache",
             kept.bytes
         ));
+    }
+    if let Some(replacement) = &cache.replacement {
+        let (path, why) =
+            (replacement.path.display(), replacement.why.as_deref().unwrap_or_default());
+        match replacement.state {
+            ReplacementState::Copying => {
+                let percent = replacement.bytes_done * 100 / replacement.bytes_all.max(1);
+                found
+                    .push(format!("{path} is being filled as a new leg of the cache: {percent} %"));
+            }
+            ReplacementState::Failed => {
+                found.push(format!("{path} did not become a leg of the cache: {why}"));
+            }
+            ReplacementState::Done => {}
+        }
     }
     if store.waiting_for_space > 0 {
         found.push("the store is full: commits wait for free space".to_owned());

@@ -125,7 +125,12 @@ impl Cache {
         backing: Deferred,
     ) -> Result<AttachedDisk, CacheError> {
         let progress = Arc::new(Progress::default());
-        let open = self.ground.open_log(&slot, record, headers, Arc::clone(&progress)).await?;
+        let vdi = record.uuid;
+        // A leg that is being filled is told of the disk, or it comes when the disk is there.
+        let _opening = self.ground.logs_opening.read().await;
+        self.ground.pool.await_disk(vdi);
+        let opened = self.ground.open_log(&slot, record, headers, Arc::clone(&progress)).await;
+        let open = opened.inspect_err(|_| self.ground.pool.disk_joined(vdi, None, None))?;
         let mut inner = self.inner.lock().await;
         inner.slots[slot.slot as usize] = open.slot.clone();
         inner.found.remove(&open.record.uuid);

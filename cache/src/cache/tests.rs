@@ -2,6 +2,8 @@
 //! Method: a real cache on a temporary file, disks driven by hand, the store in memory. The clock is tokio's and stands
 //! still while anything can run.
 
+mod replacing;
+
 use crate::backing::{Backing, BackingError, Batch, Change};
 use crate::disk::plan::SegmentId;
 use crate::disk::{Action, AttachedDisk, Staged};
@@ -94,8 +96,8 @@ impl Guest {
     /// One turn of a worker's loop.
     fn turn(&mut self) {
         while let Some(message) = self.attached.link.try_recv() {
-            if !matches!(message, ToDisk::Fetched { .. }) {
-                self.attached.disk.on_message(message);
+            if !matches!(message, ToDisk::Fetched { .. } | ToDisk::FailWaiting { .. }) {
+                self.attached.on_message(message);
             }
         }
         let mut messages = Vec::new();

@@ -248,6 +248,19 @@ impl Disk {
         self.log.readable()
     }
 
+    /// Whether the answer of this operation still matters: not once its leg was put out.
+    #[must_use]
+    pub fn wants(&self, op: OpId) -> bool {
+        self.log.wants(op)
+    }
+
+    /// The driver has no way to write to this leg.
+    pub fn leg_unusable(&mut self, leg: u8, errno: i32) {
+        if self.log.written_legs().contains(leg) {
+            self.log.leg_failed(leg, "opening it for the worker", errno);
+        }
+    }
+
     /// A damaged block could not be rewritten on this leg, though another has it.
     pub fn repair_failed(&mut self, leg: u8, errno: i32) {
         if self.log.readable().len() > 1 {
@@ -277,6 +290,7 @@ impl Disk {
             ToDisk::Roll { id } => self.log.roll(id),
             ToDisk::Resized { bytes } => self.size_bytes = self.size_bytes.max(bytes),
             ToDisk::Legs { members } => self.log.set_members(members),
+            ToDisk::LegJoins { leg, id, .. } => self.log.join(leg, id),
             ToDisk::Tick => {
                 self.log.tick();
                 self.progress.held_blocks.store(self.index.len() as u64, Ordering::Relaxed);
@@ -351,6 +365,33 @@ pub struct AttachedDisk {
     /// The cache device: one file per leg, at its number, opened with O_DIRECT where the file system allows. In the place
     /// of a leg that is no member stands the file of one that is; nothing is read from or written to it there.
     pub legs: Vec<Arc<std::fs::File>>,
+}
+
+impl AttachedDisk {
+    /// Hands a message to the disk (not `Fetched`), and keeps [`Self::legs`] as it says: the file of a leg that joins takes
+    /// its place, that of a leg that is gone is closed, so that it can be opened by whoever fills it anew.
+    pub fn on_message(&mut self, message: ToDisk) {
+        match &message {
+            ToDisk::LegJoins { leg, file, .. } => {
+                let at = usize::from(*leg);
+                if at == self.legs.len() {
+                    self.legs.push(Arc::clone(file));
+                } else if let Some(place) = self.legs.get_mut(at) {
+                    *place = Arc::clone(file);
+                }
+            }
+            ToDisk::Legs { members } => {
+                let kept = members.iter().find_map(|leg| self.legs.get(usize::from(leg)).cloned());
+                for (leg, place) in (0u8..).zip(&mut self.legs) {
+                    if let Some(kept) = kept.as_ref().filter(|_| !members.contains(leg)) {
+                        *place = Arc::clone(kept);
+                    }
+                }
+            }
+            _ => {}
+        }
+        self.disk.on_message(message);
+    }
 }
 
 /// Byte offset of a block inside a segment image.

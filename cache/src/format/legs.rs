@@ -121,6 +121,25 @@ impl Membership {
         })
     }
 
+    /// The number that a new leg gets: the place of one that is no member, or the next one; none if all are members.
+    #[must_use]
+    pub fn free_place(&self) -> Option<u8> {
+        (0..LEGS_MAX as u8).find(|number| !self.members.contains(*number))
+    }
+
+    /// With a new leg that holds everything, at its free place; none if there is no such place.
+    #[must_use]
+    pub fn with_new(&self, leg: Uuid) -> Option<Self> {
+        let place = self.free_place()?;
+        let mut legs = self.legs.clone();
+        match legs.get_mut(usize::from(place)) {
+            Some(gone) => *gone = leg,
+            None => legs.push(leg),
+        }
+        let members = self.members.with(place);
+        Some(Self { events: self.events + 1, id: Uuid::new_v4(), legs, members })
+    }
+
     /// The number of a leg of this cache.
     #[must_use]
     pub fn number_of(&self, leg: Uuid) -> Option<u8> {

@@ -18,8 +18,10 @@ use uuid::Uuid;
 
 /// Bytes written at a time when a new cache is filled.
 const FILL_CHUNK: usize = 4 << 20;
-/// Stands at the start of a cache while it is created.
+/// Stands at the start of a cache while it is created: it may be created anew.
 const UNMADE: &[u8] = b"BLSTNEW cache being created";
+/// Stands at the start of a new leg while it is filled: it may be filled anew, but no cache is created there.
+const FILLING: &[u8] = b"BLSTFIL leg being filled";
 /// How much of a block device must be blank to become a cache.
 const BLANK_LEN: u64 = 1 << 20;
 
@@ -131,16 +133,40 @@ async fn fill(path: &Path, device: &Device) -> Result<(), CacheError> {
 }
 
 /// Makes sure that what is on `device` counts as nothing until its superblocks are written.
-pub(super) async fn mark_unmade(device: &Device) -> Result<(), CacheError> {
+async fn mark_unmade(device: &Device) -> Result<(), CacheError> {
+    mark(device, UNMADE).await
+}
+
+/// As [`mark_unmade`], for a leg that is filled from another.
+pub(super) async fn mark_filling(device: &Device) -> Result<(), CacheError> {
+    mark(device, FILLING).await
+}
+
+async fn mark(device: &Device, text: &[u8]) -> Result<(), CacheError> {
     let mut mark = AlignedBuf::zeroed(2 * BLOCK_SIZE);
-    mark[..UNMADE.len()].copy_from_slice(UNMADE);
+    mark[..text.len()].copy_from_slice(text);
     device.write(0, vec![mark.freeze()]).await?;
     Ok(device.flush().await?)
+}
+
+/// True for the first bytes of a leg whose making, or filling, was cut short.
+pub(super) fn says_unfinished(start: &[u8]) -> bool {
+    start.starts_with(UNMADE) || start.starts_with(FILLING)
 }
 
 /// True for a path at which a cache may be made: nothing is there, or a file whose creation was cut short, or a block
 /// device whose start holds nothing. Other files are never overwritten.
 pub(super) fn is_unmade(path: &Path) -> Result<bool, CacheError> {
+    starts(path, |start| start.starts_with(UNMADE))
+}
+
+/// True for a path at which a leg may be filled: as [`is_unmade`], or one whose filling was cut short.
+pub(super) fn may_be_filled(path: &Path) -> Result<bool, CacheError> {
+    starts(path, says_unfinished)
+}
+
+/// Whether what is at `path` starts as it should, is not there, or is a blank device.
+fn starts(path: &Path, well: impl Fn(&[u8]) -> bool) -> Result<bool, CacheError> {
     use std::io::Read;
     if !path.exists() {
         return Ok(true);
@@ -150,5 +176,5 @@ pub(super) fn is_unmade(path: &Path) -> Result<bool, CacheError> {
     let file = File::open(path).map_err(local)?;
     let is_device = file.metadata().map_err(local)?.file_type().is_block_device();
     file.take(BLANK_LEN).read_to_end(&mut start).map_err(local)?;
-    Ok(start.starts_with(UNMADE) || (is_device && start.iter().all(|&byte| byte == 0)))
+    Ok(well(&start) || (is_device && start.iter().all(|&byte| byte == 0)))
 }

@@ -3,7 +3,7 @@
 //! Nothing is written before the decision stands, and a refusal writes nothing at all.
 
 use super::choose::choose;
-use super::create::is_unmade;
+use super::create::{is_unmade, says_unfinished};
 use super::{Leg, Local};
 use crate::error::CacheError;
 use crate::format::FormatError;
@@ -243,6 +243,10 @@ async fn read_superblock(device: &Device, path: &Path) -> Result<Superblock, Cac
         [Ok(one), Err(error)] | [Err(error), Ok(one)] => {
             tracing::warn!(path = %path.display(), %error, "one copy of the cache superblock is damaged; the other is used");
             Ok(one)
+        }
+        // With one good copy it is finished: the mark's place is written last.
+        [Err(_), Err(_)] if says_unfinished(&bytes) => {
+            Err(CacheError::Unfinished { path: path.into() })
         }
         [Err(error), Err(_)] => Err(not_a_cache(error)),
     }

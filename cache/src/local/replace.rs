@@ -1,18 +1,18 @@
-//! A new leg for a cache that lost one, or a second one for a cache that never had one. The cache must not be in use.
+//! A new leg for a cache that lost one, or a second one for a cache that never had one, while the cache is not in use. For one
+//! that is see `joining.rs`.
 //!
 //! Order: the new leg is marked as unfinished, all else is copied and flushed; then the superblock of the good leg names
 //! both as members, then that of the new leg does. A crash before that leaves the good leg as it was, alone; a crash
 //! between the two leaves a good leg whose twin is missing, which opens on the operator's word only, and without loss.
 //! Never does a leg count as a member while the other can be served without knowing of it.
 
-use super::create::{is_unmade, mark_unmade};
+use super::create::{mark_filling, may_be_filled};
+use super::joining::write_both_copies;
 use super::opening::{open_leg, refuse_same};
 use super::{Local, Mode};
 use crate::error::CacheError;
-use crate::format::legs::{LegSet, Membership};
+use crate::format::FormatError;
 use crate::format::superblock::Superblock;
-use crate::format::{FormatError, Geometry};
-use blockstore::buf::AlignedBuf;
 use blockstore::device::file::FileDevice;
 use blockstore::device::{Device, OpenOptions};
 use blockstore::types::BLOCK_SIZE;
@@ -40,6 +40,17 @@ pub struct Replaced {
 }
 
 impl Local {
+    /// Opens a new leg for this cache, which is in use, and changes nothing on it.
+    ///
+    /// # Errors
+    /// As [`Self::replace`] for the new leg.
+    pub async fn open_new_leg(&self, new: &Path) -> Result<Device, CacheError> {
+        for leg in self.members_now() {
+            refuse_same(&[leg.path.clone(), new.into()])?;
+        }
+        open_blank(self, new).await
+    }
+
     /// Copies the cache whose only member is at `good` to `new`, which becomes its second leg. `new` may not exist yet,
     /// be blank, or hold a leg of this cache that was left behind. `progress` is told bytes done and all.
     ///
@@ -69,36 +80,26 @@ impl Local {
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<u64, CacheError> {
         let superblock = self.superblock().await;
-        let Some(source) = self.legs.first() else {
+        let Some(source) = self.members_now().into_iter().next() else {
             return Err(self.no_leg_left("nothing can be copied".into()));
         };
-        mark_unmade(device).await?;
+        mark_filling(device).await?;
         copy(&source.device, device, self.geometry.size, progress).await?;
         let leg = Uuid::new_v4();
-        let membership = joined(&superblock, leg);
+        let Some(membership) = superblock.membership.with_new(leg) else {
+            let why = "both legs of the cache are there and in step".into();
+            return Err(CacheError::NewLeg { path: self.path.clone(), why });
+        };
         let next = Superblock { membership, ..superblock };
-        write_superblock(&source.device, next.clone()).await?;
-        write_superblock(device, Superblock { leg, ..next }).await?;
+        write_both_copies(&source.device, next.clone()).await?;
+        write_both_copies(device, Superblock { leg, ..next }).await?;
         Ok(self.geometry.size - COPIED_FROM)
     }
 }
 
-/// The set of legs in which `leg` has the place of the one that is not there.
-fn joined(superblock: &Superblock, leg: Uuid) -> Membership {
-    let old = &superblock.membership;
-    let mut legs = old.legs.clone();
-    let free = (0..legs.len()).find(|at| !old.members.contains(*at as u8));
-    match free {
-        Some(at) => legs[at] = leg,
-        None => legs.push(leg),
-    }
-    let members = LegSet::first(legs.len());
-    Membership { events: old.events + 1, id: Uuid::new_v4(), legs, members }
-}
-
 async fn open_blank(local: &Local, new: &Path) -> Result<Device, CacheError> {
     let size = local.geometry.size;
-    if !is_unmade(new)? {
+    if !may_be_filled(new)? {
         // A leg that was left behind may be overwritten; anything else may be someone's data.
         let (_, other) = open_leg(new, true).await?;
         if other.cache != local.cache {
@@ -148,16 +149,4 @@ async fn copy(
         progress(done?, size);
     }
     Ok(to.flush().await?)
-}
-
-/// Writes both copies, durably.
-async fn write_superblock(device: &Device, superblock: Superblock) -> Result<(), CacheError> {
-    let mut next = superblock;
-    for _ in 0..2 {
-        next.sequence += 1;
-        let block = AlignedBuf::copy_of(&next.encode()).freeze();
-        device.write(Geometry::superblock_offset(next.sequence), vec![block]).await?;
-        device.flush().await?;
-    }
-    Ok(())
 }

@@ -50,6 +50,11 @@ impl Evictions {
             offer_again_at: None,
         }
     }
+
+    /// Segments that are dead, but not free yet.
+    pub fn dead(&self) -> impl Iterator<Item = SegmentId> {
+        self.dead.iter().map(|(id, ..)| *id)
+    }
 }
 
 impl VdiTask {

@@ -8,9 +8,11 @@ use super::state::{Phase, Segments, VdiStatus};
 use crate::backing::deferred::Deferred;
 use crate::backing::{Backing, BackingError};
 use crate::cache::attach::verified;
+use crate::disk::plan::SegmentId;
 use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::flusher::{self, Drafted, FlushError, FlushOptions, Situation};
+use crate::format::segment::SegmentHeader;
 use crate::format::slot::{SlotVdi, VdiSlot};
 use crate::link::{DiskSender, FetchError, FromDisk, ToDisk, WORKER_PANICKED};
 use crate::log_open::{Ground, OpenLog, belongs};
@@ -229,8 +231,13 @@ impl VdiTask {
             FromDisk::Pinned { segment } => self.is_pinned(segment),
             FromDisk::Evicted { segment } => self.was_evicted(segment).await,
             // Disks hold back what waits for this leg until the others say durably that it is none.
-            FromDisk::LegFailed { leg, reason } => {
-                self.p.ground.local.leg_failed(leg, &reason).await
+            FromDisk::LegFailed { leg, joining, reason } => {
+                self.p.ground.local.leg_failed(leg, joining, &reason).await
+            }
+            FromDisk::LegJoined { id } => {
+                let mut sealed: Vec<_> = self.p.segments.ids().collect();
+                sealed.extend(self.evictions.dead());
+                self.p.ground.pool.disk_joined(self.p.vdi, Some(id), Some(&sealed));
             }
             FromDisk::Failed { reason } => {
                 self.device_failed |= reason != WORKER_PANICKED;
@@ -348,13 +355,15 @@ impl VdiTask {
             self.log_is_sound()?;
         }
         self.abandon_evictions().await?;
-        let owned = self.p.ground.pool.owned(self.p.vdi);
-        let mut headers = self.p.ground.local.read_headers().await?;
-        headers.retain(|h| owned.contains(&h.segment) && belongs(h, &self.p.record));
-        headers.sort_unstable_by_key(|header| header.seq);
-        let progress = Arc::clone(&self.p.progress);
-        let record = self.p.record.clone();
-        let open = self.p.ground.open_log(&self.p.slot, record, &headers, progress).await?;
+        let logs_opening = Arc::clone(&self.p.ground.logs_opening);
+        let _opening = logs_opening.read().await;
+        // What the former worker did not say is in the log, or nowhere: a leg that is being filled gets all of it anew.
+        self.p.ground.pool.await_disk(self.p.vdi);
+        let open = self.open_log_again().await;
+        if open.is_err() {
+            self.p.ground.pool.disk_joined(self.p.vdi, None, None);
+        }
+        let (open, headers, owned) = open?;
         let OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn } = open;
         (self.p.slot, self.p.record) = (slot, record);
         (self.p.sender, self.p.from_disk) = (sender, from_disk);
@@ -374,8 +383,28 @@ impl VdiTask {
         Ok(disk)
     }
 
+    /// The log, the headers that it was recovered from, and the segments that the disk had.
+    async fn open_log_again(
+        &self,
+    ) -> Result<(OpenLog, Vec<SegmentHeader>, Vec<SegmentId>), CacheError> {
+        let owned = self.p.ground.pool.owned(self.p.vdi);
+        let mut headers = self.p.ground.local.read_headers().await?;
+        headers.retain(|h| owned.contains(&h.segment) && belongs(h, &self.p.record));
+        headers.sort_unstable_by_key(|header| header.seq);
+        let progress = Arc::clone(&self.p.progress);
+        let record = self.p.record.clone();
+        let open = self.p.ground.open_log(&self.p.slot, record, &headers, progress).await?;
+        Ok((open, headers, owned))
+    }
+
     async fn tick(&mut self) {
         self.ticks += 1;
+        if (self.released || self.device_failed)
+            && self.p.ground.pool.awaited().contains(&self.p.vdi)
+        {
+            // No worker writes its segments any more.
+            self.p.ground.pool.disk_joined(self.p.vdi, None, None);
+        }
         self.tick_evictions().await;
         if self.checkpoint_due && self.ticks.is_multiple_of(TICKS_PER_MARKER) {
             self.checkpoint().await;

@@ -11,7 +11,6 @@ use bytes::Bytes;
 use cache::CacheError;
 use cache::disk::plan::SegmentId;
 use cache::format::LegSet;
-use cache::link::ToDisk;
 use cache::local::Local;
 use rand::Rng;
 use rand::rngs::SmallRng;
@@ -24,22 +23,22 @@ use std::task::Poll;
 #[derive(Debug)]
 pub(super) struct Faults {
     /// The leg that everything happens to, if there are two.
-    victim: Option<u8>,
-    /// The disk said that it failed, and was not told yet that it is out.
-    reported: bool,
+    pub(super) victim: Option<u8>,
+    /// The disk said that it failed, and was not told yet that it is out: joining as what.
+    reported: Option<Option<u64>>,
     /// It failed in this life of the host.
-    failed: bool,
+    pub(super) failed: bool,
     /// It was put out, durably.
-    out: bool,
+    pub(super) out: bool,
     /// Copies may rot in this seed: then the other leg stays whole for good.
-    rots: bool,
+    pub(super) rots: bool,
 }
 
 impl Faults {
     pub(super) fn new(rng: &mut SmallRng, legs: usize) -> Self {
         let victim = (legs > 1).then(|| rng.random_range(0..legs as u8));
         let rots = rng.random_bool(0.5);
-        Self { victim, reported: false, failed: false, out: false, rots }
+        Self { victim, reported: None, failed: false, out: false, rots }
     }
 }
 
@@ -80,43 +79,50 @@ impl Rig {
     }
 
     /// The disk noticed.
-    pub(super) fn leg_failed(&mut self, leg: u8) {
+    pub(super) fn leg_failed(&mut self, leg: u8, joining: Option<u64>) {
         assert_eq!(Some(leg), self.faults.victim, "only the victim fails");
-        assert!(!self.faults.reported, "a leg is reported once");
-        self.faults.reported = true;
+        let before = self.faults.reported.replace(joining);
+        assert!(before.is_none_or(|before| before != joining), "a leg is reported once");
     }
 
     /// The asynchronous side puts a failed leg out; now and then the host dies before that is finished.
     pub(super) async fn put_out(&mut self) {
         let Some(victim) = self.faults.victim else { return };
         let reported = std::mem::take(&mut self.faults.reported);
-        if reported && self.rng.random_bool(0.2) {
+        if let Some(joining) = reported
+            && self.rng.random_bool(0.2)
+        {
             let polls = self.rng.random_range(0..12);
             let local = Arc::clone(&self.local);
-            if cut_short(local.leg_failed(victim, "it failed"), polls).await.is_none() {
+            let put_out = self.replacing.beside(local.leg_failed(victim, joining, "it failed"));
+            if cut_short(put_out, polls).await.is_none() {
                 // Nothing was acknowledged without the victim: with it, everything acknowledged must still be there.
                 Box::pin(self.crash()).await;
                 return;
             }
-        } else if reported {
-            self.local.leg_failed(victim, "it failed").await;
+        } else if let Some(joining) = reported {
+            let local = Arc::clone(&self.local);
+            self.replacing.beside(local.leg_failed(victim, joining, "it failed")).await;
         }
         let members = self.local.members();
-        assert!(!reported || members.len() == 1, "one is out, the other is left");
+        let stale = reported.is_some_and(|joining| joining != Some(self.replacing.attempts()));
+        assert!(reported.is_none() || stale || members.len() == 1, "one is out, the other is left");
         // A repair that failed puts it out, too.
         if !self.faults.out && members.len() == 1 {
             assert!(!members.contains(victim));
             self.faults.out = true;
-            self.disk.on_message(ToDisk::Legs { members });
         }
+        self.listen();
     }
 
     /// After a crash: both legs are there again, or the victim is absent. The one that was left behind is never used.
     pub(super) async fn open_again(&mut self) {
         self.sims = self.sims.iter().map(SimDevice::connect).collect();
-        self.faults.reported = false;
+        self.faults.reported = None;
         self.faults.failed = false;
-        let both = || named(&self.sims);
+        let devices = named(&self.sims);
+        let both = || devices.clone();
+        let amid_replacement = self.replacing.was_cut_short();
         let Some(victim) = self.faults.victim else {
             self.local = Arc::new(Local::on_devices(both(), false).await.unwrap());
             return;
@@ -141,6 +147,8 @@ impl Rig {
             let local = Local::on_devices(only(leg), true).await.unwrap();
             self.faults.out = true;
             local
+        } else if amid_replacement {
+            self.open_amid_replacement(both(), survivor).await
         } else {
             let mut legs = both();
             if self.rng.random_bool(0.5) {
@@ -152,7 +160,9 @@ impl Rig {
         if self.faults.out {
             assert_eq!(members, survivor, "the leg that was left behind is no member");
             let stale = Local::on_devices(only(victim), false).await;
-            assert!(matches!(stale, Err(CacheError::LegMissing { .. })), "{stale:?}");
+            let unfinished = matches!(stale, Err(CacheError::Unfinished { .. }));
+            let refused = unfinished && self.replacing.left_unfinished();
+            assert!(refused || matches!(stale, Err(CacheError::LegMissing { .. })), "{stale:?}");
         } else {
             assert!(members == all || members == survivor, "put out, or not, but nothing else");
             self.faults.out = members == survivor;

@@ -1,11 +1,13 @@
 //! Goal: whatever a guest did and whenever the power or the agent failed, the recovered disk is a prefix of the log that
 //! holds everything a completed flush covered (P1, P2), and, if only the agent died, everything acknowledged (rule L1); the
 //! image that the flusher commits is at every LSN exactly the disk as it was then. On two legs all of this holds although
-//! one of them is lost, damaged or left behind at any moment (rule L5, `legs.rs`).
+//! one of them is lost, damaged or left behind at any moment (rule L5, `legs.rs`), and while another takes its place
+//! (`replacing.rs`).
 //! Method: the real `Disk`, recovery and flusher on simulated devices whose unflushed writes get lost, torn and
 //! reordered at a crash; a seeded guest; a model that keeps the log of what the guest did. `CACHE_SEEDS=N` runs more.
 
 mod legs;
+mod replacing;
 
 use async_trait::async_trait;
 use blockstore::crc::crc32c;
@@ -19,8 +21,9 @@ use cache::disk::{Action, Disk, Identity, OpId, Progress, Staged, Start};
 use cache::flusher::{self, Replay};
 use cache::format::slot::SlotVdi;
 use cache::image::ImagePool;
-use cache::link::{FromDisk, Grant, SealedSegment, ToDisk};
+use cache::link::{self, FromDisk, Grant, Link, SealedSegment, ToDisk};
 use cache::local::Local;
+use cache::pool::Pool;
 use cache::recovery;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -116,13 +119,15 @@ struct Rig {
     rng: SmallRng,
     sims: Vec<SimDevice>,
     faults: legs::Faults,
+    replacing: replacing::Replacing,
     local: Arc<Local>,
+    /// What the cache has to say to the disk.
+    link: Link,
     disk: Disk,
     store: Arc<Store>,
     slot: SlotVdi,
     images: Arc<ImagePool>,
-    next_seq: u64,
-    free: VecDeque<SegmentId>,
+    pool: Arc<Pool>,
     wants: bool,
     sealed: VecDeque<SealedSegment>,
     pending: Vec<Action>,
@@ -162,19 +167,21 @@ impl Rig {
         let images = ImagePool::new(local.geometry.segment_size as usize, 4);
         let start =
             start(&local, &slot, &images, Lsn(0), Lsn(0), Default::default(), vec![], vec![]);
-        let local_members = local.members();
+        let (link, local_members) = joined(&local);
         let faults = legs::Faults::new(&mut rng, legs);
+        let pool = Arc::new(Pool::new(local.geometry, free, 1));
         let mut rig = Self {
             rng,
             sims,
             faults,
+            replacing: replacing::Replacing::default(),
             local,
+            link,
             disk: Disk::on_legs(start, local_members),
             store,
             slot,
             images,
-            next_seq: 1,
-            free,
+            pool,
             wants: true,
             sealed: VecDeque::new(),
             pending: Vec::new(),
@@ -195,11 +202,11 @@ impl Rig {
 
     fn feed(&mut self) {
         if self.wants
-            && let Some(id) = self.free.pop_front()
+            && let Some(grant) = self.pool.grant(VDI)
         {
             self.wants = false;
-            let grant = Grant { id, seq: self.next_seq, nonce: self.rng.random(), roomy: true };
-            self.next_seq += 1;
+            // From the seed.
+            let grant = Grant { nonce: self.rng.random(), roomy: true, ..grant };
             self.disk.on_message(ToDisk::Segment(grant));
         }
     }
@@ -285,6 +292,13 @@ impl Rig {
         }
     }
 
+    /// The disk hears what the cache has to say.
+    fn listen(&mut self) {
+        while let Some(message) = self.link.try_recv() {
+            self.disk.on_message(message);
+        }
+    }
+
     /// Polls the disk and takes note of what it says.
     fn poll(&mut self) {
         let mut actions = Vec::new();
@@ -332,10 +346,14 @@ impl Rig {
                 let sealed = self.sealed.remove(at).unwrap();
                 // The slot would be written durably here, then the segment freed.
                 self.slot.evicted_below = self.slot.evicted_below.max(sealed.seq + 1);
-                self.free.push_back(segment);
+                self.pool.release(segment, false);
                 self.feed();
             }
-            FromDisk::LegFailed { leg, .. } => self.leg_failed(leg),
+            FromDisk::LegJoined { id } => {
+                let sealed: Vec<_> = self.sealed.iter().map(|sealed| sealed.id).collect();
+                self.pool.disk_joined(VDI, Some(id), Some(&sealed));
+            }
+            FromDisk::LegFailed { leg, joining, .. } => self.leg_failed(leg, joining),
             FromDisk::Failed { reason } => panic!("{reason}"),
             _ => {}
         }
@@ -491,6 +509,7 @@ impl Rig {
 
     /// The host loses power, or only the agent dies; then recovery, also cut short now and then.
     async fn crash(&mut self) {
+        self.replacing.stop();
         let mut power = self.rng.random_bool(0.5);
         if power {
             self.sims.iter().for_each(SimDevice::crash);
@@ -505,6 +524,8 @@ impl Rig {
                     let _ = self.result(leg, result);
                 }
             }
+            // Nobody owns the legs again before the rest has landed, or never will.
+            self.sims.iter().for_each(SimDevice::kill_host);
         }
         let recovered = loop {
             self.open_again().await;
@@ -542,7 +563,7 @@ impl Rig {
         let store = Lsn(self.store.image.lock().unwrap().1);
         self.slot.committed = store;
         let live: BTreeSet<SegmentId> = recovered.live.iter().map(|l| l.id).collect();
-        let used = self.free.len() + self.sealed.len() + 8;
+        let used = self.pool.counts().free as usize + self.sealed.len() + 8;
         self.sealed = recovered
             .live
             .iter()
@@ -556,9 +577,12 @@ impl Rig {
             })
             .collect();
         let segments = (used as u32).min(self.local.geometry.segments);
-        self.free = (0..segments).map(SegmentId).filter(|id| !live.contains(id)).collect();
+        let free = (0..segments).map(SegmentId).filter(|id| !live.contains(id)).collect();
+        self.pool = Arc::new(Pool::new(self.local.geometry, free, self.pool.next_seq()));
+        self.pool.adopt(VDI, live.into_iter());
         let sealed = recovered.live.iter().map(|l| (l.id, l.last_lsn)).collect();
-        let members = self.local.members();
+        let (link, members) = joined(&self.local);
+        self.link = link;
         let start = start(
             &self.local,
             &self.slot,
@@ -588,10 +612,19 @@ impl Rig {
             self.complete();
             self.poll();
             self.put_out().await;
+            self.listen();
+            self.replace_on();
         }
         assert!(self.disk.is_quiet(), "without new requests the log comes to rest");
         assert!(self.open.is_empty(), "every request was answered");
     }
+}
+
+/// A link over which the cache tells of changes of its legs, and the members as they are.
+fn joined(local: &Local) -> (Link, cache::format::LegSet) {
+    let (link, sender, _) = link::pair().unwrap();
+    let members = local.join(sender);
+    (link, members)
 }
 
 #[allow(clippy::too_many_arguments, reason = "one call site per case, all named alike")]
@@ -638,6 +671,7 @@ async fn run(seed: u64, legs: usize) {
                 96 => rig.put_out().await,
                 97 if rig.rng.random_bool(0.05) => rig.lose_leg(),
                 98 if rig.rng.random_bool(0.3) => rig.rot().await,
+                99 => rig.replace().await,
                 95 if rig.rng.random_bool(0.1) => {
                     let now = rig.image_at(rig.disk.staged_lsn().0);
                     assert_eq!(rig.read_all(), now, "a read returns the newest data");
@@ -647,6 +681,10 @@ async fn run(seed: u64, legs: usize) {
             if rig.rng.random_bool(0.5) {
                 rig.poll();
             }
+            if rig.rng.random_bool(0.2) {
+                rig.listen();
+            }
+            rig.replace_on();
         }
         if rig.rng.random_bool(0.3) {
             rig.settle().await;

@@ -325,13 +325,15 @@ impl Worker {
         };
         match operation {
             Operation::Write { op, leg, offset, image, start, len, done } => {
+                // Not if the leg is out: its place has another's file by now.
+                let wanted = self.attached.disk.wants(op);
                 let again = matches!(-result, libc::EINTR | libc::EAGAIN);
                 let written = usize::try_from(result).unwrap_or(0);
                 // Direct I/O goes on at a block's start.
                 let now_done = if done + written >= len { len } else { (done + written) & !4095 };
                 if now_done == len {
                     self.local_done(op, Ok(()));
-                } else if again || now_done > done {
+                } else if wanted && (again || now_done > done) {
                     let done = now_done;
                     self.io.write(Operation::Write { op, leg, offset, image, start, len, done });
                 } else {
@@ -339,7 +341,9 @@ impl Worker {
                 }
             }
             Operation::Flush { op, leg } => match -result {
-                libc::EINTR | libc::EAGAIN => self.io.flush(op, leg),
+                libc::EINTR | libc::EAGAIN if self.attached.disk.wants(op) => {
+                    self.io.flush(op, leg)
+                }
                 errno if errno > 0 => self.local_done(op, Err(errno)),
                 _ => self.local_done(op, Ok(())),
             },
@@ -363,13 +367,33 @@ impl Worker {
                 ToDisk::FailWaiting { reads, writes } => self.fail_waiting(reads, writes),
                 message => {
                     let resized = matches!(message, ToDisk::Resized { .. });
-                    self.attached.disk.on_message(message);
+                    let legs = matches!(message, ToDisk::Legs { .. } | ToDisk::LegJoins { .. });
+                    if legs {
+                        // What is queued names files by numbers that are about to change.
+                        self.io.uring.submit();
+                    }
+                    self.attached.on_message(message);
                     if resized {
                         self.resized();
+                    }
+                    if legs {
+                        self.legs_changed();
                     }
                 }
             }
         }
+    }
+
+    /// The disk's files are not those that the ring has any more.
+    fn legs_changed(&mut self) {
+        for (leg, file) in (0u8..).zip(&self.attached.legs) {
+            if let Err(error) = self.io.uring.set_file(usize::from(leg), file.as_raw_fd()) {
+                let name = &self.options.name;
+                tracing::error!(disk = name, leg, %error, "a leg's file cannot be used");
+                self.attached.disk.leg_unusable(leg, error.raw_os_error().unwrap_or(libc::EIO));
+            }
+        }
+        self.io.readable = self.attached.disk.readable_legs();
     }
 
     fn resized(&mut self) {

@@ -3,6 +3,7 @@
 //! Wake-ups are multishot polls inside the ring: on each queue's kick eventfd, on the link's and on the worker's own.
 //! Each write to an eventfd posts a completion even while its counter is above zero, so the counters are never read.
 
+use cache::format::legs::LEGS_MAX;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::io;
 use std::os::fd::RawFd;
@@ -96,8 +97,26 @@ impl Uring {
             })
         })
         .or_else(|_| build(|_| ()))?;
-        let registered = !files.is_empty() && ring.submitter().register_files(files).is_ok();
-        Ok(Self { ring, registered, files: files.to_vec(), in_flight: 0, poisoned: false })
+        let mut files = files.to_vec();
+        if let Some(last) = files.last().copied() {
+            // Places for legs that join later, which nothing refers to before.
+            files.resize(files.len().max(LEGS_MAX), last);
+        }
+        let registered = !files.is_empty() && ring.submitter().register_files(&files).is_ok();
+        Ok(Self { ring, registered, files, in_flight: 0, poisoned: false })
+    }
+
+    /// Another file takes this place. What was submitted goes on with the former, which the kernel keeps until then.
+    ///
+    /// # Errors
+    /// The kernel's, or there is no such place: the former file stays.
+    pub(super) fn set_file(&mut self, file: usize, fd: RawFd) -> io::Result<()> {
+        let place = self.files.get_mut(file).ok_or(io::ErrorKind::InvalidInput)?;
+        if self.registered {
+            self.ring.submitter().register_files_update(file as u32, &[fd])?;
+        }
+        *place = fd;
+        Ok(())
     }
 
     /// Operations whose completion was not taken yet.
@@ -322,6 +341,23 @@ mod tests {
         while uring.next().is_none_or(|completion| completion.more) {
             uring.wait();
         }
+    }
+
+    #[test]
+    fn a_file_takes_the_place_of_another_or_a_place_of_its_own() {
+        let files = [(); 3].map(|()| tempfile::tempfile().unwrap());
+        let mut uring = Uring::new(&[files[0].as_raw_fd()]).unwrap();
+        uring.set_file(1, files[1].as_raw_fd()).unwrap();
+        let data = [7u8; 10];
+        for (index, place) in [(0, 0), (1, 1), (2, 0)] {
+            // SAFETY: the buffer outlives the operation, which is waited for.
+            unsafe { uring.write(place, 0, data.as_ptr(), 10, index) }
+            uring.submit();
+            uring.set_file(place, files[2].as_raw_fd()).unwrap();
+        }
+        uring.drain();
+        assert_eq!(files.map(|file| file.metadata().unwrap().len()), [10, 10, 10]);
+        assert!(uring.set_file(LEGS_MAX, 0).is_err());
     }
 
     #[test]

@@ -11,6 +11,8 @@
 //! * INV-LOG-4: an LSN is given out only when its record has its place, summary included (rule L10).
 //! * INV-LOG-5: an operation is done when it is done on every member of the set of legs that is durable on the device
 //!   (rule L5): a leg that fails keeps everything waiting until the set without it is; see `legs.rs`.
+//! * INV-LOG-6: a leg that joins lacks only what is in segments that were sealed when [`FromDisk::LegJoined`] was said, and
+//!   in those that are older.
 
 mod append;
 mod durable;
@@ -105,6 +107,18 @@ enum Work {
     Summary { seq: u64 },
 }
 
+/// A leg that is being filled: written like a member, but none yet.
+#[derive(Clone, Copy, Debug)]
+struct Joining {
+    leg: u8,
+    /// The driver's name for this attempt.
+    id: u64,
+    /// Segments up to this sequence number may have records that it lacks.
+    before: u64,
+    /// They are sealed, and that was said.
+    told: bool,
+}
+
 /// An operation under way on one leg or more.
 #[derive(Clone, Copy, Debug)]
 struct Op {
@@ -172,8 +186,9 @@ pub struct Log {
     writes: Vec<Action>,
     /// Legs in the durable set of members.
     members: LegSet,
-    /// Members on which something failed: not used any more, and about to be put out of the set.
+    /// Legs on which something failed: not used any more, and about to be put out of the set.
     failing: LegSet,
+    joining: Option<Joining>,
     ops: HashMap<u64, Op>,
     next_op: u64,
     completions: Vec<(Tag, bool)>,
@@ -219,6 +234,7 @@ impl Log {
             writes: Vec::new(),
             members,
             failing: LegSet::NONE,
+            joining: None,
             ops: HashMap::new(),
             next_op: 1,
             completions: Vec::new(),
@@ -299,6 +315,7 @@ impl Log {
             self.ask_for_segment();
         }
         self.answer_rolls();
+        self.answer_join();
         actions.append(&mut self.writes);
         actions.extend(self.outbox.drain(..).map(Action::Send));
     }

@@ -137,3 +137,129 @@ fn with_no_leg_left_requests_fail_and_the_disk_comes_to_rest() {
         assert!(disk.is_quiet());
     }
 }
+
+fn join(disk: &mut Disk, leg: u8, id: u64) {
+    let file = Arc::new(std::fs::File::open("/dev/null").unwrap());
+    disk.on_message(ToDisk::LegJoins { leg, id, file });
+}
+
+/// Carries out all that the disk wants until it wants nothing; what it said.
+fn run(disk: &mut Disk) -> (usize, Vec<FromDisk>) {
+    let (mut on_the_other, mut all) = (0, Vec::new());
+    loop {
+        let ([a, b], said) = poll(disk);
+        all.extend(said);
+        if a.is_empty() && b.is_empty() {
+            return (on_the_other, all);
+        }
+        on_the_other += b.len();
+        answer(disk, &a, Ok(()));
+        answer(disk, &b, Ok(()));
+    }
+}
+
+fn has_joined(said: &[FromDisk]) -> bool {
+    said.iter().any(|said| matches!(said, FromDisk::LegJoined { id: 5 }))
+}
+
+/// A disk on leg 0 alone whose open segment has a record.
+fn disk_with_a_record() -> Disk {
+    let mut disk = disk();
+    disk.on_message(ToDisk::Legs { members: LegSet::FIRST });
+    write(&mut disk, 1);
+    assert_eq!(run(&mut disk).0, 0);
+    assert_eq!(completed(&mut disk), [(1, true)]);
+    disk
+}
+
+#[test]
+fn a_leg_has_joined_when_what_it_lacks_is_sealed() {
+    let mut disk = disk_with_a_record();
+    write(&mut disk, 2);
+    let ([before, _], _) = poll(&mut disk);
+    join(&mut disk, 1, 5);
+    write(&mut disk, 3);
+    let ([a, b], said) = poll(&mut disk);
+    assert!(
+        !b.is_empty() && !has_joined(&said),
+        "new records go to both, in a segment of their own"
+    );
+    answer(&mut disk, &a, Ok(()));
+    answer(&mut disk, &b, Ok(()));
+    assert!(!has_joined(&run(&mut disk).1), "a record is on its way to the first leg alone");
+    answer(&mut disk, &before, Ok(()));
+    let (_, said) = run(&mut disk);
+    let sealed = said.iter().position(|said| matches!(said, FromDisk::Sealed(s) if s.seq == 1));
+    let joined = said.iter().position(|said| matches!(said, FromDisk::LegJoined { .. }));
+    assert!(sealed.is_some() && sealed < joined, "{said:?}");
+    assert_eq!(disk.readable_legs(), LegSet::FIRST, "it is not read");
+}
+
+#[test]
+fn a_leg_joins_a_disk_without_an_open_segment_at_once() {
+    let mut disk = disk();
+    disk.on_message(ToDisk::Legs { members: LegSet::FIRST });
+    join(&mut disk, 1, 5);
+    assert!(has_joined(&run(&mut disk).1));
+}
+
+#[test]
+fn a_joining_leg_is_waited_for_until_it_is_given_up() {
+    let mut disk = disk_with_a_record();
+    join(&mut disk, 1, 5);
+    run(&mut disk);
+    write(&mut disk, 2);
+    let ([a, b], _) = poll(&mut disk);
+    answer(&mut disk, &a, Ok(()));
+    assert_eq!(completed(&mut disk), [], "it may be a member by now");
+    answer(&mut disk, &b, Err(libc::EIO));
+    let (_, said) = poll(&mut disk);
+    assert!(matches!(said[..], [FromDisk::LegFailed { leg: 1, .. }]), "{said:?}");
+    assert_eq!(completed(&mut disk), []);
+    disk.on_message(ToDisk::Legs { members: LegSet::FIRST });
+    assert_eq!(completed(&mut disk), [(2, true)], "the guest sees no error");
+    write(&mut disk, 3);
+    assert_eq!(run(&mut disk).0, 0);
+}
+
+#[test]
+fn a_joining_leg_does_not_save_a_log_whose_last_member_fails() {
+    let mut disk = disk_with_a_record();
+    join(&mut disk, 1, 5);
+    write(&mut disk, 2);
+    let ([a, _], _) = poll(&mut disk);
+    answer(&mut disk, &a, Err(libc::EIO));
+    let (_, said) = poll(&mut disk);
+    assert!(said.iter().any(|said| matches!(said, FromDisk::Failed { .. })), "{said:?}");
+    assert_eq!(completed(&mut disk), [(2, false)]);
+}
+
+#[test]
+fn a_promoted_leg_alone_may_take_over() {
+    let mut disk = disk_with_a_record();
+    join(&mut disk, 1, 5);
+    run(&mut disk);
+    write(&mut disk, 2);
+    let ([a, b], _) = poll(&mut disk);
+    disk.on_message(ToDisk::Legs { members: LegSet::first(2) });
+    assert_eq!(disk.readable_legs(), LegSet::first(2));
+    answer(&mut disk, &a, Err(libc::EIO));
+    disk.on_message(ToDisk::Legs { members: LegSet::NONE.with(1) });
+    assert_eq!(completed(&mut disk), [], "begun on both, and not done on the one that is left");
+    answer(&mut disk, &b, Ok(()));
+    assert_eq!(completed(&mut disk), [(2, true)]);
+}
+
+#[test]
+fn the_late_answer_of_a_leg_that_is_out_is_not_taken_for_its_successors() {
+    let mut disk = disk();
+    write(&mut disk, 1);
+    let ([a, late], _) = poll(&mut disk);
+    disk.on_message(ToDisk::Legs { members: LegSet::FIRST });
+    join(&mut disk, 1, 5);
+    answer(&mut disk, &late, Err(libc::EIO));
+    answer(&mut disk, &a, Ok(()));
+    assert_eq!(completed(&mut disk), [(1, true)], "the new leg owes nothing for it");
+    let (_, said) = run(&mut disk);
+    assert!(has_joined(&said) && !said.iter().any(|s| matches!(s, FromDisk::LegFailed { .. })));
+}

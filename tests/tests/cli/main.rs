@@ -6,6 +6,7 @@
 mod control;
 mod devices;
 mod full_disk;
+mod legs;
 mod lifecycle;
 mod loss;
 mod usage;

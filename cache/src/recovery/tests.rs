@@ -1,14 +1,15 @@
 //! Goal: each case that recovery can meet is judged as documented. Method: segments made up by hand, one case a test. What
 //! real crashes leave is in tests/log_crash.
 
-use super::{AssembleError, Assembler, Found, Recovered, from_summary};
+use super::{AssembleError, Assembler, Found, Recovered, from_summary, scan};
 use crate::disk::plan::SegmentId;
 use crate::format::Geometry;
-use crate::format::record::{Kind, WHOLE, push_descriptor};
+use crate::format::record::{Kind, RecordHeader, WHOLE, push_descriptor};
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::SlotVdi;
 use crate::format::summary::{Summary, blocks_for};
 use crate::index::Found as Entry;
+use blockstore::crc::crc32c;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use uuid::Uuid;
 
@@ -209,4 +210,47 @@ fn a_summary_that_contradicts_itself_is_not_believed() {
     assert!(sealed(11, 11, 4).is_none(), "not the header's first LSN");
     assert!(sealed(10, 10, 3).is_none(), "payload in blocks that are not in use");
     assert!(sealed(10, 10, u32::MAX).is_none(), "more blocks than the segment has");
+}
+
+/// A segment of two records of one block each; the second says that the first is flushed.
+fn two_records() -> (SegmentHeader, Vec<u8>) {
+    let header = SegmentHeader {
+        cache: Uuid::nil(),
+        vdi: Uuid::nil(),
+        log_id: 1,
+        seq: 7,
+        nonce: 3,
+        first_lsn: Lsn(1),
+        segment: SegmentId(0),
+        epoch: 1,
+    };
+    let mut segment = vec![0u8; 16 * BLOCK_SIZE];
+    for (n, flushed) in [(0u16, 0), (1, 1)] {
+        let position = 1 + 2 * n;
+        let mut entries = Vec::new();
+        push_descriptor(&mut entries, Kind::Write, Lba(5), 1, position + 1, (WHOLE, WHOLE));
+        entries.extend(crc32c(&[0; BLOCK_SIZE]).to_le_bytes());
+        let record = RecordHeader {
+            seq: header.seq,
+            first_lsn: Lsn(1 + u64::from(n)),
+            flushed: Lsn(flushed),
+            position,
+            payload_blocks: 1,
+            epoch: header.epoch,
+            entries_len: entries.len() as u16,
+        };
+        let at = usize::from(position) * BLOCK_SIZE;
+        record.encode_into(&mut segment[at..at + BLOCK_SIZE], &entries, header.nonce);
+    }
+    (header, segment)
+}
+
+#[test]
+fn a_bad_record_below_what_a_later_one_says_was_flushed_is_not_the_end() {
+    let (header, mut segment) = two_records();
+    let whole = scan(&segment, &header);
+    assert_eq!((whole.last_lsn, whole.flushed), (Lsn(2), Lsn(1)));
+    segment[2 * BLOCK_SIZE] ^= 1;
+    let cut = scan(&segment, &header);
+    assert_eq!((cut.last_lsn, cut.flushed), (Lsn(0), Lsn(1)), "LSN 1 was flushed, and is bad");
 }

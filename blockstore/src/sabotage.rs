@@ -48,10 +48,20 @@ pub enum Bug {
     IgnoreBlockCrc,
     /// A compare-and-write of unknown outcome is taken to have landed.
     AssumeLanded,
+    /// What one leg of a mirrored cache has written or flushed counts, whatever the other did.
+    OneLegIsEnough,
+    /// A leg that failed is left out, and the other does not note it before it goes on.
+    LegOutUnnoted,
+    /// The leg that was left behind counts, and the other with it.
+    UseStaleLeg,
+    /// The end of the log is not made equal on both legs.
+    SkipTailMend,
+    /// A store that comes later is not compared with the log: it is where the slot says.
+    ColdTrustsSlot,
 }
 
 /// All of them.
-pub const ALL: [Bug; 21] = [
+pub const ALL: [Bug; 26] = [
     Bug::AckBeforeFlush,
     Bug::AckAcrossGap,
     Bug::SummaryBeforeFlush,
@@ -73,6 +83,11 @@ pub const ALL: [Bug; 21] = [
     Bug::ClaimUnwritten,
     Bug::IgnoreBlockCrc,
     Bug::AssumeLanded,
+    Bug::OneLegIsEnough,
+    Bug::LegOutUnnoted,
+    Bug::UseStaleLeg,
+    Bug::SkipTailMend,
+    Bug::ColdTrustsSlot,
 ];
 
 /// Whether this thread has the bug.

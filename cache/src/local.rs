@@ -30,6 +30,7 @@ use crate::link::{DiskSender, ToDisk};
 use blockstore::buf::AlignedBuf;
 use blockstore::device::file::FileDevice;
 use blockstore::device::{Device, DeviceError};
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::BLOCK_SIZE;
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -171,6 +172,9 @@ impl Local {
             }
         }
         let gone = LegSet::NONE.with(leg);
+        if sabotage::on(Bug::LegOutUnnoted) && self.members() != gone {
+            return self.now_members(self.members().minus(gone));
+        }
         if let Err(error) = self.put_out(gone, why).await {
             tracing::error!(%error, "the cache's last leg failed");
             self.now_members(LegSet::NONE);

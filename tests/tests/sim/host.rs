@@ -141,6 +141,11 @@ async fn bring_up_and_use(
     if cold {
         disks = agent.attach_alone().await?;
     }
+    let events = &mut world.report.events;
+    events.cold += u64::from(disks.is_some());
+    events.one_legged += u64::from(
+        world.legs.are_mirrored() && agent.cache.legs().iter().filter(|leg| leg.member).count() < 2,
+    );
     let is_alone = disks.is_some();
     let disks = match disks {
         Some(disks) => disks,
@@ -190,12 +195,13 @@ async fn bring_up_and_use(
         return Ok(if failed { End::LogFailed } else { End::Spent });
     }
     // Workers go on while their disks are drained.
-    let running = join_all(workers.into_iter().map(Worker::run_to_the_end)).map(Ok);
-    let (workers, ()) = tokio::try_join!(running, beside)?;
-    if workers.iter().any(|worker| worker.log_failed) {
+    let running =
+        workers.into_iter().enumerate().map(|(n, worker)| agent.run_to_the_end(n, worker));
+    let (sealed, ()) = tokio::try_join!(join_all(running).map(Ok), beside)?;
+    if sealed.contains(&false) {
         return Ok(End::LogFailed);
     }
-    Ok(agent.stop(workers, last).await)
+    Ok(agent.stop(last).await)
 }
 
 /// A store's disk, with every commit checked on its way.
@@ -295,20 +301,28 @@ impl Agent {
     async fn attach_all(&self, world: &mut World) -> Result<Vec<AttachedDisk>, Refused> {
         let mut disks = Vec::new();
         for (n, blocks) in world.profile.disks.clone().into_iter().enumerate() {
-            let (uuid, bytes) = self.make(n, blocks * BLOCK_SIZE as u64).await?;
+            let (uuid, bytes) = self.make(n, blocks * BLOCK_SIZE as u64, world.made[n]).await?;
             world.made[n] = true;
-            disks.push(self.attach(n, uuid, bytes).await?);
+            let Some(disk) = self.attach(n, uuid, bytes).await? else {
+                // A new disk has to wait for evictions, and so for workers, which do not run yet: the next life.
+                break;
+            };
+            disks.push(disk);
         }
         Ok(disks)
     }
 
     /// Finds a disk, or makes it; with its size.
-    async fn make(&self, n: usize, bytes: u64) -> Result<(Uuid, u64), Refused> {
+    async fn make(&self, n: usize, bytes: u64, is_made: bool) -> Result<(Uuid, u64), Refused> {
         let (store, lenient) = (self.store(), self.may_have_lost);
         loop {
             match store.lookup_vdi(&name(n)).await {
                 Ok(info) => return Ok((info.uuid, info.size_bytes)),
                 Err(error) if error.kind == StoreErrorKind::NotFound => {
+                    if is_made {
+                        assert!(lenient, "disk {n} is gone from the store: {error}");
+                        return Err(Refused(error.to_string()));
+                    }
                     match store.create_vdi(&name(n), bytes).await {
                         Ok(info) => return Ok((info.uuid, info.size_bytes)),
                         Err(error) if error.kind == StoreErrorKind::AlreadyExists => {}
@@ -320,12 +334,18 @@ impl Agent {
         }
     }
 
-    async fn attach(&self, n: usize, uuid: Uuid, size_bytes: u64) -> Result<AttachedDisk, Refused> {
+    async fn attach(
+        &self,
+        n: usize,
+        uuid: Uuid,
+        size_bytes: u64,
+    ) -> Result<Option<AttachedDisk>, Refused> {
         let identity = VdiIdentity { uuid, name: name(n), size_bytes };
         let lenient = self.may_have_lost;
         let log_id = loop {
             match self.cache.reserve(&identity).await {
                 Ok(log_id) => break Uuid::from_u128(log_id),
+                Err(CacheError::NoSegments { .. }) if n > 0 => return Ok(None),
                 Err(error) => again("reserving a log", &error, lenient).await?,
             }
         };
@@ -335,7 +355,6 @@ impl Agent {
                 Err(error) => transient("attaching", &error, lenient).await?,
             }
         };
-        self.vdis.lock().push(Arc::clone(&vdi));
         let model = &self.models[n];
         let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model: Arc::clone(model) });
         let stated = self.stated(self.cache.identity().await.cache, uuid, log_id.as_u128());
@@ -346,8 +365,10 @@ impl Agent {
                     model.grow(attached.disk.size_bytes());
                     model.recovered(attached.disk.staged_lsn().0, stated);
                     model.attached_at(Backing::committed(&*vdi).0);
-                    return Ok(attached);
+                    self.vdis.lock().push(Arc::clone(&vdi));
+                    return Ok(Some(attached));
                 }
+                Err(CacheError::NoSegments { .. }) if n > 0 => return Ok(None),
                 Err(error) => again("recovering a log", &error, lenient).await?,
             }
         }
@@ -373,7 +394,8 @@ impl Agent {
     async fn wind_down(&self, orders: &Orders, last: bool) {
         if last {
             // Guests use up what they have left first.
-            while self.models.iter().any(|model| !model.lock().guest_is_done) {
+            let served = self.vdis.lock().len();
+            while self.models[..served].iter().any(|model| !model.lock().guest_is_done) {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -400,17 +422,24 @@ impl Agent {
         orders.stop.set(true);
     }
 
-    /// Stops in order; in the last life the disks are given up as well.
-    async fn stop(&self, workers: Vec<Worker>, last: bool) -> End {
-        let vdis = self.vdis.lock().clone();
-        for ((worker, vdi), model) in workers.into_iter().zip(&vdis).zip(&self.models) {
-            let Worker { attached, .. } = worker;
-            if self.cache.release(vdi.uuid(), attached).await.is_err() {
-                return End::LogFailed;
-            }
-            let mut model = model.lock();
-            model.flushed = model.last_lsn();
+    /// A disk is served until it is to stop, and its log sealed. False if the log failed.
+    async fn run_to_the_end(&self, n: usize, worker: Worker) -> bool {
+        let Worker { attached, log_failed, .. } = worker.run_to_the_end().await;
+        if log_failed {
+            return false;
         }
+        let uuid = self.vdis.lock()[n].uuid();
+        if self.cache.release(uuid, attached).await.is_err() {
+            return false;
+        }
+        let mut model = self.models[n].lock();
+        model.flushed = model.last_lsn();
+        true
+    }
+
+    /// Stops in order; in the last life the disks are given up as well.
+    async fn stop(&self, last: bool) -> End {
+        let vdis = self.vdis.lock().clone();
         if last {
             for (vdi, model) in vdis.iter().zip(&self.models) {
                 let lsn = Lsn(model.lock().last_lsn());

@@ -55,6 +55,8 @@ pub struct Legs {
     absent: bool,
     /// Damage comes between lives, too.
     rots: bool,
+    /// How often a leg was replaced.
+    pub replaced: u64,
 }
 
 impl Legs {
@@ -66,6 +68,7 @@ impl Legs {
             condition: Arc::default(),
             absent: false,
             rots,
+            replaced: 0,
         }
     }
 
@@ -174,6 +177,7 @@ impl Legs {
         })
         .await;
         self.sims[self.victim] = new;
+        self.replaced += 1;
         // Until it is whole, the other is needed.
         self.condition.gone.store(false, Ordering::Relaxed);
         self.condition.harmed.store(copied.is_none(), Ordering::Relaxed);
@@ -205,7 +209,9 @@ impl Legs {
                 Ok(local) => return Ok(local),
                 Err(CacheError::LegMissing { .. }) if self.are_mirrored() => {
                     let ails = self.absent || self.is_gone() || self.is_harmed();
-                    assert!(ails || self.victim_sim().is_faulty(), "both legs are there");
+                    let dies = || self.sims.iter().any(SimDevice::is_dead);
+                    let faulty = self.victim_sim().is_faulty();
+                    assert!(ails || faulty || dies(), "both legs are there");
                     // The operator's word.
                     degraded = rng.random();
                 }

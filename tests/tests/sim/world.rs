@@ -33,6 +33,24 @@ pub struct Report {
     pub requests: u64,
     pub lives: u32,
     pub simulated_ms: u64,
+    /// Seeds with two legs, and what happened to them.
+    pub events: Events,
+}
+
+/// How often something happened that only some seeds have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Events {
+    /// Seeds on two legs.
+    pub mirrored: u64,
+    /// Lives that began with a leg put out or not there.
+    pub one_legged: u64,
+    /// Legs replaced.
+    pub replaced: u64,
+    /// Lives that began without the store.
+    pub cold: u64,
+    /// Seeds with damage of which there was no second copy, and those that ended with a refusal.
+    pub damaged: u64,
+    pub refused: u64,
 }
 
 /// See the module.
@@ -68,10 +86,15 @@ pub fn run(seed: u64, requests: u64) -> Report {
         let end = world.live(last);
         world.check_store();
         if end == End::Refused {
+            world.report.events.refused += 1;
             // What is lost is lost, and somebody knows.
             break;
         }
     }
+    let events = &mut world.report.events;
+    events.mirrored = u64::from(world.legs.are_mirrored());
+    events.replaced = world.legs.replaced;
+    events.damaged = u64::from(world.legs.may_have_lost() || world.store_harmed);
     world.report.hash = world.trace.hash();
     world.report.requests = world.requests.load(Ordering::Relaxed);
     world.report

@@ -37,7 +37,6 @@ fn superblock() -> Superblock {
         features_incompatible: 0,
         features_compatible: 0,
         created_ms: 1,
-        committed_ms: 2, last_log: None,
         // Room for any number of extents: what limits them is the table.
         device_size: 1 << 60,
         geometry: Geometry::plan(65 << 20, 1 << 20).expect("fits"),
@@ -63,7 +62,8 @@ fn vdi() -> VdiHead {
         snapshot_log: Pointer::SPARSE,
         meta: pointer(301),
         created_ms: 0x88,
-        committed_ms: 0x99, last_log: None,
+        committed_ms: 0x99,
+        last_log: None,
     }
 }
 

@@ -89,6 +89,16 @@ pub enum CacheError {
     /// Unacknowledged features.
     #[error("cache {path}: {what}")]
     Unsupported { path: PathBuf, what: String },
+    /// A leg was lost, or rotted, between two looks at a log.
+    #[error(
+        "{path}: segment {segment} cannot be read a second time as it was the first; try again, nothing was changed"
+    )]
+    LogChanged {
+        /// The cache device.
+        path: PathBuf,
+        /// Which one.
+        segment: u32,
+    },
     /// All VDI slots are taken.
     #[error("the cache has room for {slots} attached disks and all are taken; detach one first")]
     NoSlot { slots: u32 },

@@ -3,6 +3,7 @@
 
 use crate::disk::{AttachedDisk, Disk, Identity, Progress, Start};
 use crate::error::CacheError;
+use crate::format::legs::LEGS_MAX;
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::{SlotVdi, VdiSlot};
 use crate::image::ImagePool;
@@ -57,7 +58,7 @@ impl Ground {
         progress: Arc<Progress>,
     ) -> Result<OpenLog, CacheError> {
         let started = Instant::now();
-        let recovered = recovery::recover(&self.local, &record, record.committed, headers).await?;
+        let recovered = self.recover(&record, headers).await?;
         // Everything that can fail for want of resources comes before anything is changed.
         let link = link::pair().map_err(|source| CacheError::Local {
             path: self.local.path.clone(),
@@ -73,11 +74,7 @@ impl Ground {
             ..record
         };
         let slot = slot.next(Some(record.clone()));
-        let settled = match recovery::settle(&self.local, &recovered).await {
-            Ok(()) => self.local.write_slot(&slot).await,
-            Err(error) => Err(error),
-        };
-        if let Err(error) = settled {
+        if let Err(error) = self.local.write_slot(&slot).await {
             // Nothing was appended: the next attempt recovers to the same end.
             for grant in grants {
                 self.pool.release(grant.id, false);
@@ -99,6 +96,25 @@ impl Ground {
         let disk = Disk::on_legs(self.start(&record, recovered, grants, progress), members);
         let disk = AttachedDisk { disk, link, legs };
         Ok(OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn })
+    }
+
+    /// Reads the log and makes all legs agree on it. A leg that is lost between the two takes along what only it had: the
+    /// log is then read again, from those that are left, at most as often as there are legs.
+    async fn recover(
+        &self,
+        record: &SlotVdi,
+        headers: &[SegmentHeader],
+    ) -> Result<Recovered, CacheError> {
+        let mut attempts_left = LEGS_MAX;
+        loop {
+            let recovered =
+                recovery::recover(&self.local, record, record.committed, headers).await?;
+            match recovery::settle(&self.local, &recovered).await {
+                Ok(()) => return Ok(recovered),
+                Err(CacheError::LogChanged { .. }) if attempts_left > 0 => attempts_left -= 1,
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     fn start(

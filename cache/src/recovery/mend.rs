@@ -120,13 +120,7 @@ async fn mend_records(
 
 /// A leg was lost, or rotted, between reading the log and settling it.
 fn changed(local: &Local, live: &Live) -> CacheError {
-    CacheError::Unsupported {
-        path: local.path.clone(),
-        what: format!(
-            "segment {} cannot be read a second time as it was the first; try again, nothing was changed",
-            live.id.0
-        ),
-    }
+    CacheError::LogChanged { path: local.path.clone(), segment: live.id.0 }
 }
 
 /// Reads the blocks in use of a sealed segment with these entries. A payload block that does not match its checksum is

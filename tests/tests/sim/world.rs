@@ -80,7 +80,12 @@ pub struct World {
 
 /// Runs a seed with so many guest requests. Panics when a promise is broken.
 pub fn run(seed: u64, requests: u64) -> Report {
-    let mut world = World::new(seed, requests);
+    run_as(seed, requests, &|_| {})
+}
+
+/// As [`run`], with something about the seed's profile decided beforehand.
+pub fn run_as(seed: u64, requests: u64, decide: &dyn Fn(&mut Profile)) -> Report {
+    let mut world = World::new(seed, requests, decide);
     for life in 0..=world.profile.lives {
         let last = life == world.profile.lives;
         let end = world.live(last);
@@ -101,9 +106,10 @@ pub fn run(seed: u64, requests: u64) -> Report {
 }
 
 impl World {
-    fn new(seed: u64, requests: u64) -> Self {
+    fn new(seed: u64, requests: u64, decide: &dyn Fn(&mut Profile)) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let profile = Profile::draw(&mut rng);
+        let mut profile = Profile::draw(&mut rng);
+        decide(&mut profile);
         let legs = Legs::new(profile.legs, CACHE_BYTES, profile.rots, &mut rng);
         let logical_block = if rng.random_bool(0.8) { 512 } else { 4096 };
         let options = SimOptions {

@@ -17,9 +17,18 @@ const REQUESTS: u64 = 6_000;
 /// Where a bug can show: what a twin makes good shows on a single leg only, and half of the seeds have two.
 fn where_it_shows(bug: Bug) -> impl Fn(&mut Profile) {
     move |profile| {
-        if matches!(bug, Bug::KeepDeadRecords | Bug::ErrorEndsLog) {
-            profile.legs = 1;
-            profile.local_fails = true;
+        match bug {
+            Bug::KeepDeadRecords | Bug::ErrorEndsLog => {
+                profile.legs = 1;
+                profile.local_fails = true;
+            }
+            // A fill that a write overtakes wants reads from the store, beside writes to the same blocks.
+            Bug::StaleFill => {
+                profile.legs = 1;
+                profile.habits.mix = [40, 2, 2];
+                profile.disks = vec![400; 3];
+            }
+            _ => {}
         }
     }
 }

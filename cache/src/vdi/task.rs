@@ -38,8 +38,10 @@ const TICKS_PER_MARKER: u32 = 4;
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
 /// A commit that takes longer means that the store is away, or as good as that.
 const STORE_SLOW_AFTER: Duration = Duration::from_secs(2);
-/// After a commit failed for good, how long until it is tried again.
+/// After a commit failed for good, how long until it is tried again; twice as long after each further failure, since each
+/// attempt may read the whole batch from the local device.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(30);
 
 /// What the cache asks of the task.
 #[derive(Debug)]
@@ -118,6 +120,7 @@ pub(crate) struct VdiTask {
     /// The batch after the one under way.
     drafting: Option<Drafting>,
     not_before: Instant,
+    retry_after: Duration,
     /// First record of the open segment.
     open_since: Option<Instant>,
     roll_under_way: Option<u64>,
@@ -153,6 +156,7 @@ impl VdiTask {
             commit: None,
             drafting: None,
             not_before: Instant::now(),
+            retry_after: RETRY_AFTER,
             open_since: None,
             roll_under_way: None,
             next_roll: 1,
@@ -598,6 +602,7 @@ impl VdiTask {
             Err(error) => return self.commit_failed(&error),
         };
         self.failure = None;
+        self.retry_after = RETRY_AFTER;
         let before = self.p.segments.dirty_count(self.p.record.committed);
         self.p.record.committed = lsn;
         let after = self.p.segments.dirty_count(lsn);
@@ -627,7 +632,8 @@ impl VdiTask {
         self.note_error(&why);
         self.failure = Some(why);
         // The log stays as it is; what was transient after all gets another chance.
-        self.not_before = Instant::now() + RETRY_AFTER;
+        self.not_before = Instant::now() + self.retry_after;
+        self.retry_after = (self.retry_after * 2).min(RETRY_AFTER_MAX);
     }
 
     /// Writes the slot, so that what was committed may turn clean.

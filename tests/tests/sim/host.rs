@@ -61,11 +61,12 @@ pub async fn live(world: &mut World, last: bool) -> End {
             san.crash_after(few(&mut world.rng, 1000));
         }
     }
-    // What is possible at all is possible between two outages.
-    let limit = PATIENCE + Duration::from_millis(world.profile.outage_ms) * 20;
+    let (mirrored, may_have_lost) = (world.legs.are_mirrored(), world.may_have_lost());
+    // What is possible at all is possible between two outages; after damage beyond repair it may not be possible at all.
+    let outages = if may_have_lost { 0 } else { 20 };
+    let limit = PATIENCE + Duration::from_millis(world.profile.outage_ms) * outages;
     let (cache, paces) = (Arc::clone(&world.cache), world.legs.paces.clone());
     paces.iter().for_each(|pace| pace.broken.store(false, Ordering::Relaxed));
-    let (mirrored, may_have_lost) = (world.legs.are_mirrored(), world.may_have_lost());
     tokio::select! {
         biased;
         _ = futures_util::future::select_all(legs.iter().map(|leg| leg.died().boxed_local())) => End::Died,

@@ -144,12 +144,13 @@ impl Legs {
         good.is_some_and(|good| !good.membership.members.contains(self.victim as u8))
     }
 
-    /// Nobody lives: a lost leg may be replaced, the other may become the victim, copies may rot.
-    pub async fn between_lives(&mut self, rng: &mut SmallRng) {
+    /// Nobody lives: a lost leg may be replaced, the other may become the victim, copies may rot. True if power failed.
+    pub async fn between_lives(&mut self, rng: &mut SmallRng) -> bool {
         self.absent = false;
+        let mut power_lost = false;
         if self.are_mirrored() {
             if self.victim_is_out() && rng.random_bool(0.4) {
-                self.replace(rng).await;
+                power_lost = !self.replace(rng).await;
             }
             if !self.is_harmed() && !self.is_gone() && !self.victim_is_out() {
                 self.victim = rng.random_range(0..2);
@@ -162,11 +163,12 @@ impl Legs {
             }
         }
         self.connect();
+        power_lost
     }
 
-    /// As `ballast cache replace` does it, which may be cut short by a loss of power.
-    async fn replace(&mut self, rng: &mut SmallRng) {
-        let Some(good) = self.good() else { return };
+    /// As `ballast cache replace` does it. False if it was cut short by a loss of power.
+    async fn replace(&mut self, rng: &mut SmallRng) -> bool {
+        let Some(good) = self.good() else { return true };
         let new = SimDevice::new(self.sims[good].connect().capacity(), rng.random());
         let good = self.sims[good].connect();
         let cut_short = rng.random_bool(0.2).then(|| rng.random_range(1..400));
@@ -184,6 +186,7 @@ impl Legs {
         if copied.is_none() {
             self.die(true);
         }
+        copied.is_some()
     }
 
     /// Opens the cache as an agent does at its start. `devices` are the ways to the legs, by their numbers.
@@ -207,11 +210,14 @@ impl Legs {
             }
             match Local::on_devices(named, degraded).await {
                 Ok(local) => return Ok(local),
+                // Nobody hears of it.
+                Err(_) if self.sims.iter().any(SimDevice::is_dead) => {
+                    std::future::pending::<()>().await
+                }
                 Err(CacheError::LegMissing { .. }) if self.are_mirrored() => {
                     let ails = self.absent || self.is_gone() || self.is_harmed();
-                    let dies = || self.sims.iter().any(SimDevice::is_dead);
                     let faulty = self.victim_sim().is_faulty();
-                    assert!(ails || faulty || dies(), "both legs are there");
+                    assert!(ails || faulty, "both legs are there");
                     // The operator's word.
                     degraded = rng.random();
                 }

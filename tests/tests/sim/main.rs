@@ -41,13 +41,6 @@ const REGRESSIONS: &[(u64, u64)] = &[
     (3109, 10_000),
 ];
 
-/// Seeds that find something that is NOT fixed yet (docs/ROADMAP.md, known gaps): an ordinary run says so and leaves them
-/// out; named by SIM_FIRST_SEED, they run.
-const OPEN: &[u64] = &[
-    // A life on one leg, the store answering: a disk's worker waits for ever while the log's other disks come up.
-    279,
-];
-
 fn variable(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |value| value.parse().expect("a number"))
 }
@@ -136,12 +129,7 @@ fn command(seed: u64, requests: u64) -> String {
 fn promises_hold_under_every_fault() {
     let first = variable("SIM_FIRST_SEED", 1);
     let (count, requests) = (variable("SIM_SEEDS", SEEDS), variable("SIM_REQUESTS", REQUESTS));
-    let (left_out, seeds): (Vec<u64>, Vec<u64>) =
-        (first..first + count).partition(|seed| *seed != first && OPEN.contains(seed));
-    if !left_out.is_empty() {
-        eprintln!("left out, because they find what is not fixed yet: seeds {left_out:?}");
-    }
-    let failed = run_all(seeds.into_iter().map(|seed| (seed, requests)));
+    let failed = run_all((first..first + count).map(|seed| (seed, requests)));
     assert!(failed.is_empty(), "{} of {count} seeds failed, see above", failed.len());
 }
 

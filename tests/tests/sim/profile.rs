@@ -35,14 +35,43 @@ pub struct Profile {
     pub grows: bool,
 }
 
+/// What guests do most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    Mixed,
+    /// They zero most of what they write.
+    Zeroes,
+    /// They read much that the log does not hold, beside writes to the same blocks.
+    Reads,
+}
+
+impl Manner {
+    fn draw(rng: &mut SmallRng) -> Self {
+        match rng.random_range(0..20) {
+            0..3 => Self::Zeroes,
+            3..7 => Self::Reads,
+            _ => Self::Mixed,
+        }
+    }
+}
+
 impl Profile {
     pub fn draw(rng: &mut SmallRng) -> Self {
-        let disks = (0..rng.random_range(1..=3)).map(|_| rng.random_range(32..=400)).collect();
-        // Some guests zero most of what they write.
-        let zeroes_much = rng.random_bool(0.15);
-        let reads = rng.random_range(5..if zeroes_much { 40 } else { 60 });
-        let zeros = if zeroes_much { rng.random_range(15..40) } else { rng.random_range(0..10) };
-        let flushes = rng.random_range(1..20);
+        let manner = Manner::draw(rng);
+        let smallest = if manner == Manner::Reads { 300 } else { 32 };
+        let disks =
+            (0..rng.random_range(1..=3)).map(|_| rng.random_range(smallest..=400)).collect();
+        let reads = match manner {
+            Manner::Mixed => rng.random_range(5..60),
+            Manner::Zeroes => rng.random_range(5..40),
+            Manner::Reads => rng.random_range(50..70),
+        };
+        let zeros = match manner {
+            Manner::Mixed => rng.random_range(0..10),
+            Manner::Zeroes => rng.random_range(15..40),
+            Manner::Reads => 2,
+        };
+        let flushes = rng.random_range(1..if manner == Manner::Reads { 4 } else { 20 });
         let habits = Habits {
             think_ms: rng.random_range(0..60),
             burst: rng.random_range(1..12),
@@ -72,7 +101,7 @@ impl Profile {
             1..6 => 600_000,
             _ => 20_000,
         };
-        let legs = rng.random_range(1..=2);
+        let legs = if rng.random_bool(0.4) { 2 } else { 1 };
         Self {
             disks,
             habits,
@@ -81,7 +110,7 @@ impl Profile {
             lives: rng.random_range(2..12),
             outage_ms,
             san,
-            local_fails: rng.random_bool(if legs > 1 { 0.6 } else { 0.2 }),
+            local_fails: rng.random_bool(if legs > 1 { 0.6 } else { 0.4 }),
             legs,
             rots: rng.random_bool(if legs > 1 { 0.4 } else { 0.15 }),
             store_rots: rng.random_bool(0.04),

@@ -3,7 +3,6 @@
 //!
 //! `SIM_BUG=Name` tries one of them.
 
-use crate::profile::Profile;
 use crate::{variable, words_of, world};
 use blockstore::sabotage::{ALL, Bug, set};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,32 +13,12 @@ const SEEDS_MAX: u64 = 100;
 /// Requests per seed.
 const REQUESTS: u64 = 6_000;
 
-/// Where a bug can show: what a twin makes good shows on a single leg only, and half of the seeds have two.
-fn where_it_shows(bug: Bug) -> impl Fn(&mut Profile) {
-    move |profile| {
-        match bug {
-            Bug::KeepDeadRecords | Bug::ErrorEndsLog => {
-                profile.legs = 1;
-                profile.local_fails = true;
-            }
-            // A fill that a write overtakes wants reads from the store, beside writes to the same blocks.
-            Bug::StaleFill => {
-                profile.legs = 1;
-                profile.habits.mix = [40, 2, 2];
-                profile.disks = vec![400; 3];
-            }
-            _ => {}
-        }
-    }
-}
-
 /// The first seed that finds the bug, with what it says. It must be clean without the bug.
 fn hunt(bug: Bug) -> Option<(u64, String)> {
     let requests = variable("SIM_REQUESTS", REQUESTS);
-    let decide = where_it_shows(bug);
     let run = |seed: u64, bug: Option<Bug>| {
         set(bug);
-        let outcome = catch_unwind(AssertUnwindSafe(|| world::run_as(seed, requests, &decide)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| world::run(seed, requests)));
         set(None);
         outcome.err().map(|panic| words_of(&*panic))
     };

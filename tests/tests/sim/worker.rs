@@ -199,7 +199,7 @@ impl Worker {
             self.idle =
                 if progress { Duration::from_millis(1) } else { (self.idle * 2).min(IDLE_MAX) };
             let until_burst = self.next_burst.saturating_duration_since(Instant::now());
-            let guest_waits = self.wants() && self.open.len() + self.reads.len() < DEPTH;
+            let guest_waits = self.wants() && self.under_way() < DEPTH;
             let pause = if guest_waits { self.idle.min(until_burst) } else { self.idle };
             tokio::select! {
                 biased;
@@ -223,8 +223,13 @@ impl Worker {
         !self.verify.is_empty() || (self.budget > 0 && !self.orders.wind_down.get())
     }
 
+    /// Requests of the guest without an answer.
+    fn under_way(&self) -> usize {
+        self.open.len() + self.reads.len() + self.stalled.len()
+    }
+
     fn is_answered(&self) -> bool {
-        self.open.is_empty() && self.reads.is_empty() && self.stalled.is_empty()
+        self.under_way() == 0
     }
 
     fn is_over(&mut self) -> bool {
@@ -294,7 +299,7 @@ impl Worker {
         }
         let mut any = false;
         for _ in 0..self.rng.random_range(1..=self.habits.burst) {
-            if !self.wants() || self.open.len() + self.reads.len() + self.stalled.len() >= DEPTH {
+            if !self.wants() || self.under_way() >= DEPTH {
                 break;
             }
             any = true;

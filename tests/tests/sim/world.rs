@@ -80,12 +80,7 @@ pub struct World {
 
 /// Runs a seed with so many guest requests. Panics when a promise is broken.
 pub fn run(seed: u64, requests: u64) -> Report {
-    run_as(seed, requests, &|_| {})
-}
-
-/// As [`run`], with something about the seed's profile decided beforehand.
-pub fn run_as(seed: u64, requests: u64, decide: &dyn Fn(&mut Profile)) -> Report {
-    let mut world = World::new(seed, requests, decide);
+    let mut world = World::new(seed, requests);
     for life in 0..=world.profile.lives {
         let last = life == world.profile.lives;
         let end = world.live(last);
@@ -106,10 +101,9 @@ pub fn run_as(seed: u64, requests: u64, decide: &dyn Fn(&mut Profile)) -> Report
 }
 
 impl World {
-    fn new(seed: u64, requests: u64, decide: &dyn Fn(&mut Profile)) -> Self {
+    fn new(seed: u64, requests: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let mut profile = Profile::draw(&mut rng);
-        decide(&mut profile);
+        let profile = Profile::draw(&mut rng);
         let legs = Legs::new(profile.legs, CACHE_BYTES, profile.rots, &mut rng);
         let logical_block = if rng.random_bool(0.8) { 512 } else { 4096 };
         let options = SimOptions {
@@ -145,7 +139,9 @@ impl World {
 
     /// One life of the agent, and how it ends.
     fn live(&mut self, last: bool) -> End {
-        runtime().block_on(self.legs.between_lives(&mut self.rng));
+        if runtime().block_on(self.legs.between_lives(&mut self.rng)) {
+            self.note_power_loss();
+        }
         self.san = self.san.connect();
         if self.profile.store_rots && self.rng.random_bool(0.3) {
             self.store_harmed = true;
@@ -184,10 +180,15 @@ impl World {
         let power = (how >= 3 || end == End::LogFailed) && end != End::Orderly;
         self.trace.note([0xdead, end as u64, u64::from(power), how]);
         self.legs.die(power);
-        for model in self.models.iter().filter(|_| power) {
-            model.lock().power_lost = true;
+        if power {
+            self.note_power_loss();
         }
         if power && how == 5 { self.san.crash() } else { self.san.kill_host() }
+    }
+
+    /// What was acknowledged and not flushed may be gone.
+    fn note_power_loss(&self) {
+        self.models.iter().for_each(|model| model.lock().power_lost = true);
     }
 
     /// Were everything but the store lost now: each disk's image is the disk as of one LSN (P2), and the store is sound.

@@ -38,10 +38,10 @@ const TICKS_PER_MARKER: u32 = 4;
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
 /// A commit that takes longer means that the store is away, or as good as that.
 const STORE_SLOW_AFTER: Duration = Duration::from_secs(2);
-/// After a commit failed for good, how long until it is tried again; twice as long after each further failure, since each
-/// attempt may read the whole batch from the local device.
+/// After a commit failed for good, how long until it is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(30);
+/// What the local device refused is tried again after twice as long each time, up to this: each attempt reads the batch anew.
+const RETRY_LOCAL_AFTER_MAX: Duration = Duration::from_secs(60);
 
 /// What the cache asks of the task.
 #[derive(Debug)]
@@ -633,7 +633,12 @@ impl VdiTask {
         self.failure = Some(why);
         // The log stays as it is; what was transient after all gets another chance.
         self.not_before = Instant::now() + self.retry_after;
-        self.retry_after = (self.retry_after * 2).min(RETRY_AFTER_MAX);
+        self.retry_after = match error {
+            FlushError::Backing(_) => RETRY_AFTER,
+            FlushError::Local(_) | FlushError::Batch(_) => {
+                (self.retry_after * 2).min(RETRY_LOCAL_AFTER_MAX)
+            }
+        };
     }
 
     /// Writes the slot, so that what was committed may turn clean.

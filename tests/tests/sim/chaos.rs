@@ -56,9 +56,9 @@ impl Chaos {
             _ if !fails => Trouble::None,
             0..5 if !mirrored => Trouble::Breaks,
             _ if !mirrored => Trouble::Reads,
-            0 | 1 => Trouble::Reads,
-            2 | 3 => Trouble::Writes,
-            4 | 5 => Trouble::Breaks,
+            0 => Trouble::Reads,
+            1 | 2 => Trouble::Writes,
+            3 => Trouble::Breaks,
             9 if profile.rots => Trouble::Astray,
             _ => Trouble::Lost,
         };
@@ -116,7 +116,7 @@ impl Chaos {
             self.heal();
             let peace = if self.rng.random_bool(0.5) { 3_000 } else { 300 };
             self.sleep(peace).await;
-            if self.rng.random_bool(0.3) {
+            if self.rng.random_bool(if self.mirrored { 0.5 } else { 0.3 }) {
                 self.trouble();
             }
             if self.profile.rots && self.mirrored && self.rng.random_bool(0.2) {
@@ -159,7 +159,7 @@ impl Chaos {
             }
             Trouble::Lost => {
                 // For good, or till the next start.
-                let gone = self.rng.random();
+                let gone = self.rng.random_bool(0.3);
                 self.condition.gone.fetch_or(gone, Ordering::Relaxed);
                 self.leg.set_rates(GONE);
             }

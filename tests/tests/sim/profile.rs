@@ -101,7 +101,7 @@ impl Profile {
             1..6 => 600_000,
             _ => 20_000,
         };
-        let legs = if rng.random_bool(0.4) { 2 } else { 1 };
+        let legs = rng.random_range(1..=2);
         Self {
             disks,
             habits,
@@ -110,7 +110,7 @@ impl Profile {
             lives: rng.random_range(2..12),
             outage_ms,
             san,
-            local_fails: rng.random_bool(if legs > 1 { 0.6 } else { 0.4 }),
+            local_fails: rng.random_bool(if legs > 1 { 0.8 } else { 0.4 }),
             legs,
             rots: rng.random_bool(if legs > 1 { 0.4 } else { 0.15 }),
             store_rots: rng.random_bool(0.04),

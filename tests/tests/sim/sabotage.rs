@@ -11,7 +11,7 @@ use std::sync::Mutex;
 /// Seeds within which a bug must be found.
 const SEEDS_MAX: u64 = 100;
 /// Requests per seed.
-const REQUESTS: u64 = 6_000;
+const REQUESTS: u64 = 10_000;
 
 /// The first seed that finds the bug, with what it says. It must be clean without the bug.
 fn hunt(bug: Bug) -> Option<(u64, String)> {

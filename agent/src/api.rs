@@ -73,6 +73,9 @@ pub struct VdiInfo {
     pub last_lsn: u64,
     /// Everything up to here is durable in the local log.
     pub flushed_lsn: u64,
+    /// The cache has failed: writes are committed to the store before they are acknowledged.
+    #[serde(default)]
+    pub write_through: bool,
     /// Bytes in the local log that the store does not have yet.
     pub dirty_bytes: u64,
     /// Age of the oldest of them.

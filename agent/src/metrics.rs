@@ -106,6 +106,11 @@ fn of_disks(registry: &mut Registry, vdis: &[VdiInfo]) {
     gauge("vdi_up", "The disk is served", &|v| Some(flag(v.vdi.state == VdiState::Running)));
     gauge("vdi_connected", "A virtual machine uses it", &|v| Some(flag(v.front_end_connected)));
     gauge("vdi_size_bytes", "What the guest sees", &|v| Some(v.vdi.size as f64));
+    gauge(
+        "vdi_write_through",
+        "1 while the cache has failed and writes go to the store first",
+        &|v| Some(f64::from(u8::from(v.write_through))),
+    );
     gauge("vdi_dirty_bytes", "Bytes of log not in the store", &|v| Some(v.dirty_bytes as f64));
     gauge("vdi_oldest_dirty_seconds", "Age of the oldest of them", &|v| {
         Some(v.oldest_dirty_ms.map_or(0.0, seconds))
@@ -209,6 +214,7 @@ mod tests {
             vdi,
             last_lsn: 7,
             flushed_lsn: 7,
+            write_through: true,
             dirty_bytes: 4096,
             oldest_dirty_ms: Some(2500),
             last_error: None,

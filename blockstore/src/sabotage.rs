@@ -58,10 +58,12 @@ pub enum Bug {
     SkipTailMend,
     /// A store that comes later is not compared with the log: it is where the slot says.
     ColdTrustsSlot,
+    /// With no leg left, disks go on and nobody notes that their logs may be behind.
+    LogBehindUnnoted,
 }
 
 /// All of them.
-pub const ALL: [Bug; 26] = [
+pub const ALL: [Bug; 27] = [
     Bug::AckBeforeFlush,
     Bug::AckAcrossGap,
     Bug::SummaryBeforeFlush,
@@ -88,6 +90,7 @@ pub const ALL: [Bug; 26] = [
     Bug::UseStaleLeg,
     Bug::SkipTailMend,
     Bug::ColdTrustsSlot,
+    Bug::LogBehindUnnoted,
 ];
 
 /// Whether this thread has the bug.

@@ -20,6 +20,7 @@ use crate::local::{LegState, Local, Mode};
 use crate::log_open::Ground;
 use crate::pool::Pool;
 use crate::vdi::{VdiHandle, VdiStatus};
+use crate::witness::{Witness, WitnessSeat};
 use blockstore::WhenOffline;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lsn};
@@ -67,7 +68,7 @@ pub struct AttachedRecord {
     pub log_id: u128,
     /// Bytes.
     pub size_bytes: u64,
-    /// It was served before: it can be attached from the local device alone.
+    /// It was served before, and is not behind the store: it can be attached from the local device alone.
     pub was_served: bool,
 }
 
@@ -142,6 +143,11 @@ impl Cache {
         Self::on_local(options, local).await
     }
 
+    /// Who remembers logs that were left behind. To be said once, before any disk is attached.
+    pub fn set_witness(&self, witness: Arc<dyn Witness>) {
+        self.ground.witness.take(witness);
+    }
+
     /// The devices that the cache is written to together, and what became of each.
     #[must_use]
     pub fn legs(&self) -> Vec<LegState> {
@@ -168,7 +174,13 @@ impl Cache {
             pool.quarantine(owner, owner);
         }
         Ok(Arc::new(Self {
-            ground: Ground { local, pool, images, logs_opening: Arc::default() },
+            ground: Ground {
+                local,
+                pool,
+                images,
+                logs_opening: Arc::default(),
+                witness: WitnessSeat::default(),
+            },
             images_held: Arc::default(),
             options,
             inner: tokio::sync::Mutex::new(Inner { slots, found }),
@@ -213,7 +225,7 @@ impl Cache {
             name: vdi.name.clone(),
             log_id: vdi.log_id,
             size_bytes: vdi.size_bytes,
-            was_served: vdi.epoch > 0,
+            was_served: vdi.epoch > 0 && matches!(self.ground.left_behind(vdi), Ok(None)),
         })
         .collect()
     }
@@ -245,6 +257,7 @@ impl Cache {
             epoch: 0,
             first_lsn: Lsn(1),
             policy: DiskPolicy::default(),
+            left_behind: None,
         }));
         self.ground.local.write_slot(&next).await?;
         *slot = next;

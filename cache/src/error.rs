@@ -138,7 +138,7 @@ pub enum CacheError {
     LogIsOlder { name: String, vdi: Uuid, store: Lsn, log: Lsn },
     /// Its attach was cut off before it was served.
     #[error(
-        "VDI {name} ({vdi}) was never served from this cache: the store may not know its log, so it waits for the store"
+        "VDI {name} ({vdi}) was never served from this cache, or its log was left behind in write-through: it waits for the store"
     )]
     NeverServed { name: String, vdi: Uuid },
     /// The log could not be committed.

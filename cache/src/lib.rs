@@ -32,6 +32,7 @@ pub mod pool;
 pub mod recovery;
 pub mod release;
 mod vdi;
+mod witness;
 
 pub use cache::replacing::{Replacement, ReplacementState};
 pub use cache::{
@@ -40,5 +41,7 @@ pub use cache::{
 };
 pub use check::{CheckReport, VdiReport, check};
 pub use error::CacheError;
+pub use format::slot::LeftBehind;
 pub use local::LegState;
 pub use vdi::{Phase, VdiStatus};
+pub use witness::Witness;

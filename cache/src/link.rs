@@ -41,6 +41,11 @@ pub enum ToDisk {
     /// A leg is being filled that is to become a member: from now on it is written like one, and never read. Answered with
     /// [`FromDisk::LegJoined`]. The driver must use `file` for it.
     LegJoins { leg: u8, id: u64, file: Arc<File> },
+    /// The store has everything up to `lsn`, which is all that was staged when the last leg failed: from now on it takes the
+    /// legs' place.
+    WriteThrough { lsn: Lsn },
+    /// Not everything that was acknowledged reaches the store: the log has failed.
+    GiveUp { reason: String },
     /// Sent about once a second: write down how far the log is flushed, if no later record says so (rule L4).
     Tick,
 }
@@ -70,8 +75,11 @@ pub const WORKER_PANICKED: &str = "the worker panicked";
 /// From the worker to the asynchronous side.
 #[derive(Debug)]
 pub enum FromDisk {
-    /// Read blocks of the committed image.
+    /// Read blocks of the committed image. Sent by `AttachedDisk::ask`.
     Fetch { id: u64, lba: Lba, blocks: u32 },
+    /// A block that the store does not have cannot be read from any leg. Answered with [`ToDisk::Fetched`]: with an error, or,
+    /// if no leg takes writes either, from the store once that has everything.
+    Unreadable { id: u64, lba: Lba },
     /// The disk will soon need another segment.
     WantSegment,
     /// The first record went into a segment: from now on the disk has something to commit.
@@ -92,6 +100,9 @@ pub enum FromDisk {
     /// Answer to [`ToDisk::LegJoins`]: every segment of which something was written without the leg is sealed, and was told
     /// of with [`FromDisk::Sealed`] before.
     LegJoined { id: u64 },
+    /// The last leg failed. `tail` is what was staged and not sealed, in memory, and `flushed` the LSN up to which the log
+    /// was durable; nothing goes on before [`ToDisk::WriteThrough`] or [`ToDisk::GiveUp`] answers.
+    NoLegLeft { reason: String, tail: Vec<SealedSegment>, flushed: Lsn },
     /// The log can no longer be written; the disk refuses writes.
     Failed { reason: String },
 }

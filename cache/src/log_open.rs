@@ -5,13 +5,14 @@ use crate::disk::{AttachedDisk, Disk, Identity, Progress, Start};
 use crate::error::CacheError;
 use crate::format::legs::LEGS_MAX;
 use crate::format::segment::SegmentHeader;
-use crate::format::slot::{SlotVdi, VdiSlot};
+use crate::format::slot::{LeftBehind, SlotVdi, VdiSlot};
 use crate::image::ImagePool;
 use crate::link::{self, DiskSender, FromDisk, Grant};
 use crate::local::Local;
 use crate::pool::Pool;
 use crate::recovery::{self, Live, Recovered};
 use crate::vdi::{Segment, Segments};
+use crate::witness::WitnessSeat;
 use blockstore::types::Lsn;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub(crate) struct Ground {
     /// Held by whoever opens a log, until its disk is known to the cache; alone, by whoever changes which legs are written
     /// by adding one.
     pub logs_opening: Arc<tokio::sync::RwLock<()>>,
+    /// Who remembers that a log was left behind.
+    pub witness: WitnessSeat,
 }
 
 /// A log that is open.
@@ -48,6 +51,55 @@ pub(crate) struct OpenLog {
 }
 
 impl Ground {
+    /// Whether write-through left this log behind, by its slot or by the witness.
+    pub fn left_behind(&self, record: &SlotVdi) -> Result<Option<LeftBehind>, CacheError> {
+        let found = self.witness.find(record.log_id).map_err(|source| CacheError::Local {
+            path: self.local.path.clone(),
+            what: "finding out whether a log was left behind in write-through",
+            source,
+        })?;
+        let found = found.filter(|behind| behind.epoch >= record.epoch);
+        Ok(match (record.left_behind, found) {
+            (Some(here), Some(there)) => Some(LeftBehind {
+                epoch: here.epoch.max(there.epoch),
+                flushed: here.flushed.max(there.flushed),
+                staged: here.staged.max(there.staged),
+            }),
+            (here, there) => here.or(there),
+        })
+    }
+
+    /// Where the log of `record` ends, whose disk is at `store` in the store. It ends before that only if write-through
+    /// left it behind. Changes nothing.
+    ///
+    /// # Errors
+    /// The log cannot be used, or neither it nor the store has all that was promised to survive.
+    pub async fn end_of(
+        &self,
+        record: &SlotVdi,
+        store: Lsn,
+        headers: &[SegmentHeader],
+    ) -> Result<Lsn, CacheError> {
+        let behind = self.left_behind(record)?;
+        let end = match recovery::recover(&self.local, record, store, headers).await {
+            Ok(recovered) => recovered.last_lsn,
+            Err(CacheError::LogIsOlder { log, .. }) if behind.is_some() => log,
+            Err(error) => return Err(error),
+        };
+        let promised = behind.map_or(Lsn(0), |behind| behind.flushed);
+        if end.max(store) < promised {
+            return Err(CacheError::Log {
+                name: record.name.clone(),
+                vdi: record.uuid,
+                why: format!(
+                    "everything up to LSN {promised} was written durably before the cache failed, but this log ends at \
+                     LSN {end}, and the store's image is at LSN {store}"
+                ),
+            });
+        }
+        Ok(end)
+    }
+
     /// Recovers the log of `record`, which says how far the store is, from `headers` (by sequence), and opens it under
     /// the next epoch. If this fails, nothing was changed, or nothing that the next attempt would not do again.
     pub async fn open_log(
@@ -68,7 +120,12 @@ impl Ground {
         let legs = self.local.worker_files()?;
         let grants = self.two_segments(record.uuid, record.epoch == 0).await?;
         let record = SlotVdi {
-            epoch: record.epoch + 1,
+            epoch: record
+                .left_behind
+                .map_or(0, |left| left.epoch)
+                .max(record.epoch)
+                .saturating_add(1),
+            left_behind: None,
             first_lsn: recovered.last_lsn.plus(1),
             sequence_seen: self.pool.next_seq(),
             ..record

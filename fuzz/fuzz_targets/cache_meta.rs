@@ -47,6 +47,7 @@ fn slot() -> VdiSlot {
         epoch: 1,
         first_lsn: Lsn(5),
         policy: Default::default(),
+        left_behind: None,
     };
     VdiSlot { sequence: 3, slot: SLOT, vdi: Some(vdi), quarantined: None }
 }

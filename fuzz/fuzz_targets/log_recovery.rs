@@ -268,6 +268,7 @@ fuzz_target!(|input: &[u8]| {
         epoch,
         first_lsn: Lsn(script.number(1)),
         policy: Default::default(),
+        left_behind: None,
     };
     let Ok(mut assembler) = Assembler::new(geometry, slot, store) else { return };
     let mut next = store.0 + 1;

@@ -49,6 +49,10 @@ pub fn vdi_info(info: &VdiInfo) -> String {
         ),
         ("last LSN", info.last_lsn.to_string()),
         ("flushed LSN", info.flushed_lsn.to_string()),
+        (
+            "write-through",
+            if info.write_through { "yes: the cache has failed" } else { "no" }.to_owned(),
+        ),
         ("committed LSN", vdi.committed_lsn.to_string()),
         ("not in the store yet", dirty(info)),
         ("writes", rate(info.outlook.write_rate)),

@@ -12,7 +12,7 @@ use super::served::Served;
 use crate::api::loss::{ByteRange, CacheName, LossReceipt, LostRanges, LostWindow};
 use crate::error::{Failure, Kind, Result};
 use blockstore::{LostLog, OwnerInfo, VdiInfo};
-use cache::{LogFinding, QuarantinedLog, Survey, VdiIdentity};
+use cache::{LogFinding, QuarantinedLog, Survey, VdiIdentity, Witness};
 use std::sync::Arc;
 use std::sync::Weak;
 use uuid::Uuid;
@@ -109,6 +109,9 @@ impl Host {
         let receipt =
             disk.give_up_log(&self.parts, self.roll_back_closed(info, accept_loss)).await?;
         self.notes.forget(disk.uuid);
+        if let Some(log) = receipt.log_id {
+            self.left_behind.forget(log.as_u128());
+        }
         self.remove(&disk);
         Ok(receipt)
     }
@@ -247,7 +250,15 @@ impl Host {
             known_from.push("the agent's last note of the disk".to_owned());
         }
         let noted = note.as_ref().map(|note| note.last_lsn);
+        // In write-through a disk goes on from where the log was, and nothing is acknowledged that the store does not have.
+        let behind =
+            info.log_id.and_then(|log| self.left_behind.find(log.as_u128()).ok().flatten());
+        let behind = behind.map(|behind| behind.staged.0);
+        if behind.is_some() {
+            known_from = vec!["the note that the cache failed under the disk".to_owned()];
+        }
         let to_lsn = match (noted, survey.segments) {
+            _ if let Some(staged) = behind => Some(staged.max(info.committed_lsn.0)),
             (None, 0) => None,
             _ => Some(survey.last_lsn.0.max(noted.unwrap_or(0)).max(info.committed_lsn.0)),
         };

@@ -8,6 +8,7 @@
 
 mod drill;
 mod errors;
+mod left_behind;
 mod loss;
 mod meters;
 mod notes;
@@ -55,6 +56,8 @@ pub struct Host {
     meters: Mutex<meters::Meters>,
     /// How far disks were, for when their log is lost.
     notes: notes::Notes,
+    /// Logs that the store has left behind.
+    left_behind: Arc<left_behind::LogsLeftBehind>,
     /// Heartbeat, and disks on their way back. Ended at the stop.
     tasks: Mutex<JoinSet<()>>,
 }
@@ -88,6 +91,8 @@ impl Host {
         }
         let cache = Cache::open_legs(options, &legs, config.degraded).await?;
         keep_identity(&cache, run_dir).await?;
+        let left_behind = Arc::new(left_behind::LogsLeftBehind::new(run_dir));
+        cache.set_witness(Arc::<left_behind::LogsLeftBehind>::clone(&left_behind));
         let identity = cache.identity().await;
         progress(&format!("opening the store {}", store::without_secrets(&config.store)));
         let seat = Arc::new(Seat::new(&config.store, identity.store));
@@ -123,6 +128,7 @@ impl Host {
             served: Mutex::default(),
             meters: Mutex::default(),
             notes: notes::Notes::open(run_dir),
+            left_behind,
             tasks: Mutex::new(tasks),
         });
         host.bring_back().await;

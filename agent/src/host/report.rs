@@ -143,6 +143,7 @@ impl Host {
             },
             last_lsn: log.last_lsn,
             flushed_lsn: log.flushed_lsn,
+            write_through: log.write_through,
             dirty_bytes: log.dirty_bytes,
             oldest_dirty_ms: log.oldest_dirty_ms,
             last_error: own_error.or(log.last_error),
@@ -188,6 +189,7 @@ impl Host {
             },
             last_lsn: found.committed_lsn.0,
             flushed_lsn: found.committed_lsn.0,
+            write_through: false,
             dirty_bytes: 0,
             oldest_dirty_ms: None,
             last_error: None,
@@ -224,6 +226,13 @@ fn degraded(store: &StoreStatus, cache: &CacheStatus, vdis: &[VdiInfo]) -> Vec<S
     for info in vdis.iter().filter(|info| info.vdi.state == VdiState::Failed) {
         let why = info.last_error.as_deref().unwrap_or("see the agent's log");
         found.push(format!("disk '{}' has failed: {why}", info.vdi.name));
+    }
+    for info in vdis.iter().filter(|info| info.write_through) {
+        let why = info.last_error.as_deref().unwrap_or("see the agent's log");
+        found.push(format!(
+            "disk '{}' is in write-through, without the cache: {why}",
+            info.vdi.name
+        ));
     }
     let waiting: u64 = vdis.iter().map(|info| info.waiting.writes).sum();
     if waiting > 0 && cache.fill >= NEARLY_FULL {

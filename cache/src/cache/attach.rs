@@ -49,17 +49,56 @@ impl Cache {
             policy: if record.epoch == 0 { noted(&*backing) } else { record.policy },
             ..record
         };
-        self.open_log(slot, record, &headers, Deferred::joined(backing)).await
+        match self.ground.left_behind(&record)? {
+            Some(behind) => {
+                let record = SlotVdi { left_behind: Some(behind), ..record };
+                self.open_left_behind(slot, record, &headers, backing).await
+            }
+            None => self.open_log(slot, record, &headers, Deferred::joined(backing)).await,
+        }
+    }
+
+    /// A log that write-through left behind, or was about to. If the store is ahead of it, the store has all of it and none
+    /// of it counts any more; if not, it goes on.
+    async fn open_left_behind(
+        &self,
+        slot: VdiSlot,
+        record: SlotVdi,
+        headers: &[SegmentHeader],
+        backing: Arc<dyn Backing>,
+    ) -> Result<AttachedDisk, CacheError> {
+        let (log_id, store) = (record.log_id, record.committed);
+        let end = self.ground.end_of(&record, store, headers).await?;
+        tracing::warn!(
+            vdi = %record.name, log = end.0, store = store.0,
+            "the cache had failed under this disk: its log goes on{}",
+            if end < store { ", empty, from where the store is" } else { "" }
+        );
+        let backing = Deferred::joined(backing);
+        let disk = if end < store {
+            let record = SlotVdi { evicted_below: self.ground.pool.next_seq(), ..record };
+            let disk = self.open_log(slot, record, &[], backing).await?;
+            // The slot says durably that these are dead.
+            for header in headers {
+                self.ground.pool.release(header.segment, false);
+            }
+            disk
+        } else {
+            self.open_log(slot, record, headers, backing).await?
+        };
+        // Its slot says durably that this is another epoch.
+        self.ground.witness.forget(log_id);
+        Ok(disk)
     }
 
     /// As [`Self::attach`], from the local device alone: what the log does not hold is waited for, and nothing is
     /// committed, until [`Self::join`].
     ///
     /// # Errors
-    /// As [`Self::attach`], and [`CacheError::NeverServed`]: the store may not know this log.
+    /// As [`Self::attach`], and [`CacheError::NeverServed`]: the store may not know this log, or be ahead of it.
     pub async fn attach_alone(&self, vdi: Uuid) -> Result<AttachedDisk, CacheError> {
         let (_claim, slot, record, headers) = self.claim(vdi).await?;
-        if record.epoch == 0 {
+        if record.epoch == 0 || self.ground.left_behind(&record)?.is_some() {
             return Err(CacheError::NeverServed { name: record.name, vdi });
         }
         let store = Deferred::waiting(record.committed);

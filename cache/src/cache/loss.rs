@@ -106,9 +106,9 @@ impl Cache {
         if let Err(error) = verified(&record, None, store) {
             return Ok(LogFinding::Refused { why: error.to_string() });
         }
-        match recovery::recover(&self.ground.local, &record, store, &headers).await {
-            Ok(recovered) => Ok(LogFinding::Whole { last_lsn: recovered.last_lsn }),
-            Err(error @ CacheError::Log { .. }) => {
+        match self.ground.end_of(&record, store, &headers).await {
+            Ok(end) => Ok(LogFinding::Whole { last_lsn: end.max(store) }),
+            Err(error @ (CacheError::Log { .. } | CacheError::LogIsOlder { .. })) => {
                 Ok(LogFinding::Refused { why: error.to_string() })
             }
             Err(error) => Err(error),

@@ -3,6 +3,7 @@
 //! still while anything can run.
 
 mod replacing;
+mod through;
 
 use crate::backing::{Backing, BackingError, Batch, Change};
 use crate::disk::plan::SegmentId;
@@ -193,30 +194,6 @@ async fn an_attach_whose_slot_cannot_be_written_gives_its_segments_back() {
     assert_eq!(cache.ground.pool.counts(), counts);
     let _attached = cache.attach(&vdi, Arc::new(Store::default())).await.unwrap();
     assert_eq!(cache.ground.pool.counts().free, counts.free - 2);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_failed_log_is_never_taken_for_drained() {
-    let dir = tempfile::tempdir().unwrap();
-    let cache = open(&dir).await;
-    let mut guest = Guest::new(&cache, 1).await;
-    assert_eq!(guest.stage(0, 7), Staged::All);
-    let mut actions = Vec::new();
-    guest.attached.disk.poll(&mut actions);
-    for action in actions {
-        if let Action::Write { op, .. } | Action::Flush { op, .. } = action {
-            guest.attached.disk.io_done(op, Err(libc::EIO));
-        }
-    }
-    guest.turn();
-    pause().await;
-    let uuid = guest.vdi.uuid;
-    cache.drain(uuid).await.unwrap_err();
-    cache.release(uuid, guest.attached).await.unwrap_err();
-    cache.drain(uuid).await.unwrap_err();
-    cache.detach(uuid).await.unwrap_err();
-    assert_eq!(cache.attached().await.len(), 1, "the log is kept");
-    assert!(cache.ground.local.read_slots().await.unwrap().iter().any(|slot| slot.vdi.is_some()));
 }
 
 #[tokio::test(start_paused = true)]

@@ -226,6 +226,9 @@ impl Disk {
 
     /// The block that `lba` was planned at device byte `offset` is bad there.
     pub fn bad_block(&mut self, lba: Lba, offset: u64) -> BadBlock {
+        if self.log.is_through() {
+            return BadBlock::Refetch;
+        }
         let slot = self.geometry.block_at(offset);
         let segment = self.geometry.segment_of(slot);
         match self.sealed.get(&segment) {
@@ -263,7 +266,7 @@ impl Disk {
 
     /// A damaged block could not be rewritten on this leg, though another has it.
     pub fn repair_failed(&mut self, leg: u8, errno: i32) {
-        if self.log.readable().len() > 1 {
+        if self.log.readable().len() > 1 && !self.log.is_through() {
             self.log.leg_failed(leg, "rewriting a damaged block", errno);
         }
     }
@@ -285,12 +288,21 @@ impl Disk {
                 if self.index.committed(lsn) {
                     self.removals += 1;
                 }
+                self.log.committed(lsn);
             }
             ToDisk::Evict { segment, lbas } => self.evict(segment, &lbas),
             ToDisk::Roll { id } => self.log.roll(id),
             ToDisk::Resized { bytes } => self.size_bytes = self.size_bytes.max(bytes),
             ToDisk::Legs { members } => self.log.set_members(members),
             ToDisk::LegJoins { leg, id, .. } => self.log.join(leg, id),
+            ToDisk::WriteThrough { lsn } => {
+                // The store has everything: nothing is kept here any more.
+                self.committed = self.committed.max(lsn);
+                self.index = Index::default();
+                self.removals += 1;
+                self.log.write_through_from(lsn);
+            }
+            ToDisk::GiveUp { reason } => self.log.give_up(&reason),
             ToDisk::Tick => {
                 self.log.tick();
                 self.progress.held_blocks.store(self.index.len() as u64, Ordering::Relaxed);
@@ -368,6 +380,15 @@ pub struct AttachedDisk {
 }
 
 impl AttachedDisk {
+    /// Asks the asynchronous side for blocks, after all that the log has said: a block that is planned as a miss because no
+    /// leg is left must not be looked for in the store by one who has not heard of that.
+    pub fn ask(&mut self, fetch: FromDisk) {
+        for message in self.disk.log.said() {
+            self.link.send(message);
+        }
+        self.link.send(fetch);
+    }
+
     /// Hands a message to the disk (not `Fetched`), and keeps [`Self::legs`] as it says: the file of a leg that joins takes
     /// its place, that of a leg that is gone is closed, so that it can be opened by whoever fills it anew.
     pub fn on_message(&mut self, message: ToDisk) {

@@ -16,7 +16,9 @@ impl Disk {
         for block in 0..plan.blocks {
             let lba = Lba(first + u64::from(block));
             let mut crc = 0;
-            match self.index.get(lba) {
+            // With no leg left the store is asked, which answers when it has everything.
+            let found = if self.log.is_held() { Found::Absent } else { self.index.get(lba) };
+            match found {
                 Found::At { slot, crc: found } => {
                     crc = found;
                     let source = self.source(slot, found);

@@ -36,7 +36,9 @@ impl Disk {
             let crcs = self.copy_in(at, upto, room, (at - sector) as usize * SECTOR_SIZE, copy);
             let slot = self.log.first_block() + room.position;
             let lsn = self.log.push(Kind::Write, Lba(first), room.blocks, masks, room, &crcs);
-            for (index, &crc) in crcs.iter().enumerate() {
+            // In write-through it can be read when the store has it.
+            let kept = if self.log.is_through() { &[][..] } else { &crcs[..] };
+            for (index, &crc) in kept.iter().enumerate() {
                 let lba = Lba(first + index as u64);
                 let slot = slot + index as u32;
                 let sectors = mask_of(index, crcs.len(), masks);
@@ -75,7 +77,9 @@ impl Disk {
             let blocks = upto.div_ceil(SECTORS_PER_BLOCK) - first;
             let masks = masks(at, upto);
             let lsn = self.log.push(Kind::Zero, Lba(first), blocks as u32, masks, room, &[]);
-            crate::index::apply_zero(&mut self.index, Lba(first), blocks, masks, lsn);
+            if !self.log.is_through() {
+                crate::index::apply_zero(&mut self.index, Lba(first), blocks, masks, lsn);
+            }
             at = upto;
         }
         self.log.note_write();

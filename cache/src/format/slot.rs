@@ -16,7 +16,7 @@ const NAME_MAX: usize = 255;
 /// States of a slot that is not free.
 const ATTACHED: u32 = 1;
 const QUARANTINED: u32 = 2;
-const TAIL: usize = BLOCK_SIZE - 120 - 256;
+const TAIL: usize = BLOCK_SIZE - 120 - 256 - 16;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -41,6 +41,9 @@ struct Raw {
     reserved1: U32,
     name: [u8; 256],
     reserved: [u8; TAIL],
+    /// One more than what was flushed when the log was left behind; zero: it was not.
+    behind_flushed: U64,
+    behind_staged: U64,
 }
 const _: () = assert!(size_of::<Raw>() == BLOCK_SIZE);
 
@@ -80,6 +83,21 @@ pub struct SlotVdi {
     pub first_lsn: Lsn,
     /// How it is to be served.
     pub policy: DiskPolicy,
+    /// In this epoch the store took the place of the log, or was about to.
+    pub left_behind: Option<LeftBehind>,
+}
+
+/// No leg took the log's records any more: from then on the store may be ahead of what the log says (rule L6). A log of
+/// which this is known is never opened without the store. With it, it is opened empty if the store has all of it, and
+/// as usual if it has not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeftBehind {
+    /// The log's epoch then: a log that was opened since is another matter.
+    pub epoch: u32,
+    /// Everything up to here had been promised to survive. If neither the log nor the store reaches it, something is lost.
+    pub flushed: Lsn,
+    /// The last LSN given out then.
+    pub staged: Lsn,
 }
 
 /// What an operator chose for a disk on this host.
@@ -130,6 +148,10 @@ impl VdiSlot {
             raw.epoch = vdi.epoch.into();
             raw.first_lsn = vdi.first_lsn.0.into();
             raw.when_offline = vdi.policy.when_offline.to_bits().into();
+            if let Some(behind) = &vdi.left_behind {
+                raw.behind_flushed = behind.flushed.0.saturating_add(1).into();
+                raw.behind_staged = behind.staged.0.into();
+            }
             let name = vdi.name.as_bytes();
             let len = name.len().min(NAME_MAX);
             raw.name[..len].copy_from_slice(&name[..len]);
@@ -172,6 +194,13 @@ impl VdiSlot {
                     policy: DiskPolicy {
                         when_offline: WhenOffline::from_bits(raw.when_offline.get()),
                     },
+                    left_behind: raw.behind_flushed.get().checked_sub(1).map(|flushed| {
+                        LeftBehind {
+                            epoch: raw.epoch.get(),
+                            flushed: Lsn(flushed),
+                            staged: Lsn(raw.behind_staged.get()),
+                        }
+                    }),
                 })
             }
             _ => return Err(FormatError::Invalid { what: WHAT, why: "its state is unknown" }),

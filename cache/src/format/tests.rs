@@ -3,7 +3,7 @@
 
 use super::record::{Entries, Kind, RecordHeader, WHOLE, push_descriptor};
 use super::segment::SegmentHeader;
-use super::slot::{SlotVdi, VdiSlot};
+use super::slot::{LeftBehind, SlotVdi, VdiSlot};
 use super::summary::{Summary, blocks_for};
 use super::superblock::Superblock;
 use super::{FormatError, Geometry, LegSet, Membership};
@@ -44,6 +44,7 @@ fn slot() -> VdiSlot {
             epoch: 2,
             first_lsn: Lsn(90),
             policy: Default::default(),
+            left_behind: None,
         }),
     }
 }
@@ -57,6 +58,14 @@ fn a_slot_keeps_the_policy_and_zero_is_the_former_behaviour() {
     assert_eq!(VdiSlot::decode(&block, 3), Ok(with));
     assert_eq!(block[112..116], 1500u32.to_le_bytes());
     assert_eq!(former[112..120], [0; 8]);
+    assert_eq!(former[BLOCK_SIZE - 16..], [0; 16]);
+    let mut behind = slot();
+    let Some(vdi) = &mut behind.vdi else { unreachable!() };
+    vdi.left_behind = Some(LeftBehind { epoch: vdi.epoch, flushed: Lsn(0), staged: Lsn(77) });
+    let block = behind.encode();
+    assert_eq!(block[BLOCK_SIZE - 16..BLOCK_SIZE - 8], 1u64.to_le_bytes());
+    assert_eq!(block[BLOCK_SIZE - 8..], 77u64.to_le_bytes());
+    assert_eq!(VdiSlot::decode(&block, 3), Ok(behind));
 }
 
 fn segment_header() -> SegmentHeader {
@@ -113,6 +122,9 @@ fn summary(entries: Vec<u8>) -> (Summary, Vec<u8>) {
 fn structures_read_back_as_written() {
     assert_eq!(Superblock::decode(&superblock().encode()), Ok(superblock()));
     assert_eq!(VdiSlot::decode(&slot().encode(), 3), Ok(slot()));
+    let kept = slot().next_quarantined();
+    assert_eq!((kept.sequence, &kept.vdi, &kept.quarantined), (10, &None, &slot().vdi));
+    assert_eq!(VdiSlot::decode(&kept.encode(), 3), Ok(kept));
     let mut block = [0u8; BLOCK_SIZE];
     segment_header().encode_into(&mut block);
     assert_eq!(SegmentHeader::decode(&block, CACHE, SegmentId(17)), Ok(segment_header()));

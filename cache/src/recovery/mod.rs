@@ -39,10 +39,14 @@ pub async fn recover(
     store: Lsn,
     headers: &[SegmentHeader],
 ) -> Result<Recovered, CacheError> {
-    let refuse = |why: AssembleError| CacheError::Log {
-        name: slot.name.clone(),
-        vdi: slot.uuid,
-        why: why.to_string(),
+    let refuse = |why: AssembleError| {
+        let (name, vdi) = (slot.name.clone(), slot.uuid);
+        match why {
+            AssembleError::LogRolledBack { store, log } => {
+                CacheError::LogIsOlder { name, vdi, store, log }
+            }
+            why => CacheError::Log { name, vdi, why: why.to_string() },
+        }
     };
     let mut assembler = Assembler::new(local.geometry, slot.clone(), store).map_err(refuse)?;
     // By value, or the future could not go from thread to thread.

@@ -44,6 +44,7 @@ fn assemble(local: u64, store: u64, segments: &[Seg]) -> Result<Recovered, Assem
         epoch: 1,
         first_lsn: Lsn(1),
         policy: Default::default(),
+        left_behind: None,
     };
     assemble_slot(slot, store, segments)
 }
@@ -148,6 +149,7 @@ fn records_of_an_older_epoch_beyond_its_end_are_dead() {
         epoch: 2,
         first_lsn: Lsn(10),
         policy: Default::default(),
+        left_behind: None,
     };
     // Recovery ended the log at 9; 10 to 12 of the old epoch were left, 10 and 11 were written anew.
     let old = Seg { flushed: 5, sealed: false, ..sealed(2, 10, 12) };

@@ -112,6 +112,13 @@ impl VdiTask {
         }
     }
 
+    /// As [`Self::set_aside`], all of them.
+    pub(super) fn set_all_aside(&mut self) {
+        for id in self.evictions.asked.clone() {
+            self.set_aside(id);
+        }
+    }
+
     /// Nothing refers to the segment any more. Slots are written once for all that are on their way.
     pub(super) async fn was_evicted(&mut self, id: SegmentId) {
         self.evictions.silent = false;
@@ -158,9 +165,7 @@ impl VdiTask {
         } else if self.evictions.last_asked.elapsed() >= ANSWER_WITHIN {
             self.note_error("the disk's worker does not answer; its read cache stays for now");
             self.evictions.silent = true;
-            for id in self.evictions.asked.clone() {
-                self.set_aside(id);
-            }
+            self.set_all_aside();
         }
         let due = self.evictions.offer_again_at.is_some_and(|at| at <= Instant::now());
         if due && !self.evictions.silent {

@@ -11,6 +11,7 @@ mod offline;
 mod slope;
 mod state;
 mod task;
+mod through;
 
 pub use state::{Phase, VdiStatus};
 pub(crate) use state::{Segment, Segments};

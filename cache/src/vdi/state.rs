@@ -58,6 +58,8 @@ pub struct VdiStatus {
     /// What becomes of requests that cannot go on without the store.
     #[serde(skip)]
     pub when_offline: WhenOffline,
+    /// The cache has failed: writes are committed to the store before they are acknowledged.
+    pub write_through: bool,
     /// The last thing that went wrong.
     pub last_error: Option<String>,
 }
@@ -94,7 +96,7 @@ impl Retained {
     /// Keeps the image if that leaves `held` within `most` bytes.
     fn new(image: Arc<SegmentImage>, held: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
         let len = image.len();
-        let fits = |now: usize| (now + len <= most).then_some(now + len);
+        let fits = |now: usize| (now.saturating_add(len) <= most).then_some(now + len);
         held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).ok()?;
         Some(Self { image, held: Arc::clone(held) })
     }
@@ -138,6 +140,16 @@ impl Segments {
             since: now,
             offered: false,
         });
+    }
+
+    /// Adds the newest, which is nowhere but in memory.
+    pub fn push_in_memory(&mut self, sealed: SealedSegment, now: Instant, held: &Arc<AtomicUsize>) {
+        self.push_sealed(sealed, now, held, usize::MAX);
+    }
+
+    /// Forgets segments that are wholly committed.
+    pub fn forget_committed(&mut self, committed: Lsn) {
+        self.list.retain(|segment| segment.last_lsn > committed);
     }
 
     /// Segments with something after `committed`, oldest first, up to `bytes_max` bytes of log (at least one).

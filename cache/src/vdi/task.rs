@@ -5,6 +5,7 @@ use super::evict::Evictions;
 use super::offline::Offline;
 use super::slope::Slope;
 use super::state::{Phase, Segments, VdiStatus};
+use super::through::Through;
 use crate::backing::deferred::Deferred;
 use crate::backing::{Backing, BackingError};
 use crate::cache::attach::verified;
@@ -105,7 +106,7 @@ struct CommitUnderWay {
 
 /// A batch being read and coalesced.
 #[derive(Debug)]
-struct Drafting {
+pub(super) struct Drafting {
     task: JoinHandle<Result<Drafted, FlushError>>,
     /// Where it ends.
     lsn: Lsn,
@@ -118,11 +119,11 @@ pub(crate) struct VdiTask {
     commands: mpsc::Receiver<Command>,
     commit: Option<CommitUnderWay>,
     /// The batch after the one under way.
-    drafting: Option<Drafting>,
-    not_before: Instant,
-    retry_after: Duration,
+    pub(super) drafting: Option<Drafting>,
+    pub(super) not_before: Instant,
+    pub(super) retry_after: Duration,
     /// First record of the open segment.
-    open_since: Option<Instant>,
+    pub(super) open_since: Option<Instant>,
     roll_under_way: Option<u64>,
     next_roll: u64,
     waiters: Vec<Waiter>,
@@ -134,16 +135,20 @@ pub(crate) struct VdiTask {
     pub(super) feed_at: Option<Instant>,
     started: Instant,
     /// The slot on the device does not say yet what was committed: nothing may turn clean (rule L2).
-    checkpoint_due: bool,
+    pub(super) checkpoint_due: bool,
     /// The worker is gone: nothing can be rolled or evicted.
     pub(super) released: bool,
     ticks: u32,
     /// The last commit failed; it is tried again.
-    failure: Option<String>,
+    pub(super) failure: Option<String>,
     /// The log takes no more writes. Cleared only by recovery, and only if the local device is not to blame.
-    log_failure: Option<String>,
+    pub(super) log_failure: Option<String>,
     pub(super) offline: Offline,
-    device_failed: bool,
+    pub(super) device_failed: bool,
+    /// No leg is left: the store takes their place, or is about to.
+    pub(super) through: Option<Through>,
+    /// Reads that wait for the worker to hand over what it has in memory.
+    pub(super) unreadable: Vec<(u64, Lba, u32)>,
     /// Last LSN given out, once released.
     last_staged: Lsn,
 }
@@ -174,6 +179,8 @@ impl VdiTask {
             log_failure: None,
             offline: Offline::default(),
             device_failed: false,
+            through: None,
+            unreadable: Vec::new(),
             last_staged: Lsn(0),
         }
     }
@@ -211,13 +218,22 @@ impl VdiTask {
 
     async fn on_disk(&mut self, message: FromDisk) {
         match message {
-            FromDisk::Fetch { id, lba, blocks } => self.fetch(id, lba, blocks),
+            FromDisk::Fetch { id, lba, blocks } => {
+                if !self.hold_fetch(id, lba, blocks) {
+                    self.fetch(id, lba, blocks);
+                }
+            }
+            FromDisk::Unreadable { id, lba } => self.unreadable(id, lba).await,
             FromDisk::WantSegment => {
                 self.starving = true;
                 tracing::trace!(counts = ?self.p.ground.pool.counts(), pressure = ?self.pressure(), "segment wanted");
                 self.feed();
             }
             FromDisk::Opened { .. } => self.open_since = Some(Instant::now()),
+            FromDisk::Sealed(sealed) if self.through.is_some() => self.take_memory(sealed),
+            FromDisk::NoLegLeft { reason, tail, flushed } => {
+                self.no_leg_left(&reason, tail, flushed).await;
+            }
             FromDisk::Sealed(sealed) => {
                 self.open_since = None;
                 let (held, most) = (&self.p.images_held, self.p.images_max);
@@ -239,6 +255,8 @@ impl VdiTask {
             FromDisk::LegFailed { leg, joining, reason } => {
                 self.p.ground.local.leg_failed(leg, joining, &reason).await
             }
+            // What is left of its log is in memory; see `tick`.
+            FromDisk::LegJoined { .. } if self.through.is_some() => {}
             FromDisk::LegJoined { id } => {
                 let mut sealed: Vec<_> = self.p.segments.ids().collect();
                 sealed.extend(self.evictions.dead());
@@ -254,6 +272,9 @@ impl VdiTask {
     async fn on_pool(&mut self, message: PoolMessage) {
         match message {
             PoolMessage::YourTurn => self.feed(),
+            PoolMessage::Evict(_) if self.through.is_some() => {
+                self.p.ground.pool.eviction_failed();
+            }
             PoolMessage::Evict(id) => self.evict(id).await,
         }
     }
@@ -306,7 +327,11 @@ impl VdiTask {
             }
             Command::Resize { bytes, reply } => {
                 self.p.record.size_bytes = bytes;
-                let result = self.write_slot().await;
+                let result = match self.through {
+                    // The store knows.
+                    Some(_) => Ok(()),
+                    None => self.write_slot().await,
+                };
                 self.p.sender.send(ToDisk::Resized { bytes });
                 let _ = reply.send(result);
             }
@@ -353,11 +378,16 @@ impl VdiTask {
         tracing::error!(vdi = %self.p.record.name, %why, "the store cannot be used; the log is kept");
         self.fail_waiters(&why);
         self.p.backing.refuse(why.clone());
+        self.give_up(&format!("the store cannot be used ({why})"));
         self.failure = Some(why);
     }
 
     /// Recovers the log as a start would, while commits go on. The old driver's end of the link is gone or about to be.
     async fn reopen(&mut self) -> Result<AttachedDisk, CacheError> {
+        if let Some(through) = &self.through {
+            // What is on the device is behind the store.
+            return Err(CacheError::Flush { vdi: self.p.vdi, why: through.why.clone() });
+        }
         if self.device_failed {
             self.log_is_sound()?;
         }
@@ -383,6 +413,7 @@ impl VdiTask {
         self.p.ground.pool.leave_queue(self.p.vdi);
         (self.open_since, self.roll_under_way) = (None, None);
         self.log_failure = None;
+        self.unreadable.clear();
         for waiter in &mut self.waiters {
             waiter.lsn.get_or_insert(last_lsn);
         }
@@ -411,6 +442,9 @@ impl VdiTask {
         {
             // No worker writes its segments any more.
             self.p.ground.pool.disk_joined(self.p.vdi, None, None);
+        }
+        if self.through.is_some() {
+            return self.tick_offline();
         }
         self.tick_evictions().await;
         if self.checkpoint_due && self.ticks.is_multiple_of(TICKS_PER_MARKER) {
@@ -442,7 +476,7 @@ impl VdiTask {
     }
 
     /// The log takes no more writes. Final: what is in it and not sealed waits for the next recovery.
-    fn log_failed(&mut self, reason: String) {
+    pub(super) fn log_failed(&mut self, reason: String) {
         tracing::error!(vdi = %self.p.record.name, %reason, "the log failed");
         self.fail_waiters(&reason);
         self.log_failure.get_or_insert(reason);
@@ -467,7 +501,7 @@ impl VdiTask {
         self.answer_waiters();
     }
 
-    fn answer_waiters(&mut self) {
+    pub(super) fn answer_waiters(&mut self) {
         let committed = self.p.record.committed;
         let (done, waiting) = std::mem::take(&mut self.waiters)
             .into_iter()
@@ -531,7 +565,7 @@ impl VdiTask {
         }
     }
 
-    fn fetch(&self, id: u64, lba: Lba, blocks: u32) {
+    pub(super) fn fetch(&self, id: u64, lba: Lba, blocks: u32) {
         self.p.status.lock().fetched_bytes += u64::from(blocks) * BLOCK_SIZE as u64;
         let (backing, sender) = (Arc::clone(&self.p.backing), self.p.sender.clone());
         let name = self.p.record.name.clone();
@@ -550,7 +584,11 @@ impl VdiTask {
     }
 
     fn is_urgent(&self) -> bool {
-        !self.waiters.is_empty() || self.starving || self.released || self.admission.is_held()
+        self.through.is_some()
+            || !self.waiters.is_empty()
+            || self.starving
+            || self.released
+            || self.admission.is_held()
     }
 
     fn start_commit(&mut self) {
@@ -599,6 +637,13 @@ impl VdiTask {
         let Some(CommitUnderWay { started, bytes, .. }) = self.commit.take() else { return };
         let lsn = match result {
             Ok(lsn) => lsn,
+            Err(error) if self.is_final_without_legs(&error) => {
+                let after = self.p.record.committed;
+                let why = format!(
+                    "what was acknowledged after LSN {after} cannot be brought to the store ({error})"
+                );
+                return self.give_up(&why);
+            }
             Err(error) => return self.commit_failed(&error),
         };
         self.failure = None;
@@ -607,8 +652,12 @@ impl VdiTask {
         self.p.record.committed = lsn;
         let after = self.p.segments.dirty_count(lsn);
         self.admission.committed((before - after) as u64);
-        self.checkpoint_due = true;
-        self.checkpoint().await;
+        if self.through.is_some() {
+            self.committed_without_legs();
+        } else {
+            self.checkpoint_due = true;
+            self.checkpoint().await;
+        }
         self.feed();
         {
             let mut status = self.p.status.lock();
@@ -643,6 +692,9 @@ impl VdiTask {
 
     /// Writes the slot, so that what was committed may turn clean.
     async fn checkpoint(&mut self) {
+        if self.through.is_some() {
+            return self.committed_without_legs();
+        }
         if let Err(error) = self.write_slot().await {
             self.note_error(&error.to_string());
             return;
@@ -654,7 +706,7 @@ impl VdiTask {
     }
 
     pub(super) fn offer_clean(&mut self) {
-        if self.checkpoint_due {
+        if self.checkpoint_due || self.through.is_some() {
             return;
         }
         for (id, seq) in self.p.segments.newly_clean(self.p.record.committed) {
@@ -663,6 +715,13 @@ impl VdiTask {
     }
 
     pub(super) async fn write_slot(&mut self) -> Result<(), CacheError> {
+        if self.through.is_some() {
+            // Nothing may rest on it any more: see `through.rs`.
+            return Err(CacheError::Flush {
+                vdi: self.p.vdi,
+                why: "no leg of the cache is left".into(),
+            });
+        }
         self.p.record.sequence_seen =
             self.p.record.sequence_seen.max(self.p.ground.pool.next_seq());
         let mut slot = self.p.slot.clone();
@@ -691,13 +750,27 @@ impl VdiTask {
         let mut slot = self.p.slot.clone();
         slot.sequence += 1;
         slot.vdi = None;
-        self.p.ground.local.write_slot(&slot).await?;
+        if let Err(error) = self.p.ground.local.write_slot(&slot).await {
+            if self.through.is_none() {
+                return Err(error);
+            }
+            // Should it be there again one day: the store's head says that this log was drained, so it is no danger.
+            self.note_error(&error.to_string());
+            self.p.ground.pool.unregister(self.p.vdi);
+            return Ok(());
+        }
         self.p.slot = slot;
         // Slot gone, so nothing here is anyone's: the pool must ask for no more evictions, and those it has asked for are
         // settled.
         self.p.ground.pool.unregister(self.p.vdi);
         self.refuse_evictions();
         self.free_all();
+        if self.through.is_some() {
+            // Those that were forgotten when they were committed.
+            for id in self.p.ground.pool.owned(self.p.vdi) {
+                self.p.ground.pool.release(id, false);
+            }
+        }
         Ok(())
     }
 
@@ -712,6 +785,7 @@ impl VdiTask {
         let oldest = self.p.segments.oldest_dirty(committed).or(self.open_since);
         let mut status = self.p.status.lock();
         status.committed_lsn = committed.0;
+        status.write_through = self.through.is_some();
         let last = self.p.segments.last_lsn().unwrap_or(committed).max(committed).0;
         status.last_lsn = status.last_lsn.max(last);
         status.flushed_lsn = status.flushed_lsn.max(last);
@@ -725,7 +799,8 @@ impl VdiTask {
             () if oldest.is_some() => Phase::Dirty,
             () => Phase::Clean,
         };
-        if let Some(why) = self.log_failure.as_ref().or(self.failure.as_ref()) {
+        let through = self.through.as_ref().map(|through| &through.why);
+        if let Some(why) = self.log_failure.as_ref().or(self.failure.as_ref()).or(through) {
             status.last_error = Some(why.clone());
         }
     }

@@ -161,6 +161,7 @@ impl Rig {
             epoch: 0,
             first_lsn: Lsn(1),
             policy: Default::default(),
+            left_behind: None,
         };
         // Few segments of the device are used, so that the ring wraps often.
         let free = (0..rng.random_range(5..local.geometry.segments)).map(SegmentId).collect();

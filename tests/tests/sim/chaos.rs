@@ -42,6 +42,8 @@ pub struct Chaos {
     paces: Vec<Arc<Pace>>,
     condition: Arc<Condition>,
     mirrored: bool,
+    /// The other leg breaks, too.
+    both: Option<Arc<Pace>>,
     trouble: Trouble,
     excuses: Excuses,
 }
@@ -63,9 +65,19 @@ impl Chaos {
             _ => Trouble::Lost,
         };
         let alone = fails && !mirrored;
+        // Drawn apart, so that other lives take the course that they would take without this.
+        let mut extra = SmallRng::seed_from_u64(seed ^ 0xb07);
+        let both = mirrored && fails && extra.random_bool(0.15);
+        let refuses = extra.random_bool(0.1);
+        world.witness.refuses.store(refuses, Ordering::Relaxed);
+        // With no leg left disks go on, if somebody can note it, and all that the log has can be read.
+        let may_stop = refuses || profile.rots || trouble != Trouble::Breaks;
         let excuses = Excuses {
-            write_errors: alone,
-            read_errors: alone || profile.san.read_garbled > 0.0 || world.may_have_lost(),
+            write_errors: alone && may_stop || both && (refuses || profile.rots),
+            read_errors: alone
+                || both && (refuses || profile.rots)
+                || profile.san.read_garbled > 0.0
+                || world.may_have_lost(),
         };
         Self {
             rng,
@@ -77,6 +89,7 @@ impl Chaos {
             condition: Arc::clone(&legs.condition),
             profile,
             mirrored,
+            both: both.then(|| Arc::clone(&legs.paces[1 - legs.victim])),
             trouble,
             excuses,
         }
@@ -145,6 +158,11 @@ impl Chaos {
     }
 
     fn trouble(&mut self) {
+        if let Some(other) = &self.both
+            && self.rng.random_bool(0.3)
+        {
+            other.breaks.store(self.rng.random_range(1..20), Ordering::Relaxed);
+        }
         match self.trouble {
             Trouble::None | Trouble::Reads => {}
             Trouble::Writes => {

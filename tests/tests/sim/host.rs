@@ -4,6 +4,7 @@ use crate::chaos;
 use crate::damage;
 use crate::device::Timed;
 use crate::model::Model;
+use crate::witness::Memory;
 use crate::worker::{Excuses, Orders, Worker};
 use crate::world::{NOWHERE, World, name};
 use async_trait::async_trait;
@@ -61,7 +62,7 @@ pub async fn live(world: &mut World, last: bool) -> End {
             san.crash_after(few(&mut world.rng, 1000));
         }
     }
-    let (mirrored, may_have_lost) = (world.legs.are_mirrored(), world.may_have_lost());
+    let may_have_lost = world.may_have_lost();
     // What is possible at all is possible between two outages; after damage beyond repair it may not be possible at all.
     let outages = if may_have_lost { 0 } else { 20 };
     let limit = PATIENCE + Duration::from_millis(world.profile.outage_ms) * outages;
@@ -80,9 +81,7 @@ pub async fn live(world: &mut World, last: bool) -> End {
             let cache = cache.lock().upgrade();
             cache.map(|cache| format!("{cache:#?}"))
         } => {
-            // With a cache device that is broken for good, nothing can be promised but that it is said.
-            let broken = !mirrored && paces[0].broken.load(Ordering::Relaxed) && !last;
-            let excused = broken || may_have_lost;
+            let excused = may_have_lost;
             assert!(excused, "liveness: a life comes to no end: {}", words.unwrap_or_default());
             End::LogFailed
         }
@@ -263,6 +262,7 @@ impl Agent {
                 Err(error) => again("the cache", &error, may_have_lost).await?,
             }
         };
+        cache.set_witness(Arc::<Memory>::clone(&world.witness));
         *world.cache.lock() = Arc::downgrade(&cache);
         let damaged = world.legs.may_have_lost().then(|| world.legs.victim_sim().clone());
         let models = world.models.clone();

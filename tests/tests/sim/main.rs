@@ -19,6 +19,7 @@ mod reading;
 #[cfg(feature = "sabotage")]
 mod sabotage;
 mod trace;
+mod witness;
 mod worker;
 mod world;
 
@@ -51,7 +52,7 @@ fn run_all(seeds: impl Iterator<Item = (u64, u64)> + Send) -> Vec<(u64, u64, Str
     let seeds = Mutex::new(seeds);
     let failed = Mutex::new(Vec::new());
     let (done, requests, lives, simulated, hash) = <_>::default();
-    let events: [AtomicU64; 6] = <_>::default();
+    let events: [AtomicU64; 7] = <_>::default();
     let add = |sum: &AtomicU64, n: u64| sum.fetch_add(n, Ordering::Relaxed);
     let began = Instant::now();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -76,6 +77,7 @@ fn run_all(seeds: impl Iterator<Item = (u64, u64)> + Send) -> Vec<(u64, u64, Str
                                 e.cold,
                                 e.damaged,
                                 e.refused,
+                                e.without_legs,
                             ];
                             events.iter().zip(counts).for_each(|(sum, n)| {
                                 add(sum, n);
@@ -106,11 +108,11 @@ fn run_all(seeds: impl Iterator<Item = (u64, u64)> + Send) -> Vec<(u64, u64, Str
         began.elapsed().as_secs_f64(),
         hash.into_inner()
     );
-    let [mirrored, one_legged, replaced, cold, damaged, refused] =
+    let [mirrored, one_legged, replaced, cold, damaged, refused, without_legs] =
         events.map(AtomicU64::into_inner);
     eprintln!(
         "{mirrored} seeds on two legs: {one_legged} lives on one of them, {replaced} replaced; {cold} starts without the \
-         store; {damaged} seeds with damage beyond repair, {refused} refused"
+         store; {damaged} seeds with damage beyond repair, {refused} refused; {without_legs} disks left without any leg"
     );
     failed.into_inner().expect("all threads are done")
 }

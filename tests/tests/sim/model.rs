@@ -114,9 +114,14 @@ impl Model {
         ))
     }
 
-    /// What these sectors hold with all of the log.
-    pub fn now(&self, sectors: Range<u64>) -> Image {
-        self.now[sectors.start as usize..sectors.end as usize].to_vec()
+    /// What these sectors hold with the log up to `lsn`.
+    pub fn at(&self, lsn: u64, sectors: Range<u64>) -> Image {
+        let range = sectors.start as usize..sectors.end as usize;
+        if lsn == self.last_lsn() {
+            self.now[range].to_vec()
+        } else {
+            self.image_at(lsn)[range].to_vec()
+        }
     }
 
     /// Judges what a read returned: each sector as it was when the read began (`before`, at LSN `since`), or as a later

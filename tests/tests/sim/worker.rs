@@ -124,6 +124,8 @@ pub struct Worker {
     next_burst: Instant,
     idle: Duration,
     pub log_failed: bool,
+    /// The store has taken the place of the legs: a write can be read when it is done, not before.
+    written_through: bool,
     rolled: bool,
     to_the_end: bool,
     satisfied: bool,
@@ -167,6 +169,7 @@ impl Worker {
             next_burst: Instant::now(),
             idle: Duration::from_millis(1),
             log_failed: false,
+            written_through: false,
             rolled: false,
             to_the_end: false,
             satisfied: false,
@@ -283,7 +286,10 @@ impl Worker {
                         self.advance_read(fetch.read);
                     }
                 }
-                other => self.attached.disk.on_message(other),
+                other => {
+                    self.written_through |= matches!(other, ToDisk::WriteThrough { .. });
+                    self.attached.disk.on_message(other);
+                }
             }
         }
         any
@@ -363,8 +369,9 @@ impl Worker {
         match request {
             Request::Read { sector, sectors } => {
                 let model = self.model.lock();
-                let before = model.now(sector..sector + sectors);
-                let reading = Reading::new(tag, sector, sectors, before, model.last_lsn());
+                let sure = if self.written_through { model.acked } else { model.last_lsn() };
+                let before = model.at(sure, sector..sector + sectors);
+                let reading = Reading::new(tag, sector, sectors, before, sure);
                 drop(model);
                 self.reads.insert(tag, reading);
                 self.plan_read(tag);
@@ -590,7 +597,7 @@ impl Worker {
             let ticket = reading.ticket;
             self.fetches.insert(fetch, Fetch { read: id, block, blocks, whole, ticket });
             let lba = blockstore::types::Lba(reading.lba(block));
-            self.attached.link.send(FromDisk::Fetch { id: fetch, lba, blocks });
+            self.attached.ask(FromDisk::Fetch { id: fetch, lba, blocks });
         }
         self.reads.insert(id, reading);
         self.advance_read(id);

@@ -7,6 +7,7 @@ use crate::legs::Legs;
 use crate::model::Model;
 use crate::profile::Profile;
 use crate::trace::Trace;
+use crate::witness::Memory;
 use blockstore::device::sim::{SimDevice, SimOptions};
 use blockstore::{FormatOptions, OpenOptions, Store, StoreErrorKind};
 use cache::Cache;
@@ -51,6 +52,8 @@ pub struct Events {
     /// Seeds with damage of which there was no second copy, and those that ended with a refusal.
     pub damaged: u64,
     pub refused: u64,
+    /// Disks that lost the last leg under their guests, and may have gone on in write-through.
+    pub without_legs: u64,
 }
 
 /// See the module.
@@ -60,6 +63,8 @@ pub struct World {
     pub trace: Arc<Trace>,
     /// The cache device.
     pub legs: Legs,
+    /// The run directory.
+    pub witness: Arc<Memory>,
     /// The session of the agent that lives now.
     pub san: SimDevice,
     /// The store's device was damaged: some of it may be lost.
@@ -94,6 +99,7 @@ pub fn run(seed: u64, requests: u64) -> Report {
     let events = &mut world.report.events;
     events.mirrored = u64::from(world.legs.are_mirrored());
     events.replaced = world.legs.replaced;
+    events.without_legs = world.witness.notes.load(Ordering::Relaxed);
     events.damaged = u64::from(world.legs.may_have_lost() || world.store_harmed);
     world.report.hash = world.trace.hash();
     world.report.requests = world.requests.load(Ordering::Relaxed);
@@ -127,6 +133,7 @@ impl World {
             rng,
             trace: Arc::new(Trace::new()),
             legs,
+            witness: Arc::default(),
             san,
             store_harmed: false,
             san_pace: Arc::default(),
@@ -177,7 +184,8 @@ impl World {
     fn die(&mut self, end: End) {
         let how = self.rng.random_range(0..6);
         // After a failed flush the device's cache is not to be trusted: only what is durable counts.
-        let power = (how >= 3 || end == End::LogFailed) && end != End::Orderly;
+        let broken = self.legs.paces.iter().any(|pace| pace.broken.load(Ordering::Relaxed));
+        let power = (how >= 3 || end == End::LogFailed) && end != End::Orderly || broken;
         self.trace.note([0xdead, end as u64, u64::from(power), how]);
         self.legs.die(power);
         if power {

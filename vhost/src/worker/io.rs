@@ -77,6 +77,8 @@ pub(super) struct Fetch {
     pub ticket: u64,
     /// It is the base of this patched block of the read.
     pub patch: Option<u16>,
+    /// The store does not have it, and no leg of the cache gave it.
+    pub unreadable: bool,
 }
 
 /// The worker's means of local I/O.

@@ -252,7 +252,18 @@ fn fetch(
     slot.waits();
     let lba = slot.read.plan.lba.plus(u64::from(block));
     let ticket = slot.read.ticket;
-    context.fetches.push(Fetch { tag, lba, block, blocks, ticket, patch });
+    let unreadable = false;
+    context.fetches.push(Fetch { tag, lba, block, blocks, ticket, patch, unreadable });
+}
+
+/// Asks for a whole block that only the cache has, and that no leg gives: should all of them have failed, it may get to the
+/// store from memory.
+fn ask_for_unreadable(slot: &mut Slot, tag: Tag, block: u32, context: &mut Context<'_>) {
+    slot.read.remote += 1;
+    slot.waits();
+    let (lba, ticket) = (slot.read.plan.lba.plus(u64::from(block)), slot.read.ticket);
+    let fetch = Fetch { tag, lba, block, blocks: 1, ticket, patch: None, unreadable: true };
+    context.fetches.push(fetch);
 }
 
 /// A direct read ended: checks every block in guest memory.
@@ -369,6 +380,9 @@ pub(super) fn block_done(
     context.io.recycle(buffer);
     match context.disk.bad_block(lba, read.offset) {
         BadBlock::Refetch => plan_again(&mut slot.read, read.block, slot.request.len),
+        BadBlock::Lost if result != BLOCK_SIZE as i32 => {
+            ask_for_unreadable(slot, tag, read.block, context);
+        }
         BadBlock::Lost => {
             slot.read.failed = true;
             tracing::error!(%lba, offset = read.offset, "the only copy of a block is bad: the read fails");

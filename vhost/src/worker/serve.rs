@@ -284,8 +284,11 @@ impl Worker {
             self.fetching += u64::from(fetch.blocks);
             let index = self.io.operations.insert(Operation::Fetch(fetch));
             let id = self.fetch_ids | u64::from(index);
-            let Fetch { lba, blocks, .. } = fetch;
-            self.attached.link.send(FromDisk::Fetch { id, lba, blocks });
+            let Fetch { lba, blocks, unreadable, .. } = fetch;
+            self.attached.ask(match unreadable {
+                true => FromDisk::Unreadable { id, lba },
+                false => FromDisk::Fetch { id, lba, blocks },
+            });
         }
     }
 

@@ -61,7 +61,7 @@ impl Log {
 
     /// A whole segment is at hand beside the open one, and there are plenty more.
     pub fn has_spare(&self) -> bool {
-        self.spare.front().is_some_and(|grant| grant.roomy)
+        self.through.is_none() && self.spare.front().is_some_and(|grant| grant.roomy)
     }
 
     /// The image of the open segment.
@@ -146,6 +146,7 @@ impl Log {
         if open.header_due {
             open.header_due = false;
             from = 0;
+            let is_on_device = self.through.is_none();
             let header = SegmentHeader {
                 cache: self.identity.cache,
                 vdi: self.identity.vdi,
@@ -158,7 +159,12 @@ impl Log {
             };
             // SAFETY: as above; block 0 goes out with this batch for the first time.
             header.encode_into(unsafe { image.writable(0, BLOCK_SIZE) });
-            self.outbox.push(FromDisk::Opened { segment: open.grant.id });
+            if is_on_device {
+                self.outbox.push(FromDisk::Opened { segment: open.grant.id });
+            }
+        }
+        if self.through.is_some() {
+            return self.wait_for_store(gathering.tags);
         }
         let (image, id) = (Arc::clone(image), open.grant.id);
         let range = image_offset(from)..image_offset(open.position);
@@ -193,7 +199,10 @@ impl Log {
             // The device's flushes do not keep up: no more memory for segments that wait for one.
             return None;
         }
-        let grant = self.spare.pop_front()?;
+        let grant = match self.through {
+            Some(_) => self.memory_grant()?,
+            None => self.spare.pop_front()?,
+        };
         self.open = Some(Open {
             grant,
             image: self.images.take(),

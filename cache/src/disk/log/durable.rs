@@ -3,7 +3,6 @@
 use super::{FLUSH_AHEAD_AFTER, FLUSH_AHEAD_WRITES};
 use super::{FlushUnderWay, Log, SummaryState, Work};
 use crate::disk::{Action, Tag};
-use crate::link::FromDisk;
 use blockstore::sabotage::{self, Bug};
 
 impl Log {
@@ -16,6 +15,8 @@ impl Log {
         self.writes_since_flush = 0;
         if self.failure.is_some() {
             self.completions.push((tag, false));
+        } else if self.through.is_some() {
+            self.flush_through(tag);
         } else if self.flushed_lsn >= self.staged_lsn || sabotage::on(Bug::AckBeforeFlush) {
             self.completions.push((tag, true));
         } else {
@@ -79,20 +80,11 @@ impl Log {
             && self.written_lsn == self.staged_lsn
     }
 
-    /// Latches the log as failed: after a failed write or flush nothing about the last leg is certain any more.
+    /// The last leg failed: after a failed write or flush nothing about it is certain any more. Everything waits until it
+    /// is known whether the store can take its place.
     pub(super) fn fail(&mut self, why: &str) {
-        let reason = format!("{why}; the log takes no more writes");
-        self.failure.get_or_insert(reason.clone());
-        if !self.failure_told {
-            self.failure_told = true;
-            self.outbox.push(FromDisk::Failed { reason });
+        if self.failure.is_none() && self.through.is_none() {
+            self.hold(why);
         }
-        self.flush_under_way = None;
-        let gathering = self.open.as_mut().and_then(|open| open.gathering.take());
-        let tags = self.batches.drain(..).flat_map(|batch| batch.tags);
-        self.completions.extend(tags.map(|tag| (tag, false)));
-        self.completions.extend(gathering.into_iter().flat_map(|g| g.tags).map(|tag| (tag, false)));
-        let waiters = self.through_waiters.drain(..).chain(self.flush_waiters.drain(..));
-        self.completions.extend(waiters.map(|(_, tag): (_, Tag)| (tag, false)));
     }
 }

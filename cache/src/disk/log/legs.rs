@@ -2,7 +2,7 @@
 //!
 //! A leg on which a write or flush failed is used no more. What was under way on it stays undone, and so unacknowledged,
 //! until the asynchronous side says that the set of members without it is durable on the others. If no member is left,
-//! the log has failed.
+//! see `through.rs`.
 //!
 //! A leg that is joining is written like a member and waited for like one, so that it lacks nothing when it becomes one;
 //! but it is not read, and it does not count as a leg that is left. If it fails, what waits for it waits until the
@@ -102,6 +102,9 @@ impl Log {
 
     /// Something failed on a leg, which is not to be trusted any more.
     pub fn leg_failed(&mut self, leg: u8, what: &str, errno: i32) {
+        if self.through.is_some() {
+            return;
+        }
         let error = std::io::Error::from_raw_os_error(errno);
         let why = format!("{what} on the cache device failed: {error}");
         let left = self.members.minus(self.failing).minus(LegSet::NONE.with(leg));
@@ -135,7 +138,7 @@ impl Log {
 
     /// From now on the leg is written. What was written without it is sealed, so that it can be copied.
     pub fn join(&mut self, leg: u8, id: u64) {
-        if self.members.contains(leg) || self.failure.is_some() {
+        if self.members.contains(leg) || self.failure.is_some() || self.through.is_some() {
             debug_assert!(!self.members.contains(leg), "a member does not join");
             return;
         }

@@ -13,6 +13,8 @@
 //!   (rule L5): a leg that fails keeps everything waiting until the set without it is; see `legs.rs`.
 //! * INV-LOG-6: a leg that joins lacks only what is in segments that were sealed when [`FromDisk::LegJoined`] was said, and
 //!   in those that are older.
+//! * INV-LOG-7: with no leg left, a request is done when the store durably has it, and none is before it is known that the
+//!   store has all that was done before (rule L6); see `through.rs`.
 
 mod append;
 mod durable;
@@ -20,6 +22,7 @@ mod legs;
 mod seal;
 #[cfg(test)]
 mod tests;
+mod through;
 
 use super::{Action, Identity, Tag};
 use crate::disk::plan::SegmentId;
@@ -192,6 +195,8 @@ pub struct Log {
     ops: HashMap<u64, Op>,
     next_op: u64,
     completions: Vec<(Tag, bool)>,
+    /// No leg is left, and the store may take their place.
+    through: Option<through::Through>,
     failure: Option<String>,
     failure_told: bool,
     outbox: Vec<FromDisk>,
@@ -238,6 +243,7 @@ impl Log {
             ops: HashMap::new(),
             next_op: 1,
             completions: Vec::new(),
+            through: None,
             failure: None,
             failure_told: false,
             outbox: Vec::new(),
@@ -274,7 +280,7 @@ impl Log {
     }
 
     pub fn tick(&mut self) {
-        self.marker_due = self.flushed_lsn > self.noted_lsn;
+        self.marker_due = self.through.is_none() && self.flushed_lsn > self.noted_lsn;
     }
 
     /// The operation is done on every member.
@@ -302,7 +308,9 @@ impl Log {
     }
 
     pub fn poll(&mut self, actions: &mut Vec<Action>) {
-        if self.failure.is_none() {
+        if self.through.is_some() {
+            self.advance_through();
+        } else if self.failure.is_none() {
             if self.marker_due {
                 self.stage_marker();
             }
@@ -320,6 +328,11 @@ impl Log {
         actions.extend(self.outbox.drain(..).map(Action::Send));
     }
 
+    /// What there is to be said, in its order.
+    pub fn said(&mut self) -> std::vec::Drain<'_, FromDisk> {
+        self.outbox.drain(..)
+    }
+
     pub fn newly_sealed(&mut self) -> std::vec::Drain<'_, (SegmentId, Lsn)> {
         self.newly_sealed.drain(..)
     }
@@ -335,12 +348,17 @@ impl Log {
             && self.completions.is_empty()
             && self.outbox.is_empty()
             && self.writes.is_empty()
+            && self.is_through_quiet()
             && (self.failure.is_some()
                 || (!gathering && self.closing.is_empty() && self.flush_waiters.is_empty()))
     }
 
     pub fn take_unused_grants(&mut self) -> Vec<Grant> {
         let mut grants: Vec<Grant> = self.spare.drain(..).collect();
+        if self.through.is_some() {
+            // What is open then is no segment of the device.
+            return grants;
+        }
         if self.open.as_ref().is_some_and(|open| open.entries.is_empty() && open.header_due) {
             grants.extend(self.open.take().map(|open| open.grant));
         }

@@ -7,6 +7,7 @@ use crate::format::summary::{self, Summary};
 use crate::image::SegmentImage;
 use crate::link::{FromDisk, SealedSegment};
 use blockstore::sabotage::{self, Bug};
+use std::ops::Range;
 use std::sync::Arc;
 
 impl Log {
@@ -35,6 +36,14 @@ impl Log {
     }
 
     fn write_summary(&mut self, index: usize) {
+        let range = self.summarize(index);
+        let closing = &self.closing[index];
+        let (image, grant) = (Arc::clone(&closing.image), closing.grant);
+        self.write(Work::Summary { seq: grant.seq }, grant.id, &image, range);
+    }
+
+    /// Makes the summary of a full segment in its image; returns where.
+    pub(super) fn summarize(&mut self, index: usize) -> Range<usize> {
         let closing: &mut Closing = &mut self.closing[index];
         let blocks = summary::blocks_for(closing.entries.len());
         let first = self.geometry.segment_blocks() - blocks;
@@ -52,15 +61,14 @@ impl Log {
         // SAFETY: this log owns the segment; blocks behind its records were not handed to anyone.
         content.encode_into(unsafe { image.writable(start, len) }, closing.grant.nonce);
         closing.summary = SummaryState::UnderWay;
-        let (image, grant) = (Arc::clone(image), closing.grant);
-        self.write(Work::Summary { seq: grant.seq }, grant.id, &image, start..start + len);
+        start..start + len
     }
 
     /// Answers those who waited for segments to be sealed.
     pub(super) fn answer_rolls(&mut self) {
         while let Some(roll) = self.rolls.front().copied() {
             let waiting = self.closing.front().is_some_and(|c| c.grant.seq <= roll.seq);
-            if waiting && self.failure.is_none() {
+            if waiting && self.failure.is_none() && self.through.is_none() {
                 break;
             }
             self.rolls.pop_front();

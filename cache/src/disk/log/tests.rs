@@ -6,7 +6,7 @@ use crate::disk::{Action, Disk, Identity, OpId, Progress, Staged, Start};
 use crate::format::{Geometry, LegSet};
 use crate::image::ImagePool;
 use crate::index::Index;
-use crate::link::{FromDisk, Grant, ToDisk};
+use crate::link::{FromDisk, Grant, SealedSegment, ToDisk};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use std::sync::Arc;
 use uuid::Uuid;
@@ -116,24 +116,42 @@ fn a_leg_that_another_disk_found_failed_is_waited_for_no_more() {
     assert!(ops.iter().all(Vec::is_empty) && said.is_empty() && disk.is_quiet());
 }
 
-#[test]
-fn with_no_leg_left_requests_fail_and_the_disk_comes_to_rest() {
-    for last in [Some(libc::EIO), None] {
-        let mut disk = disk();
-        write(&mut disk, 1);
-        let ([a, b], _) = poll(&mut disk);
-        answer(&mut disk, &b, Err(libc::EIO));
-        match last {
-            Some(errno) => answer(&mut disk, &a, Err(errno)),
-            // The others could not be written to either.
-            None => {
-                disk.on_message(ToDisk::Legs { members: LegSet::NONE });
-                answer(&mut disk, &a, Ok(()));
-            }
+/// A disk whose last leg failed amid a write, and what it handed over.
+fn without_legs(last: Option<i32>) -> (Disk, Vec<SealedSegment>) {
+    let mut disk = disk();
+    write(&mut disk, 1);
+    let ([a, b], _) = poll(&mut disk);
+    answer(&mut disk, &b, Err(libc::EIO));
+    match last {
+        Some(errno) => answer(&mut disk, &a, Err(errno)),
+        // The others could not be written to either.
+        None => {
+            disk.on_message(ToDisk::Legs { members: LegSet::NONE });
+            answer(&mut disk, &a, Ok(()));
         }
-        let (_, said) = poll(&mut disk);
-        assert!(said.iter().any(|said| matches!(said, FromDisk::Failed { .. })), "{said:?}");
-        assert_eq!(completed(&mut disk), [(1, false)]);
+    }
+    let (ops, said) = poll(&mut disk);
+    assert!(ops.iter().all(Vec::is_empty));
+    let handed = said.into_iter().find_map(|said| match said {
+        FromDisk::NoLegLeft { tail, .. } => Some(tail),
+        _ => None,
+    });
+    (disk, handed.expect("the asynchronous side is told"))
+}
+
+#[test]
+fn with_no_leg_left_requests_wait_until_it_is_known_what_the_store_has() {
+    for last in [Some(libc::EIO), None] {
+        let (mut disk, tail) = without_legs(last);
+        assert_eq!(tail.len(), 1);
+        assert_eq!((tail[0].first_lsn, tail[0].last_lsn), (Lsn(1), Lsn(1)));
+        disk.flush(2);
+        assert_eq!(disk.write(3, 8, 4096, &mut |_, dst| dst.fill(3)), Staged::Part(0));
+        assert_eq!(completed(&mut disk), []);
+        assert!(!disk.is_quiet());
+        disk.on_message(ToDisk::GiveUp { reason: "lost".into() });
+        assert_eq!(completed(&mut disk), [(1, false), (2, false)]);
+        assert_eq!(disk.write(3, 8, 4096, &mut |_, dst| dst.fill(3)), Staged::Failed);
         assert!(disk.is_quiet());
     }
 }
@@ -223,15 +241,15 @@ fn a_joining_leg_is_waited_for_until_it_is_given_up() {
 }
 
 #[test]
-fn a_joining_leg_does_not_save_a_log_whose_last_member_fails() {
+fn a_joining_leg_does_not_take_the_place_of_the_last_member() {
     let mut disk = disk_with_a_record();
     join(&mut disk, 1, 5);
     write(&mut disk, 2);
     let ([a, _], _) = poll(&mut disk);
     answer(&mut disk, &a, Err(libc::EIO));
     let (_, said) = poll(&mut disk);
-    assert!(said.iter().any(|said| matches!(said, FromDisk::Failed { .. })), "{said:?}");
-    assert_eq!(completed(&mut disk), [(2, false)]);
+    assert!(said.iter().any(|said| matches!(said, FromDisk::NoLegLeft { .. })), "{said:?}");
+    assert_eq!(completed(&mut disk), [], "it is not known yet whether the store can have it");
 }
 
 #[test]
@@ -262,4 +280,43 @@ fn the_late_answer_of_a_leg_that_is_out_is_not_taken_for_its_successors() {
     assert_eq!(completed(&mut disk), [(1, true)], "the new leg owes nothing for it");
     let (_, said) = run(&mut disk);
     assert!(has_joined(&said) && !said.iter().any(|s| matches!(s, FromDisk::LegFailed { .. })));
+}
+
+#[test]
+fn in_write_through_requests_are_done_when_the_store_has_them() {
+    let (mut disk, _) = without_legs(Some(libc::EIO));
+    disk.flush(2);
+    disk.on_message(ToDisk::WriteThrough { lsn: Lsn(1) });
+    assert_eq!(completed(&mut disk), [(1, true), (2, true)]);
+    for tag in 3..6 {
+        write(&mut disk, tag);
+    }
+    disk.flush(6);
+    let (ops, said) = poll(&mut disk);
+    assert!(ops.iter().all(Vec::is_empty), "nothing goes to the device");
+    let handed = |said: &[FromDisk]| -> Vec<(Lsn, Lsn)> {
+        let sealed = said.iter().filter_map(|said| match said {
+            FromDisk::Sealed(sealed) => Some((sealed.first_lsn, sealed.last_lsn)),
+            _ => None,
+        });
+        sealed.collect()
+    };
+    assert_eq!(handed(&said), [(Lsn(2), Lsn(4))]);
+    // What comes meanwhile waits for its turn.
+    write(&mut disk, 7);
+    assert_eq!(handed(&poll(&mut disk).1), []);
+    assert_eq!(completed(&mut disk), []);
+    disk.on_message(ToDisk::Committed { lsn: Lsn(4) });
+    assert_eq!(completed(&mut disk).len(), 4, "three writes and their flush");
+    assert_eq!(handed(&poll(&mut disk).1), [(Lsn(5), Lsn(5))]);
+    assert!(!disk.is_quiet());
+    disk.on_message(ToDisk::Committed { lsn: Lsn(5) });
+    assert_eq!(completed(&mut disk), [(7, true)]);
+    poll(&mut disk);
+    assert!(disk.is_quiet());
+    let mut plan = crate::disk::plan::ReadPlan::default();
+    disk.read(0, 8, &mut plan);
+    let is_miss =
+        |piece: &crate::disk::plan::Piece| matches!(piece, crate::disk::plan::Piece::Miss { .. });
+    assert!(plan.pieces.iter().all(is_miss), "the store is asked: {plan:?}");
 }

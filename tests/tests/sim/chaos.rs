@@ -72,12 +72,11 @@ impl Chaos {
         world.witness.refuses.store(refuses, Ordering::Relaxed);
         // With no leg left disks go on, if somebody can note it, and all that the log has can be read.
         let may_stop = refuses || profile.rots || trouble != Trouble::Breaks;
+        // What only a leg has that answers nothing is lost.
+        let was_ailing = legs.is_harmed() || legs.condition.gone.load(Ordering::Relaxed);
         let excuses = Excuses {
-            write_errors: alone && may_stop || both && (refuses || profile.rots),
-            read_errors: alone
-                || both && (refuses || profile.rots)
-                || profile.san.read_garbled > 0.0
-                || world.may_have_lost(),
+            write_errors: alone && may_stop || both && (may_stop || was_ailing),
+            read_errors: alone || both || profile.san.read_garbled > 0.0 || world.may_have_lost(),
         };
         Self {
             rng,

@@ -102,6 +102,12 @@ pub struct VdiInfo {
     /// What becomes of requests that cannot go on without the store: `stall`, or `fail-after=` and a time.
     #[serde(default)]
     pub when_offline: String,
+    /// The hydration that goes on, or the last one since the disk was opened.
+    #[serde(default)]
+    pub hydrate: Option<cache::HydrateStatus>,
+    /// What is held of it is not evicted while anything else could be.
+    #[serde(default)]
+    pub pinned: bool,
 }
 
 /// Requests of a guest that wait.
@@ -128,15 +134,25 @@ pub struct Outlook {
 }
 
 /// What a disk can do without the store.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Readiness {
-    /// Bytes of the disk that can be read from the local device.
+    /// Bytes of the disk that can be read without the store: held locally, or known to be zeros.
     pub held_bytes: u64,
-    /// Their share of the disk's size, 0 to 1. A disk that is not full needs less than 1.
+    /// Their share of the disk's size, 0 to 1.
     pub held_share: f64,
     /// Share of what the guest read in the last ten minutes that the store was not asked for, 0 to 1; none if it read
     /// nothing.
     pub recent_reads_local_share: Option<f64>,
+    /// Share of what the guest read when it last booted that can be read without the store, 0 to 1; none if no boot was
+    /// recorded.
+    #[serde(default)]
+    pub boot_trace_share: Option<f64>,
+    /// What of the store's metadata an outage needs, in words.
+    #[serde(default)]
+    pub metadata: String,
+    /// What is missing and how to get it, in words; none if nothing is.
+    #[serde(default)]
+    pub missing: Option<String>,
 }
 
 /// Counters of a disk.
@@ -208,7 +224,10 @@ pub struct CacheStatus {
     pub clean_bytes: u64,
     /// Bytes in free segments.
     pub free_bytes: u64,
-    /// Share of the ring that cannot be reclaimed at once: 0 to 1.
+    /// Bytes of `clean_bytes` that belong to pinned disks.
+    #[serde(default)]
+    pub pinned_bytes: u64,
+    /// Share of the ring that cannot be reclaimed at once, 0 to 1; what is pinned does not count.
     pub fill: f64,
     /// The devices that it is written to together: one, or two of a mirror.
     #[serde(default)]
@@ -317,6 +336,40 @@ pub struct DetachRequest {
 pub struct ResizeRequest {
     /// Bytes.
     pub size: u64,
+}
+
+/// Request of `vdi hydrate`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HydrateRequest {
+    /// Only what the guest read when it last booted.
+    #[serde(default)]
+    pub boot_trace: bool,
+}
+
+/// Answer of `vdi hydrate`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Hydrating {
+    /// Which disk.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// How far it is.
+    #[serde(flatten)]
+    pub progress: cache::HydrateStatus,
+}
+
+/// Answer of `vdi pin` and `vdi unpin`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Pinned {
+    /// Which disk.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// It is pinned now.
+    pub pinned: bool,
+    /// What of it is not in the cache, in words; none if nothing is missing.
+    pub missing: Option<String>,
 }
 
 /// Request of `vdi set`: what is absent stays as it is.

@@ -63,6 +63,7 @@ fn of_host(registry: &mut Registry, status: &Status) {
     gauge("cache_capacity_bytes", "Bytes of the ring", Some(cache.capacity as f64));
     gauge("cache_free_bytes", "Bytes in free segments", Some(cache.free_bytes as f64));
     gauge("cache_clean_bytes", "Bytes in segments of read cache", Some(cache.clean_bytes as f64));
+    gauge("cache_pinned_bytes", "Bytes of it of pinned disks", Some(cache.pinned_bytes as f64));
     let in_step = cache.legs.iter().filter(|leg| leg.member).count();
     gauge("cache_legs", "Devices that the cache is mirrored on", Some(cache.legs.len() as f64));
     gauge("cache_legs_in_step", "Those of them that hold everything", Some(in_step as f64));
@@ -132,6 +133,13 @@ fn of_disks(registry: &mut Registry, vdis: &[VdiInfo]) {
     });
     gauge("vdi_recent_reads_local", "Share of recent reads without the store", &|v| {
         v.readiness.recent_reads_local_share
+    });
+    gauge("vdi_boot_trace_local", "Share of the last boot's reads held", &|v| {
+        v.readiness.boot_trace_share
+    });
+    gauge("vdi_pinned", "It is pinned", &|v| Some(flag(v.pinned)));
+    gauge("vdi_hydrating", "It is being hydrated", &|v| {
+        Some(flag(v.hydrate.as_ref().is_some_and(|hydrate| hydrate.running)))
     });
     gauge("vdi_waiting_writes", "Writes that wait for space in the ring", &|v| {
         Some(v.waiting.writes as f64)
@@ -225,6 +233,8 @@ mod tests {
             totals: Totals { reads: 3, ..Default::default() },
             drill_until: None,
             when_offline: "stall".into(),
+            hydrate: None,
+            pinned: false,
         };
         Status {
             agent: AgentStatus {
@@ -253,6 +263,7 @@ mod tests {
                 segments: 10,
                 dirty_bytes: 10,
                 clean_bytes: 20,
+                pinned_bytes: 0,
                 free_bytes: 70,
                 fill: 0.1,
                 legs: [true, false].map(leg).to_vec(),

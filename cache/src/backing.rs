@@ -26,6 +26,11 @@ pub trait Backing: Send + Sync + fmt::Debug + 'static {
     /// stays in force until then. Commits of one disk are never concurrent.
     async fn commit(&self, batch: Batch) -> Result<(), BackingError>;
 
+    /// Which of these blocks the store has, one after the other: the others read as zeros.
+    async fn stored(&self, lba: Lba, blocks: u32) -> Result<Vec<bool>, BackingError> {
+        Ok(self.read(lba, blocks).await?.iter().map(Option::is_some).collect())
+    }
+
     /// What becomes of requests that cannot go on without the store, as the store notes it for this disk.
     fn when_offline(&self) -> WhenOffline {
         WhenOffline::Stall
@@ -68,6 +73,11 @@ impl Backing for Vdi {
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
         Vdi::commit(self, batch).await?;
         Ok(())
+    }
+
+    async fn stored(&self, lba: Lba, blocks: u32) -> Result<Vec<bool>, BackingError> {
+        let pointers = Vdi::resolve(self, lba, blocks).await?;
+        Ok(pointers.iter().map(|pointer| !pointer.is_sparse()).collect())
     }
 
     fn when_offline(&self) -> WhenOffline {

@@ -19,11 +19,11 @@ use crate::image::ImagePool;
 use crate::local::{LegState, Local, Mode};
 use crate::log_open::Ground;
 use crate::pool::Pool;
-use crate::vdi::{VdiHandle, VdiStatus};
+use crate::vdi::{HydrateError, HydrateStatus, PinError, VdiHandle, VdiStatus};
 use crate::witness::{Witness, WitnessSeat};
 use blockstore::WhenOffline;
 use blockstore::sabotage::{self, Bug};
-use blockstore::types::{BLOCK_SIZE, Lsn};
+use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use hashbrown::{HashMap, HashSet};
 use parking_lot::Mutex;
 use replacing::Replacing;
@@ -98,7 +98,9 @@ pub struct CacheStatus {
     pub clean_bytes: u64,
     /// Bytes in segments that hold or wait for uncommitted records.
     pub dirty_bytes: u64,
-    /// Share of the segments that hold uncommitted records, 0 to 1.
+    /// Bytes of `clean_bytes` that belong to pinned disks.
+    pub pinned_bytes: u64,
+    /// Share of the segments that hold uncommitted records, 0 to 1; those that are pinned do not count.
     pub fill: f64,
 }
 
@@ -258,6 +260,7 @@ impl Cache {
             first_lsn: Lsn(1),
             policy: DiskPolicy::default(),
             left_behind: None,
+            boot_trace: Vec::new(),
         }));
         self.ground.local.write_slot(&next).await?;
         *slot = next;
@@ -315,6 +318,32 @@ impl Cache {
         handle.set_when_offline(vdi, policy).await
     }
 
+    /// Keeps what is held of an attached disk: its clean segments are not evicted while anything else could be, and what is
+    /// evicted after all comes back while the store answers. Or no longer does. Durable in the disk's slot.
+    ///
+    /// # Errors
+    /// [`PinError::TooLarge`]; the local device's. Nothing was changed.
+    pub async fn pin(&self, vdi: Uuid, on: bool) -> Result<(), PinError> {
+        let handle = self.handle(vdi);
+        let handle = handle.ok_or_else(|| PinError::Failed("it is not attached".into()))?;
+        handle.pin(vdi, on).await
+    }
+
+    /// Begins to fetch these ranges of an attached disk (first block, blocks; all of it if none are given) into the cache;
+    /// [`VdiStatus::hydrate`] tells how it goes on. Returns once it is known what is to be fetched.
+    ///
+    /// # Errors
+    /// It goes on already, or the cache is too small; the store's.
+    pub async fn hydrate(
+        &self,
+        vdi: Uuid,
+        ranges: Option<Vec<(Lba, u64)>>,
+    ) -> Result<HydrateStatus, HydrateError> {
+        let handle = self.handle(vdi);
+        let handle = handle.ok_or_else(|| HydrateError::Failed("it is not attached".into()))?;
+        handle.hydrate(vdi, ranges).await
+    }
+
     /// Status of an attached disk.
     #[must_use]
     pub fn vdi_status(&self, vdi: Uuid) -> Option<VdiStatus> {
@@ -325,6 +354,8 @@ impl Cache {
         status.flushed_lsn = status.flushed_lsn.max(read(&handle.progress.flushed));
         status.index_bytes = read(&handle.progress.index_bytes);
         status.held_bytes = read(&handle.progress.held_blocks) * BLOCK_SIZE as u64;
+        status.boot_trace_bytes = read(&handle.progress.trace_blocks) * BLOCK_SIZE as u64;
+        status.boot_trace_missing_bytes = read(&handle.progress.trace_missing) * BLOCK_SIZE as u64;
         Some(status)
     }
 
@@ -339,6 +370,7 @@ impl Cache {
             segments: counts.segments,
             free_bytes: u64::from(counts.free) * size,
             clean_bytes: u64::from(counts.clean) * size,
+            pinned_bytes: u64::from(counts.pinned) * size,
             dirty_bytes: u64::from(counts.used()) * size,
             fill: counts.fill(),
         }

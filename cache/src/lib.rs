@@ -43,5 +43,5 @@ pub use check::{CheckReport, VdiReport, check};
 pub use error::CacheError;
 pub use format::slot::LeftBehind;
 pub use local::LegState;
-pub use vdi::{Phase, VdiStatus};
+pub use vdi::{HydrateError, HydrateStatus, Phase, PinError, VdiStatus};
 pub use witness::Witness;

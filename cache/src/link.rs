@@ -4,6 +4,7 @@
 //! of segments, the rest by one outstanding message of a kind.
 
 use crate::disk::plan::SegmentId;
+use crate::disk::trace::Ranges;
 use crate::format::LegSet;
 use crate::image::SegmentImage;
 use blockstore::types::{Lba, Lsn};
@@ -25,7 +26,15 @@ pub enum ToDisk {
     /// The store's durable image reaches `lsn`; everything up to it may be dropped from the dirty state.
     Committed { lsn: Lsn },
     /// Forget these blocks where they still lie in `segment`, then answer [`FromDisk::Evicted`].
-    Evict { segment: SegmentId, lbas: Vec<Lba> },
+    /// Holes that the segment notes are forgotten, too: nothing would say so after a restart.
+    Evict { segment: SegmentId, lbas: Vec<Lba>, holes: Vec<(Lba, u32)> },
+    /// Go on in segments that are granted from now on: what is kept in older ones would be the first to be evicted.
+    Freshen,
+    /// Say which of these blocks are not known locally, with [`FromDisk::Planned`].
+    Plan { id: u64, lba: Lba, blocks: u32 },
+    /// Keep what was fetched after a [`FromDisk::Planned`] with this ticket, as far as nothing newer is known; answered with
+    /// [`FromDisk::Kept`]. With `roomy`, segments are plentiful now.
+    Keep { id: u64, ticket: u64, roomy: bool, pieces: Vec<Fetched> },
     /// Seal the open segment, so that all that was staged so far can be committed, then answer
     /// [`FromDisk::Rolled`].
     Roll { id: u64 },
@@ -48,6 +57,28 @@ pub enum ToDisk {
     GiveUp { reason: String },
     /// Sent about once a second: write down how far the log is flushed, if no later record says so (rule L4).
     Tick,
+}
+
+/// A part of the store's image, to be kept.
+#[derive(Clone, Debug)]
+pub enum Fetched {
+    /// Blocks that are there, one after the other from `lba` on.
+    Data { lba: Lba, blocks: Vec<Bytes> },
+    /// Blocks that the store does not have.
+    Hole { lba: Lba, blocks: u32 },
+}
+
+/// What became of a [`ToDisk::Keep`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// All of it is known locally now.
+    All,
+    /// There is no room for the rest now: guest writes come first. Say it again later.
+    NoRoom,
+    /// Something left the index meanwhile, so that what was fetched may be outdated: plan again.
+    Stale,
+    /// The log has failed.
+    Failed,
 }
 
 /// A fetch that failed for good (transient trouble is retried by the asynchronous side).
@@ -94,6 +125,12 @@ pub enum FromDisk {
     Pinned { segment: SegmentId },
     /// No index entry and no read refers to the segment any more.
     Evicted { segment: SegmentId },
+    /// Answer to [`ToDisk::Plan`]: the runs of blocks of which nothing is known locally, as of `ticket`.
+    Planned { id: u64, ticket: u64, absent: Vec<(Lba, u32)> },
+    /// Answer to [`ToDisk::Keep`].
+    Kept { id: u64, kept: Kept },
+    /// What the guest read while it booted.
+    BootTrace { ranges: Ranges },
     /// Something failed on a leg, and another is left. What waits for the leg goes on with [`ToDisk::Legs`]. Of a leg that is
     /// joining it says as which.
     LegFailed { leg: u8, joining: Option<u64>, reason: String },

@@ -150,7 +150,8 @@ impl Ground {
         }
         // From here on the worker is told of each change of the set of legs.
         let members = self.local.join(sender.clone());
-        let disk = Disk::on_legs(self.start(&record, recovered, grants, progress), members);
+        let mut disk = Disk::on_legs(self.start(&record, recovered, grants, progress), members);
+        disk.set_boot_trace(record.boot_trace.clone());
         let disk = AttachedDisk { disk, link, legs };
         Ok(OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn })
     }

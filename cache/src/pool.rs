@@ -51,9 +51,25 @@ struct Inner {
     /// Owners whose segments are out of use: logs in quarantine.
     quarantined: BTreeSet<Uuid>,
     waiting: VecDeque<Uuid>,
+    /// Disks whose clean segments are not to be evicted.
+    pins: BTreeMap<Uuid, Pin>,
+    /// Bytes of the ring that each of them may need.
+    pin_bytes: BTreeMap<Uuid, u64>,
     tasks: BTreeMap<Uuid, UnboundedSender<PoolMessage>>,
     /// A leg of the cache is being filled.
     filling: Option<Filling>,
+}
+
+/// Segments that a pinned disk may have beside half as much again as it needs.
+const TRIM_SLACK: u64 = 8;
+
+/// How firmly the clean segments of a disk are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pin {
+    /// They give way only if hardly anything is free: the store answers, and what is live in them comes back.
+    Soft,
+    /// They do not give way: the store is away.
+    Firm,
 }
 
 /// Segments by state.
@@ -67,6 +83,8 @@ pub struct PoolCounts {
     pub clean: u32,
     /// Out of use: segments of logs in quarantine.
     pub quarantined: u32,
+    /// Of the clean ones, those of pinned disks.
+    pub pinned: u32,
     /// Disks that hold segments.
     pub disks: u32,
 }
@@ -79,11 +97,13 @@ impl PoolCounts {
         usable.saturating_sub(self.free).saturating_sub(self.clean)
     }
 
-    /// Share of the segments that hold uncommitted records, 0 to 1; the two that each disk has at hand do not count.
+    /// Share of the segments that hold uncommitted records, 0 to 1; the two that each disk has at hand do not count, and
+    /// neither do those that pinned disks keep clean.
     #[must_use]
     pub fn fill(&self) -> f64 {
         let dirty = self.used().saturating_sub(2 * self.disks);
-        f64::from(dirty) / f64::from(self.segments.saturating_sub(self.quarantined).max(1))
+        let for_writes = self.segments.saturating_sub(self.quarantined + self.pinned);
+        f64::from(dirty) / f64::from(for_writes.max(1))
     }
 }
 
@@ -100,6 +120,8 @@ impl Pool {
             dirty: BTreeMap::new(),
             quarantined: BTreeSet::new(),
             waiting: VecDeque::new(),
+            pins: BTreeMap::new(),
+            pin_bytes: BTreeMap::new(),
             tasks: BTreeMap::new(),
             filling: None,
         };
@@ -152,11 +174,61 @@ impl Pool {
     pub fn unregister(&self, vdi: Uuid) {
         let mut inner = self.inner.lock();
         inner.tasks.remove(&vdi);
+        inner.pins.remove(&vdi);
+        inner.pin_bytes.remove(&vdi);
         inner.waiting.retain(|waiting| *waiting != vdi);
         inner.withdraw(vdi);
         inner.forget_awaited(vdi);
         self.joined.notify_one();
         Self::next_turn(&inner);
+    }
+
+    /// Pins the clean segments of a disk, or no longer does.
+    pub fn set_pin(&self, vdi: Uuid, pin: Option<Pin>) {
+        let mut inner = self.inner.lock();
+        let before = match pin {
+            Some(pin) => inner.pins.insert(vdi, pin),
+            None => {
+                inner.pin_bytes.remove(&vdi);
+                inner.pins.remove(&vdi)
+            }
+        };
+        if before != pin {
+            self.relieve(&mut inner);
+        }
+    }
+
+    /// Asks for the oldest clean segment of a pinned disk that has far more of them than it needs: what was overwritten is
+    /// given back before an outage needs the room.
+    pub fn trim(&self, vdi: Uuid) {
+        let mut inner = self.inner.lock();
+        let needed = inner.pin_bytes.get(&vdi).copied().unwrap_or(0);
+        let of_disk = inner.clean.iter().filter(|(_, (_, owner))| *owner == vdi);
+        let (mut held, mut oldest) = (0, None);
+        for (&seq, _) in of_disk {
+            held += self.geometry.segment_size;
+            oldest = oldest.or(Some(seq));
+        }
+        let most = needed + needed / 2 + TRIM_SLACK * self.geometry.segment_size;
+        if held > most
+            && let Some(seq) = oldest
+        {
+            self.ask_for(&mut inner, seq);
+        }
+    }
+
+    /// Notes how many bytes of the ring a pinned disk may need.
+    pub fn note_pin_bytes(&self, vdi: Uuid, bytes: u64) {
+        self.inner.lock().pin_bytes.insert(vdi, bytes);
+    }
+
+    /// Bytes that a disk can have pinned, if all pinned disks together may need this share of the ring.
+    #[must_use]
+    pub fn room_for_pins(&self, vdi: Uuid, share: f64) -> u64 {
+        let inner = self.inner.lock();
+        let ring = u64::from(self.geometry.segments) * self.geometry.segment_size;
+        let others = inner.pin_bytes.iter().filter(|(other, _)| **other != vdi);
+        ((ring as f64 * share) as u64).saturating_sub(others.map(|(_, bytes)| bytes).sum())
     }
 
     /// Takes back the offer of all clean segments of a disk.
@@ -257,8 +329,27 @@ impl Pool {
             free: inner.free.len() as u32,
             clean: inner.clean.len() as u32 + inner.evicting,
             quarantined: inner.quarantined.iter().filter_map(|log| inner.dirty.get(log)).sum(),
+            pinned: inner.pinned(),
             disks: inner.tasks.len() as u32,
         }
+    }
+
+    /// Segments are plentiful: fetched blocks may take one.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.inner.lock().free.len() as u32 >= self.low_water() / 2
+    }
+
+    /// Bytes of blocks that a disk can have as read cache beside what is dirty now and what is kept at hand for writers.
+    #[must_use]
+    pub fn room_for_reading(&self, vdi: Uuid) -> u64 {
+        let inner = self.inner.lock();
+        let others = |owner: &Uuid| *owner != vdi && inner.pins.contains_key(owner);
+        let kept = inner.clean.values().filter(|(_, owner)| others(owner)).count() as u32;
+        let free = inner.free.len() as u32 + inner.clean.len() as u32 + inner.evicting - kept;
+        let segments = free.saturating_sub(self.low_water() + 2 * inner.tasks.len() as u32);
+        // Headers and summaries take less than a sixty-fourth of a segment.
+        u64::from(segments) * (self.geometry.segment_size / 64 * 63)
     }
 
     /// Free segments that the pool tries to have at hand, so that writers need not wait for an eviction.
@@ -289,7 +380,8 @@ impl Pool {
         }
         let others = inner.tasks.keys().filter(|other| **other != vdi);
         let kept: u32 = others.map(|other| floor.saturating_sub(dirty(other))).sum();
-        let available = inner.free.len() as u32 + inner.clean.len() as u32 + inner.evicting;
+        let clean = inner.clean.len() as u32 - inner.pinned();
+        let available = inner.free.len() as u32 + clean + inner.evicting;
         kept == 0 || available > kept
     }
 
@@ -297,14 +389,36 @@ impl Pool {
     fn relieve(&self, inner: &mut Inner) {
         let wanted = self.low_water() + inner.waiting.len() as u32;
         while (inner.free.len() as u32) + inner.evicting < wanted {
-            let Some((_, (id, vdi))) = inner.clean.pop_first() else { break };
-            inner.dirtied(vdi);
-            if let Some(task) = inner.tasks.get(&vdi)
-                && task.send(PoolMessage::Evict(id)).is_ok()
-            {
-                inner.evicting += 1;
-            }
+            let Some(seq) = self.next_victim(inner) else { break };
+            self.ask_for(inner, seq);
         }
+    }
+
+    /// Asks for a clean segment.
+    fn ask_for(&self, inner: &mut Inner, seq: u64) {
+        let Some((id, vdi)) = inner.clean.remove(&seq) else { return };
+        inner.dirtied(vdi);
+        if let Some(task) = inner.tasks.get(&vdi)
+            && task.send(PoolMessage::Evict(id)).is_ok()
+        {
+            inner.evicting += 1;
+        }
+    }
+
+    /// The clean segment that is evicted next: the oldest of a disk that is not pinned. If there is none, and hardly
+    /// anything is free, the oldest of one that is not firmly pinned.
+    fn next_victim(&self, inner: &Inner) -> Option<u64> {
+        let oldest = |may_go: &dyn Fn(Option<Pin>) -> bool| {
+            let mut clean = inner.clean.iter();
+            clean.find(|(_, (_, vdi))| may_go(inner.pins.get(vdi).copied())).map(|(seq, _)| *seq)
+        };
+        if inner.pins.is_empty() {
+            return inner.clean.first_key_value().map(|(seq, _)| *seq);
+        }
+        let coming = inner.free.len() as u32 + inner.evicting;
+        let wait_in_vain = coming < self.low_water() / 2 + inner.waiting.len() as u32;
+        oldest(&|pin| pin.is_none())
+            .or_else(|| oldest(&|pin| pin == Some(Pin::Soft)).filter(|_| wait_in_vain))
     }
 
     fn next_turn(inner: &Inner) {
@@ -318,6 +432,14 @@ impl Pool {
 }
 
 impl Inner {
+    /// Clean segments of pinned disks.
+    fn pinned(&self) -> u32 {
+        if self.pins.is_empty() {
+            return 0;
+        }
+        self.clean.values().filter(|(_, vdi)| self.pins.contains_key(vdi)).count() as u32
+    }
+
     fn withdraw(&mut self, vdi: Uuid) {
         let before = self.clean.len();
         self.clean.retain(|_, (_, owner)| *owner != vdi);
@@ -406,6 +528,46 @@ mod tests {
         let mut held = pool.owned(B);
         pool.release(held.pop().unwrap(), false);
         assert_eq!(messages[1].try_recv(), Ok(PoolMessage::YourTurn), "B waits, A does not");
+    }
+
+    /// The segments that A's task was asked for.
+    fn asked(messages: &mut UnboundedReceiver<PoolMessage>) -> Vec<PoolMessage> {
+        std::iter::from_fn(|| messages.try_recv().ok())
+            .filter(|message| matches!(message, PoolMessage::Evict(_)))
+            .collect()
+    }
+
+    #[test]
+    fn pinned_segments_go_last_and_never_while_the_store_is_away() {
+        let (pool, mut messages) = pool_of(64);
+        pool.set_pin(A, Some(Pin::Firm));
+        for vdi in [A, B] {
+            for _ in 0..20 {
+                let grant = pool.grant(vdi).unwrap();
+                pool.offer_clean(vdi, grant.id, grant.seq);
+            }
+        }
+        // Writers take what is free, then what is clean of the other disk, younger as it is.
+        let mut granted = 0;
+        while pool.grant(A).is_some() {
+            granted += 1;
+            for message in asked(&mut messages[1]) {
+                let PoolMessage::Evict(id) = message else { unreachable!() };
+                pool.release(id, true);
+            }
+        }
+        assert!(granted >= 64 - 20 - 8, "all but the pinned ones and the other's floor: {granted}");
+        assert!(asked(&mut messages[0]).is_empty());
+        assert_eq!(pool.counts().pinned, 20);
+        // Nothing is left but those: with the store away the writer waits, with the store some give way.
+        pool.unregister(B);
+        while pool.grant(A).is_some() {}
+        assert!(asked(&mut messages[0]).is_empty());
+        pool.set_pin(A, Some(Pin::Soft));
+        let given = asked(&mut messages[0]).len();
+        assert!((1..=3).contains(&given), "{given}");
+        pool.set_pin(A, None);
+        assert!(!asked(&mut messages[0]).is_empty(), "as of any other disk");
     }
 
     #[test]

@@ -48,6 +48,7 @@ fn slot() -> VdiSlot {
         first_lsn: Lsn(5),
         policy: Default::default(),
         left_behind: None,
+        boot_trace: Vec::new(),
     };
     VdiSlot { sequence: 3, slot: SLOT, vdi: Some(vdi), quarantined: None }
 }

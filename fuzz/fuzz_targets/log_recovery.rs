@@ -58,7 +58,7 @@ fn check_found(found: &Found, header: &SegmentHeader, blocks: u32) {
         let entry = entry.expect("checked");
         lsns += entry.lsns();
         assert!(entry.blocks > 0);
-        if entry.kind != Kind::Zero {
+        if entry.kind.has_payload() {
             assert!(u32::from(entry.payload) + entry.blocks <= found.used_blocks);
         }
         for index in 0..entry.payload_blocks() {
@@ -112,18 +112,18 @@ impl Writer {
         let mut lsns = 0;
         for _ in 0..=flags & 3 {
             let shape = script.byte();
-            let kind = [Kind::Write, Kind::Zero, Kind::Fill, Kind::Write][usize::from(shape & 3)];
+            let kind = [Kind::Write, Kind::Zero, Kind::Fill, Kind::Hole][usize::from(shape & 3)];
             let wide = shape & 4 != 0;
             let lba = Lba(if wide { script.number(6) } else { script.number(1) });
             let blocks = match kind {
-                Kind::Zero if wide => script.number(4) as u32,
+                Kind::Zero | Kind::Hole if wide => script.number(4) as u32,
                 _ => 1 + u32::from(shape >> 4 & 3),
             };
             let mut masks = (WHOLE, WHOLE);
             if shape & 8 != 0 {
                 masks = (script.byte() | 1, script.byte() | 0x80);
             }
-            let with_payload = if kind == Kind::Zero { 0 } else { blocks };
+            let with_payload = if kind.has_payload() { blocks } else { 0 };
             if entries.len() + record::entry_len(with_payload) > ENTRIES_MAX {
                 break;
             }
@@ -134,7 +134,7 @@ impl Writer {
                 entries.extend_from_slice(&crc32c(&block).to_le_bytes());
                 payload.extend_from_slice(&block);
             }
-            lsns += u64::from(kind != Kind::Fill);
+            lsns += u64::from(kind.takes_lsn());
         }
         let record = RecordHeader {
             seq: self.header.seq,
@@ -269,6 +269,7 @@ fuzz_target!(|input: &[u8]| {
         first_lsn: Lsn(script.number(1)),
         policy: Default::default(),
         left_behind: None,
+        boot_trace: Vec::new(),
     };
     let Ok(mut assembler) = Assembler::new(geometry, slot, store) else { return };
     let mut next = store.0 + 1;

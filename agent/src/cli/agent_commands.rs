@@ -8,7 +8,7 @@ use super::output::Output;
 use super::tables;
 use crate::api::{
     Attached, CacheStatus, CreateRequest, Created, DetachRequest, Done, DrainRequest, Drained,
-    ResizeRequest, Set, SetRequest, Status, Vdi, VdiInfo,
+    Pinned, ResizeRequest, Set, SetRequest, Status, Vdi, VdiInfo,
 };
 use crate::control::client::Client;
 use crate::error::{Failure, Kind, Result};
@@ -54,6 +54,22 @@ pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()>
         VdiCommand::Attach { name } => {
             let attached: Attached = client.post(&at(&name, "/attach")?, &()).await?;
             out.print(&attached, |attached| attached.socket.display().to_string())
+        }
+        VdiCommand::Pin { name } => {
+            let pinned: Pinned = client.post(&at(&name, "/pin")?, &()).await?;
+            out.print(&pinned, |pinned| match &pinned.missing {
+                None => format!("{} is pinned", pinned.name),
+                Some(missing) => {
+                    format!("{} is pinned; not in the cache is: {missing}", pinned.name)
+                }
+            })
+        }
+        VdiCommand::Unpin { name } => {
+            let pinned: Pinned = client.delete(&at(&name, "/pin")?).await?;
+            out.print(&pinned, |pinned| format!("{} is not pinned any more", pinned.name))
+        }
+        VdiCommand::Hydrate { name, boot_trace, wait } => {
+            super::hydrate::run(&name, boot_trace, wait, run_dir, out).await
         }
         VdiCommand::Detach { name, force } => {
             let done: Done = client.post(&at(&name, "/detach")?, &DetachRequest { force }).await?;

@@ -7,6 +7,7 @@ mod agent_commands;
 mod cache_check;
 mod cache_replace;
 mod drill;
+mod hydrate;
 mod loss;
 mod output;
 mod store_commands;
@@ -141,6 +142,27 @@ enum VdiCommand {
     },
     /// Serve a disk on this host; prints its vhost-user socket
     Attach {
+        /// The disk: name or UUID
+        name: String,
+    },
+    /// Fetch a disk from the store into the cache, so that it can be read without the store
+    Hydrate {
+        /// The disk: name or UUID
+        name: String,
+        /// Only what its virtual machine read when it last booted
+        #[arg(long)]
+        boot_trace: bool,
+        /// Return when everything is fetched
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Keep what the cache holds of a disk: it is not evicted while anything else could be
+    Pin {
+        /// The disk: name or UUID
+        name: String,
+    },
+    /// No longer keep what the cache holds of a disk
+    Unpin {
         /// The disk: name or UUID
         name: String,
     },
@@ -355,6 +377,10 @@ mod tests {
             "--json --run-dir /r vdi list",
             "vdi create db --size 1T --when-offline fail-after=30s",
             "vdi set db --when-offline stall",
+            "vdi hydrate db",
+            "vdi pin db",
+            "vdi unpin db",
+            "vdi hydrate db --boot-trace --wait --json",
             "vdi info db",
             "vdi detach db --force",
             "vdi resize db --size 1T",

@@ -60,6 +60,8 @@ pub fn vdi_info(info: &VdiInfo) -> String {
         ("drain takes", drain_time(&info.outlook)),
         ("held locally", held(&info.readiness)),
         ("recent reads", local_reads(&info.readiness)),
+        ("last boot", boot(&info.readiness)),
+        ("missing", info.readiness.missing.clone().unwrap_or_else(|| "nothing".into())),
         (
             "waiting",
             format!(
@@ -69,6 +71,12 @@ pub fn vdi_info(info: &VdiInfo) -> String {
         ),
     ];
     pairs.push(("store away", offline(info)));
+    if info.pinned {
+        pairs.push(("pinned", "yes".into()));
+    }
+    if let Some(progress) = &info.hydrate {
+        pairs.push(("hydrated", super::hydrate::line(&vdi.name, progress)));
+    }
     if let Some(until) = info.drill_until {
         pairs.push(("outage drill", drill(until)));
     }
@@ -122,6 +130,11 @@ fn drain_time(outlook: &Outlook) -> String {
 fn held(readiness: &Readiness) -> String {
     let share = readiness.held_share * 100.0;
     format!("{}, {share:.1} % of the disk", format_size(readiness.held_bytes))
+}
+
+fn boot(readiness: &Readiness) -> String {
+    let show = |share| format!("{:.1} % of what it read is in the cache", share * 100.0);
+    dash(readiness.boot_trace_share, show)
 }
 
 fn local_reads(readiness: &Readiness) -> String {

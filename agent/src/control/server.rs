@@ -7,8 +7,8 @@
 use super::REQUEST_BYTES_MAX;
 use crate::api::loss::RollbackRequest;
 use crate::api::{
-    CreateRequest, DetachRequest, DrainRequest, DrillRequest, ReplaceRequest, ResizeRequest,
-    SetRequest,
+    CreateRequest, DetachRequest, DrainRequest, DrillRequest, HydrateRequest, ReplaceRequest,
+    ResizeRequest, SetRequest,
 };
 use crate::error::{ErrorBody, Failure, Kind, Result};
 use crate::host::Host;
@@ -123,6 +123,8 @@ fn router(gate: Gate) -> Router {
         .route("/v1/vdis/{name}/resize", post(resize))
         .route("/v1/vdis/{name}/set", post(set))
         .route("/v1/vdis/{name}/rollback", post(rollback))
+        .route("/v1/vdis/{name}/hydrate", post(hydrate))
+        .route("/v1/vdis/{name}/pin", post(pin).delete(unpin))
         .route("/v1/vdis/{name}/drill", post(drill).delete(end_drill))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
@@ -280,6 +282,36 @@ async fn set(State(gate): Gated, name: Name, body: Body) -> Response {
             let request: SetRequest = parse(body)?;
             let (name, host) = (name_of(name)?, gate.host()?);
             to_the_end(async move { host.set(&name, request).await }).await
+        }
+        .await,
+    )
+}
+
+async fn hydrate(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let request: HydrateRequest = parse_or_default(body)?;
+            gate.host()?.hydrate(&name_of(name)?, request).await
+        }
+        .await,
+    )
+}
+
+async fn pin(State(gate): Gated, name: Name) -> Response {
+    answer(
+        async {
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.pin(&name, true).await }).await
+        }
+        .await,
+    )
+}
+
+async fn unpin(State(gate): Gated, name: Name) -> Response {
+    answer(
+        async {
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.pin(&name, false).await }).await
         }
         .await,
     )

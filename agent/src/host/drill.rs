@@ -101,6 +101,11 @@ impl<B: Backing> Backing for Switched<B> {
         self.behind.read(lba, blocks).await
     }
 
+    async fn stored(&self, lba: Lba, blocks: u32) -> Result<Vec<bool>, BackingError> {
+        self.switch.connected().await;
+        self.behind.stored(lba, blocks).await
+    }
+
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
         self.switch.connected().await;
         self.behind.commit(batch).await

@@ -107,7 +107,12 @@ impl Meters {
     pub fn readiness(&self, disk: Uuid, held: u64, size: u64) -> Readiness {
         let local = self.disks.get(&disk).and_then(Meter::reads_local_share);
         let held_share = if size == 0 { 1.0 } else { (held as f64 / size as f64).min(1.0) };
-        Readiness { held_bytes: held, held_share, recent_reads_local_share: local }
+        Readiness {
+            held_bytes: held,
+            held_share,
+            recent_reads_local_share: local,
+            ..Readiness::default()
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 //!
 //! A disk that does not come back at the start, or whose worker fails, is shown as failed; all others go on.
 
+mod ahead;
 mod drill;
 mod errors;
 mod left_behind;

@@ -4,9 +4,11 @@ use super::Host;
 use super::meters::{PERIOD, Reading};
 use super::served::Served;
 use crate::api::{
-    AgentStatus, CacheStatus, Status, StoreStatus, Totals, Vdi, VdiInfo, VdiState, Waiting,
+    AgentStatus, CacheStatus, Readiness, Status, StoreStatus, Totals, Vdi, VdiInfo, VdiState,
+    Waiting,
 };
 use crate::error::Result;
+use crate::units::format_size;
 use cache::ReplacementState;
 use std::collections::BTreeMap;
 use std::sync::Weak;
@@ -51,8 +53,7 @@ impl Host {
         let (store, cache) = (self.store_status(), self.cache_status());
         let dirty: BTreeMap<_, _> =
             vdis.iter().map(|info| (info.vdi.uuid, info.dirty_bytes)).collect();
-        let outlook =
-            self.meters.lock().outlook_of_all(&dirty, cache.free_bytes + cache.clean_bytes);
+        let outlook = self.meters.lock().outlook_of_all(&dirty, room(&cache));
         let degraded = degraded(&store, &cache, &vdis);
         Status {
             agent: AgentStatus {
@@ -99,6 +100,7 @@ impl Host {
             segments: status.segments.into(),
             dirty_bytes: status.dirty_bytes,
             clean_bytes: status.clean_bytes,
+            pinned_bytes: status.pinned_bytes,
             free_bytes: status.free_bytes,
             fill: status.fill,
             legs: self.parts.cache.legs(),
@@ -115,10 +117,10 @@ impl Host {
         let ring = self.parts.cache.status();
         let (outlook, readiness) = {
             let meters = self.meters.lock();
-            let room = ring.free_bytes + ring.clean_bytes;
+            let room = ring.free_bytes + ring.clean_bytes.saturating_sub(ring.pinned_bytes);
             (
                 meters.outlook(disk.uuid, log.dirty_bytes, room),
-                meters.readiness(disk.uuid, log.held_bytes, view.size),
+                readiness(disk, &log, meters.readiness(disk.uuid, log.held_bytes, view.size)),
             )
         };
         let (state, own_error) = if stats.worker_failed {
@@ -165,6 +167,8 @@ impl Host {
             },
             drill_until: disk.drill.until_ms(),
             when_offline: log.when_offline.to_string(),
+            hydrate: log.hydrate,
+            pinned: log.pinned,
         }
     }
 
@@ -200,6 +204,8 @@ impl Host {
             totals: Totals::default(),
             drill_until: None,
             when_offline: found.when_offline.to_string(),
+            hydrate: None,
+            pinned: false,
         }
     }
 
@@ -218,6 +224,34 @@ impl Host {
             None => Ok(self.describe_stored(&self.parts.store.get()?.lookup_vdi(name).await?)),
         }
     }
+}
+
+/// Bytes that writers can have of the ring while the store is away.
+fn room(cache: &CacheStatus) -> u64 {
+    cache.free_bytes + cache.clean_bytes.saturating_sub(cache.pinned_bytes)
+}
+
+/// Completes what the meters know with what the log says.
+fn readiness(disk: &Served, log: &cache::VdiStatus, known: Readiness) -> Readiness {
+    let (size, name) = (disk.view().size, &disk.name);
+    let (trace, missing) = (log.boot_trace_bytes, log.boot_trace_missing_bytes);
+    let boot_trace_share = (trace > 0).then(|| 1.0 - missing as f64 / trace as f64);
+    let mut words = Vec::new();
+    if missing > 0 {
+        let (missing, trace) = (format_size(missing), format_size(trace));
+        words.push(format!(
+            "{missing} of {trace} that its last boot read; run 'ballast vdi hydrate {name} --boot-trace'"
+        ));
+    }
+    let absent = size.saturating_sub(known.held_bytes);
+    if absent > 0 {
+        let (absent, size) = (format_size(absent), format_size(size));
+        words.push(format!("{absent} of {size}; run 'ballast vdi hydrate {name}'"));
+    }
+    let metadata =
+        "none: what is held is found by its place on the disk, not through the store's tree";
+    let missing = (!words.is_empty()).then(|| words.join("; "));
+    Readiness { boot_trace_share, metadata: metadata.into(), missing, ..known }
 }
 
 /// What is not as it should be, the worst first.
@@ -252,6 +286,14 @@ fn degraded(store: &StoreStatus, cache: &CacheStatus, vdis: &[VdiInfo]) -> Vec<S
             "disk '{}' fails requests that wait for the store ({}): {} so far",
             info.vdi.name, info.when_offline, info.totals.failed_by_policy
         ));
+    }
+    for info in vdis.iter().filter(|info| info.pinned) {
+        if let Some(missing) = &info.readiness.missing {
+            found.push(format!(
+                "disk '{}' is pinned, but not in the cache is: {missing}",
+                info.vdi.name
+            ));
+        }
     }
     for leg in cache.legs.iter().filter(|leg| !leg.member) {
         let why = leg.why.as_deref().unwrap_or("see the agent's log");

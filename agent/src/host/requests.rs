@@ -241,7 +241,7 @@ impl Host {
         Ok(Drained { drained, seconds: started.elapsed().as_secs_f64() })
     }
 
-    async fn served_or_reason(&self, name: &str) -> Result<Arc<Served>> {
+    pub(super) async fn served_or_reason(&self, name: &str) -> Result<Arc<Served>> {
         if let Some(disk) = self.find_served(name) {
             return Ok(disk);
         }

@@ -91,6 +91,10 @@ impl Backing for Deferred {
         self.backing().await?.read(lba, blocks).await
     }
 
+    async fn stored(&self, lba: Lba, blocks: u32) -> Result<Vec<bool>, BackingError> {
+        self.backing().await?.stored(lba, blocks).await
+    }
+
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
         self.backing().await?.commit(batch).await
     }

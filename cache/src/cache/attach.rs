@@ -11,6 +11,7 @@ use crate::error::CacheError;
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::{DiskPolicy, SlotVdi, VdiSlot};
 use crate::log_open::OpenLog;
+use crate::pool::Pin;
 use crate::vdi::{VdiHandle, VdiStatus, VdiTaskParts};
 use blockstore::types::Lsn;
 use hashbrown::HashSet;
@@ -182,7 +183,12 @@ impl Cache {
         let (vdi, name) = (open.record.uuid, open.record.name.clone());
         self.ground.pool.register(vdi, to_task);
         let when_offline = open.record.policy.when_offline;
-        let status = VdiStatus { when_offline, ..VdiStatus::default() };
+        let (boot_trace, pinned) = (open.record.boot_trace.clone(), open.record.policy.pinned);
+        let status = VdiStatus { when_offline, pinned, boot_trace, ..VdiStatus::default() };
+        if pinned {
+            // Until the task says otherwise the store may be away.
+            self.ground.pool.set_pin(vdi, Some(Pin::Firm));
+        }
         let parts = VdiTaskParts {
             vdi,
             ground: self.ground.clone(),
@@ -208,7 +214,7 @@ impl Cache {
 
 /// What the store notes of how the disk is to be served: a log that was never served starts with that.
 fn noted(backing: &dyn Backing) -> DiskPolicy {
-    DiskPolicy { when_offline: backing.when_offline() }
+    DiskPolicy { when_offline: backing.when_offline(), pinned: false }
 }
 
 /// The LSN at which the store's image of a disk is, if that fits its log, which ended at `log` when it was opened.

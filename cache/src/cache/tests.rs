@@ -2,6 +2,7 @@
 //! Method: a real cache on a temporary file, disks driven by hand, the store in memory. The clock is tokio's and stands
 //! still while anything can run.
 
+mod hydrate;
 mod replacing;
 mod through;
 

@@ -18,9 +18,11 @@
 //!
 //! Where to read on: `log.rs` (segments, batches, flushes), `write.rs` (staging), `read.rs` (planning).
 
+mod keep;
 mod log;
 pub mod plan;
 mod read;
+pub mod trace;
 mod write;
 
 use crate::format::{Geometry, LegSet};
@@ -38,6 +40,9 @@ use uuid::Uuid;
 
 /// Counting the index's memory walks its regions: not at every poll.
 const POLLS_PER_MEMORY_COUNT: u32 = 4096;
+
+/// Looking up all of the boot trace takes a millisecond: not at every tick.
+const TICKS_PER_TRACE_COUNT: u32 = 8;
 
 /// The driver's name for a guest request; returned with its completion.
 pub type Tag = u64;
@@ -126,8 +131,13 @@ pub struct Progress {
     pub flushed: AtomicU64,
     /// Bytes that the index takes.
     pub index_bytes: AtomicU64,
-    /// Blocks that the index knows a place of.
+    /// Blocks that read the same without the store: held, or known to be zeros.
     pub held_blocks: AtomicU64,
+    /// Blocks that are known to be zeros.
+    pub zero_blocks: AtomicU64,
+    /// Blocks of the boot trace, and those of them that are not known locally.
+    pub trace_blocks: AtomicU64,
+    pub trace_missing: AtomicU64,
 }
 
 /// What the index refers to on the device: a sealed segment.
@@ -152,6 +162,11 @@ pub struct Disk {
     outbox: Vec<FromDisk>,
     progress: Arc<Progress>,
     polls: u32,
+    /// What the guest reads while it boots.
+    recorder: Option<trace::Recorder>,
+    /// What it read when it last booted.
+    boot_trace: trace::Ranges,
+    ticks: u32,
 }
 
 impl Disk {
@@ -187,6 +202,9 @@ impl Disk {
             outbox: Vec::new(),
             progress: start.progress,
             polls: 0,
+            recorder: None,
+            boot_trace: trace::Ranges::new(),
+            ticks: 0,
         }
     }
 
@@ -279,9 +297,9 @@ impl Disk {
     /// A message from the link (not `Fetched`, which the driver handles).
     pub fn on_message(&mut self, message: ToDisk) {
         match message {
-            ToDisk::Fetched { .. } | ToDisk::FailWaiting { .. } => {
-                debug_assert!(false, "the driver handles what is about its requests");
-            }
+            ToDisk::Fetched { .. } => debug_assert!(false, "the driver handles fetched blocks"),
+            // About requests, which the driver has; one that has none any more passes it on.
+            ToDisk::FailWaiting { .. } => {}
             ToDisk::Segment(grant) => self.log.grant(grant),
             ToDisk::Committed { lsn } => {
                 self.committed = self.committed.max(lsn);
@@ -290,7 +308,18 @@ impl Disk {
                 }
                 self.log.committed(lsn);
             }
-            ToDisk::Evict { segment, lbas } => self.evict(segment, &lbas),
+            ToDisk::Evict { segment, lbas, holes } => {
+                for (lba, blocks) in holes {
+                    self.index.forget_hole(lba, u64::from(blocks));
+                }
+                self.evict(segment, &lbas);
+            }
+            ToDisk::Freshen => self.freshen(),
+            ToDisk::Plan { id, lba, blocks } => self.plan_keep(id, lba, blocks),
+            ToDisk::Keep { id, ticket, roomy, pieces } => {
+                let kept = self.keep(ticket, roomy, &pieces);
+                self.outbox.push(FromDisk::Kept { id, kept });
+            }
             ToDisk::Roll { id } => self.log.roll(id),
             ToDisk::Resized { bytes } => self.size_bytes = self.size_bytes.max(bytes),
             ToDisk::Legs { members } => self.log.set_members(members),
@@ -305,9 +334,54 @@ impl Disk {
             ToDisk::GiveUp { reason } => self.log.give_up(&reason),
             ToDisk::Tick => {
                 self.log.tick();
-                self.progress.held_blocks.store(self.index.len() as u64, Ordering::Relaxed);
+                self.tick();
             }
         }
+    }
+
+    /// The guest's driver has come up: what is read from now on goes into a new boot trace, unless one is being recorded
+    /// (a guest's firmware comes up before its system does).
+    pub fn begin_boot_trace(&mut self) {
+        self.recorder.get_or_insert_default();
+    }
+
+    /// Nothing more is recorded. What was takes the place of the former boot trace.
+    pub fn end_boot_trace(&mut self) {
+        let Some(recorder) = self.recorder.take() else { return };
+        let ranges = recorder.finish();
+        if !ranges.is_empty() {
+            self.boot_trace.clone_from(&ranges);
+            self.outbox.push(FromDisk::BootTrace { ranges });
+        }
+    }
+
+    /// What the guest read when it last booted, as it was kept.
+    pub fn set_boot_trace(&mut self, ranges: trace::Ranges) {
+        self.boot_trace = ranges;
+    }
+
+    /// About once a second.
+    fn tick(&mut self) {
+        let blocks = self.size_bytes.div_ceil(BLOCK_SIZE as u64);
+        let known = self.index.known_blocks().min(blocks);
+        self.progress.held_blocks.store(known, Ordering::Relaxed);
+        let zeros = self.index.zero_blocks().min(blocks);
+        self.progress.zero_blocks.store(zeros, Ordering::Relaxed);
+        if let Some(recorder) = &mut self.recorder {
+            recorder.tick();
+            if recorder.is_complete() {
+                self.end_boot_trace();
+            }
+        }
+        if self.ticks.is_multiple_of(TICKS_PER_TRACE_COUNT) {
+            let parts = self.boot_trace.iter();
+            let absent = parts.flat_map(|(lba, blocks)| self.index.absent(*lba, *blocks));
+            let missing: u64 = absent.map(|(start, end)| end - start).sum();
+            let all: u64 = self.boot_trace.iter().map(|(_, blocks)| blocks).sum();
+            self.progress.trace_blocks.store(all, Ordering::Relaxed);
+            self.progress.trace_missing.store(missing, Ordering::Relaxed);
+        }
+        self.ticks = self.ticks.wrapping_add(1);
     }
 
     /// Collects what to do now.

@@ -13,6 +13,9 @@ impl Disk {
         let end = (sector + sectors).div_ceil(SECTORS_PER_BLOCK);
         plan.lba = Lba(first);
         plan.blocks = (end - first) as u32;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.read(plan.lba, end - first);
+        }
         for block in 0..plan.blocks {
             let lba = Lba(first + u64::from(block));
             let mut crc = 0;

@@ -138,7 +138,7 @@ fn coalesce(geometry: &Geometry, committed: Lsn, sources: &[Source]) -> Result<I
         for entry in Entries::new(&source.entries, blocks_held) {
             let entry = entry.map_err(|_| BatchError::Entry { segment: source.id.0 })?;
             lsn = lsn.plus(entry.lsns());
-            if entry.kind == Kind::Fill || lsn <= committed {
+            if !entry.kind.takes_lsn() || lsn <= committed {
                 continue;
             }
             if entry.kind == Kind::Zero {

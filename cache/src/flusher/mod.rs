@@ -105,6 +105,15 @@ pub async fn commit(vdi: Uuid, backing: &dyn Backing, drafted: Drafted) -> Resul
     Ok(lsn)
 }
 
+/// The blocks that a segment's entries name.
+#[derive(Debug, Default)]
+pub struct Named {
+    /// Those with a place in it.
+    pub lbas: Vec<Lba>,
+    /// Ranges of zeros.
+    pub zeros: Vec<(Lba, u32)>,
+}
+
 /// The blocks that a segment's entries name, for evicting it.
 pub async fn lbas_of(
     local: &Local,
@@ -112,19 +121,21 @@ pub async fn lbas_of(
     id: SegmentId,
     seq: u64,
     last_lsn: Lsn,
-) -> Result<Vec<Lba>, CacheError> {
+) -> Result<Named, CacheError> {
     let header = read_header(local, vdi, id, seq).await?;
     let found = read_whole(local, vdi, &header, last_lsn).await?;
-    let mut lbas = Vec::new();
+    let mut named = Named::default();
     for entry in
         crate::format::record::Entries::new(&found.entries, local.geometry.segment_blocks())
             .flatten()
     {
         if entry.payload_blocks() > 0 {
-            lbas.extend((0..entry.blocks).map(|n| Lba(entry.lba.0 + u64::from(n))));
+            named.lbas.extend((0..entry.blocks).map(|n| Lba(entry.lba.0 + u64::from(n))));
+        } else {
+            named.zeros.push((entry.lba, entry.blocks));
         }
     }
-    Ok(lbas)
+    Ok(named)
 }
 
 async fn read_source(local: &Local, vdi: Uuid, segment: Replay) -> Result<Source, FlushError> {

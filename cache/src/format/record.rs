@@ -13,7 +13,8 @@
 //! 15      0
 //! ```
 //!
-//! Writes and zeroes take one LSN each, in the order of the entries; fills (blocks copied from the store) take none.
+//! Writes and zeroes take one LSN each, in the order of the entries; fills (blocks copied from the store) and holes (ranges
+//! that the store does not have) take none.
 //! Header checksums are keyed with the segment's nonce (rule L3), payloads are covered by the entries' CRCs.
 
 use super::FormatError;
@@ -47,6 +48,22 @@ pub enum Kind {
     Zero,
     /// Blocks copied from the store, to be read locally; has payload, takes no LSN.
     Fill,
+    /// The store does not have the range: it reads as zeros unless something newer is known; no payload, takes no LSN.
+    Hole,
+}
+
+impl Kind {
+    /// Payload blocks and their checksums follow.
+    #[must_use]
+    pub const fn has_payload(self) -> bool {
+        matches!(self, Self::Write | Self::Fill)
+    }
+
+    /// It is a guest's, and has a place in the order of its writes.
+    #[must_use]
+    pub const fn takes_lsn(self) -> bool {
+        matches!(self, Self::Write | Self::Zero)
+    }
 }
 
 /// One entry, decoded.
@@ -58,7 +75,7 @@ pub struct Entry<'a> {
     pub lba: Lba,
     /// How many blocks, at least 1.
     pub blocks: u32,
-    /// First payload block in the segment; 0 for `Zero`.
+    /// First payload block in the segment; 0 without payload.
     pub payload: u16,
     /// Sectors of the first block that count.
     pub first_mask: u8,
@@ -90,13 +107,13 @@ impl Entry<'_> {
     /// Payload blocks behind the entry.
     #[must_use]
     pub fn payload_blocks(&self) -> u32 {
-        if self.kind == Kind::Zero { 0 } else { self.blocks }
+        if self.kind.has_payload() { self.blocks } else { 0 }
     }
 
     /// LSNs that the entry takes.
     #[must_use]
     pub fn lsns(&self) -> u64 {
-        u64::from(self.kind != Kind::Fill)
+        u64::from(self.kind.takes_lsn())
     }
 }
 
@@ -119,6 +136,7 @@ pub fn push_descriptor(
         Kind::Write => 1,
         Kind::Zero => 2,
         Kind::Fill => 3,
+        Kind::Hole => 4,
     };
     out.extend_from_slice(&lba.0.to_le_bytes()[..6]);
     out.push(code);
@@ -171,6 +189,7 @@ fn decode_entry(bytes: &[u8], segment_blocks: u32) -> Result<Entry<'_>, FormatEr
         1 => Kind::Write,
         2 => Kind::Zero,
         3 => Kind::Fill,
+        4 => Kind::Hole,
         _ => return Err(invalid("its kind is unknown")),
     };
     let blocks = u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes"));
@@ -184,7 +203,7 @@ fn decode_entry(bytes: &[u8], segment_blocks: u32) -> Result<Entry<'_>, FormatEr
         return Err(invalid("it lies beyond the end of the largest disk"));
     }
     let mut crcs: &[u8] = &[];
-    if kind != Kind::Zero {
+    if kind.has_payload() {
         let end = u64::from(payload) + u64::from(blocks);
         if payload == 0 || end > u64::from(segment_blocks) {
             return Err(invalid("its payload lies outside the segment"));

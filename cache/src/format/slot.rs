@@ -4,8 +4,9 @@
 //! durable. Two copies are written in turn; the one with the higher sequence counts.
 
 use super::{FormatError, VERSION, open_block, seal_block};
+use crate::disk::trace::{RANGE_BLOCKS_MAX, RANGES_MAX, Ranges};
 use blockstore::WhenOffline;
-use blockstore::types::{BLOCK_SIZE, Lsn};
+use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -16,7 +17,11 @@ const NAME_MAX: usize = 255;
 /// States of a slot that is not free.
 const ATTACHED: u32 = 1;
 const QUARANTINED: u32 = 2;
-const TAIL: usize = BLOCK_SIZE - 120 - 256 - 16;
+const TAIL: usize = BLOCK_SIZE - 384 - 8 * RANGES_MAX - 16;
+/// The disk is pinned.
+const FLAG_PINNED: u32 = 1;
+/// Bits of a range of the boot trace that say how long it is; the first block is above them.
+const RANGE_BITS: u32 = 24;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -38,8 +43,11 @@ struct Raw {
     name_len: U16,
     reserved0: U16,
     when_offline: U32,
-    reserved1: U32,
+    flags: U32,
     name: [u8; 256],
+    trace_len: U32,
+    reserved2: U32,
+    trace: [U64; RANGES_MAX],
     reserved: [u8; TAIL],
     /// One more than what was flushed when the log was left behind; zero: it was not.
     behind_flushed: U64,
@@ -85,6 +93,8 @@ pub struct SlotVdi {
     pub policy: DiskPolicy,
     /// In this epoch the store took the place of the log, or was about to.
     pub left_behind: Option<LeftBehind>,
+    /// What the guest read when it last booted; empty if that is not known.
+    pub boot_trace: Ranges,
 }
 
 /// No leg took the log's records any more: from then on the store may be ahead of what the log says (rule L6). A log of
@@ -106,6 +116,8 @@ pub struct DiskPolicy {
     /// What becomes of requests that cannot go on without the store. Here is what counts while the disk is attached: it
     /// must be known, and can be changed, while the store is away.
     pub when_offline: WhenOffline,
+    /// What is held of it is not evicted while anything else could be.
+    pub pinned: bool,
 }
 
 impl VdiSlot {
@@ -152,6 +164,11 @@ impl VdiSlot {
                 raw.behind_flushed = behind.flushed.0.saturating_add(1).into();
                 raw.behind_staged = behind.staged.0.into();
             }
+            raw.flags = (if vdi.policy.pinned { FLAG_PINNED } else { 0 }).into();
+            raw.trace_len = (vdi.boot_trace.len().min(RANGES_MAX) as u32).into();
+            for (to, (lba, blocks)) in raw.trace.iter_mut().zip(&vdi.boot_trace) {
+                *to = (lba.0 << RANGE_BITS | blocks & RANGE_BLOCKS_MAX).into();
+            }
             let name = vdi.name.as_bytes();
             let len = name.len().min(NAME_MAX);
             raw.name[..len].copy_from_slice(&name[..len]);
@@ -193,6 +210,7 @@ impl VdiSlot {
                     first_lsn: Lsn(raw.first_lsn.get()),
                     policy: DiskPolicy {
                         when_offline: WhenOffline::from_bits(raw.when_offline.get()),
+                        pinned: raw.flags.get() & FLAG_PINNED != 0,
                     },
                     left_behind: raw.behind_flushed.get().checked_sub(1).map(|flushed| {
                         LeftBehind {
@@ -201,6 +219,7 @@ impl VdiSlot {
                             staged: Lsn(raw.behind_staged.get()),
                         }
                     }),
+                    boot_trace: decode_trace(raw),
                 })
             }
             _ => return Err(FormatError::Invalid { what: WHAT, why: "its state is unknown" }),
@@ -208,6 +227,18 @@ impl VdiSlot {
         let (vdi, quarantined) = if state == QUARANTINED { (None, kept) } else { (kept, None) };
         Ok(Self { sequence: raw.sequence.get(), slot, vdi, quarantined })
     }
+}
+
+/// The boot trace; one that makes no sense is none.
+fn decode_trace(raw: &Raw) -> Ranges {
+    let len = (raw.trace_len.get() as usize).min(RANGES_MAX);
+    let ranges = raw.trace[..len].iter().map(|range| {
+        let range = range.get();
+        (Lba(range >> RANGE_BITS), range & RANGE_BLOCKS_MAX)
+    });
+    let ranges: Ranges = ranges.collect();
+    let in_order = ranges.windows(2).all(|pair| pair[0].0.0 + pair[0].1 <= pair[1].0.0);
+    if in_order && ranges.iter().all(|(_, blocks)| *blocks > 0) { ranges } else { Ranges::new() }
 }
 
 impl Raw {

@@ -3,15 +3,17 @@
 //! An entry is a place on the cache device and the CRC32C of the block there. Memory is the point: 10 bytes per block in
 //! sparse regions, 8 in dense ones, so that a gibibyte of random 4 KiB blocks stays below 3 MiB (rule L11).
 //!
-//! Order of precedence, newest first: patches, entries, zero ranges. It holds because a write replaces the entry and
+//! Order of precedence, newest first: patches, entries, zero ranges, holes (`holes.rs`). It holds because a write replaces the entry and
 //! any patch of its block, and a zeroing removes entries and patches of its range (see `Index::zero`).
 
+mod holes;
 mod patches;
 mod region;
 #[cfg(test)]
 mod tests;
 mod zeros;
 
+pub use holes::Holes;
 pub use patches::{Patch, PatchBase, PatchSource, Patched};
 pub use zeros::ZeroRanges;
 
@@ -33,7 +35,7 @@ pub enum Found<'a> {
     At { slot: Slot, crc: u32 },
     /// A base with sector patches over it.
     Patched(&'a Patched),
-    /// Zeros, not committed yet.
+    /// Zeros: not committed yet, or known not to be in the store.
     Zero,
     /// Nothing: the store's image counts.
     Absent,
@@ -45,6 +47,7 @@ pub struct Index {
     regions: HashMap<u32, Region>,
     patches: HashMap<u64, Patched>,
     zeros: ZeroRanges,
+    holes: Holes,
 }
 
 impl Index {
@@ -57,12 +60,14 @@ impl Index {
             }
             return Found::At { slot, crc };
         }
-        if self.zeros.contains(lba) { Found::Zero } else { Found::Absent }
+        let zero = self.zeros.contains(lba) || self.holes.contains(lba);
+        if zero { Found::Zero } else { Found::Absent }
     }
 
     /// A whole block was written at `slot`.
     pub fn insert(&mut self, lba: Lba, slot: Slot, crc: u32) {
         debug_assert_ne!(slot, PATCHED);
+        self.holes.remove(lba.0, lba.0 + 1);
         let (region, key) = split(lba);
         let old = self.regions.entry(region).or_default().insert(key, slot, crc);
         if old == Some(PATCHED) {
@@ -79,6 +84,7 @@ impl Index {
             Found::Absent => Some(PatchBase::Store),
         };
         if let Some(base) = base {
+            self.holes.remove(lba.0, lba.0 + 1);
             let (region, key) = split(lba);
             self.regions.entry(region).or_default().insert(key, PATCHED, 0);
             self.patches.insert(lba.0, Patched::new(base));
@@ -92,6 +98,7 @@ impl Index {
     pub fn zero(&mut self, lba: Lba, blocks: u64, lsn: Lsn) {
         let end = lba.0.saturating_add(blocks);
         self.remove_range(lba.0, end);
+        self.holes.remove(lba.0, end);
         self.zeros.insert(lba.0, end, lsn);
     }
 
@@ -104,9 +111,67 @@ impl Index {
         absent
     }
 
-    /// The store's image reaches `lsn`: forgets zero ranges and patches up to it. Returns whether there were any.
+    /// The store does not have these blocks: those of which nothing else is known read as zeros from here on.
+    pub fn hole(&mut self, lba: Lba, blocks: u64) {
+        for (start, end) in self.absent(lba, blocks) {
+            self.holes.insert(start, end);
+        }
+    }
+
+    /// Forgets that the store does not have these blocks.
+    pub fn forget_hole(&mut self, lba: Lba, blocks: u64) {
+        self.holes.remove(lba.0, lba.0.saturating_add(blocks));
+    }
+
+    /// The parts of a range of which nothing is known, sorted.
+    #[must_use]
+    pub fn absent(&self, lba: Lba, blocks: u64) -> Vec<(u64, u64)> {
+        let end = lba.0.saturating_add(blocks);
+        let mut out: Vec<(u64, u64)> = Vec::new();
+        for (start, end) in self.without_entries(lba.0, end) {
+            // Zeros and holes are ranges themselves: what is left of a run is found from bound to bound.
+            let mut at = start;
+            while at < end {
+                let (known, until) = match (self.zeros.run(at), self.holes.run(at)) {
+                    ((false, zeros), (false, holes)) => (false, zeros.min(holes)),
+                    ((true, zeros), (true, holes)) => (true, zeros.max(holes)),
+                    ((true, until), _) | (_, (true, until)) => (true, until),
+                };
+                let until = until.min(end);
+                match out.last_mut() {
+                    _ if known => {}
+                    Some(last) if last.1 == at => last.1 = until,
+                    _ => out.push((at, until)),
+                }
+                at = until;
+            }
+        }
+        out
+    }
+
+    /// Blocks of the disk that read the same with and without the store: whole blocks held, and zeros.
+    #[must_use]
+    pub fn known_blocks(&self) -> u64 {
+        // A patched block may need its base from the store.
+        let whole = self.len().saturating_sub(self.patches.len()) as u64;
+        whole + self.zero_blocks()
+    }
+
+    /// Blocks that are known to be zeros.
+    #[must_use]
+    pub fn zero_blocks(&self) -> u64 {
+        self.zeros.blocks() + self.holes.blocks()
+    }
+
+    /// The store's image reaches `lsn`: forgets patches up to it; zero ranges up to it are holes from now on, but for
+    /// what was written over them. Returns whether there were any.
     pub fn committed(&mut self, lsn: Lsn) -> bool {
-        let zeros = self.zeros.retire(lsn);
+        let retired = self.zeros.retire(lsn);
+        let zeros = !retired.is_empty();
+        // Before patches go: what they change in a zeroed block is in the store, too.
+        for (start, end) in retired {
+            self.hole(Lba(start), end - start);
+        }
         let before = self.patches.len();
         let regions = &mut self.regions;
         self.patches.retain(|&lba, patched| {
@@ -152,7 +217,7 @@ impl Index {
     /// No block has an entry, and nothing is zeroed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.regions.is_empty() && self.zeros.is_empty()
+        self.regions.is_empty() && self.zeros.is_empty() && self.holes.is_empty()
     }
 
     /// Bytes of memory in use, estimated from capacities.
@@ -162,6 +227,7 @@ impl Index {
             + self.regions.capacity() * (size_of::<(u32, Region)>() + 1)
             + self.patches.capacity() * (size_of::<(u64, Patched)>() + 1)
             + self.zeros.memory()
+            + self.holes.memory()
     }
 
     fn entry(&self, lba: Lba) -> Option<(Slot, u32)> {
@@ -169,16 +235,47 @@ impl Index {
         self.regions.get(&region)?.get(key)
     }
 
-    fn remove_range(&mut self, start: u64, end: u64) {
+    /// Regions with entries that a range touches, in any order.
+    fn regions_of(&self, start: u64, end: u64) -> Vec<u32> {
         let first = (start >> REGION_SHIFT) as u32;
         let last = ((end - 1) >> REGION_SHIFT) as u32;
         let span = u64::from(last) - u64::from(first) + 1;
-        let touched: Vec<u32> = if span > self.regions.len() as u64 {
+        if span > self.regions.len() as u64 {
             self.regions.keys().copied().filter(|r| (first..=last).contains(r)).collect()
         } else {
             (first..=last).filter(|r| self.regions.contains_key(r)).collect()
-        };
+        }
+    }
+
+    /// The runs of a range without entries, sorted.
+    fn without_entries(&self, start: u64, end: u64) -> Vec<(u64, u64)> {
+        let mut runs = Vec::new();
+        if start >= end {
+            return runs;
+        }
+        let mut touched = self.regions_of(start, end);
+        touched.sort_unstable();
+        let mut from = start;
         for number in touched {
+            let base = u64::from(number) << REGION_SHIFT;
+            let inside = base.max(start)..(base + (1 << REGION_SHIFT)).min(end);
+            for lba in inside {
+                if self.entry(Lba(lba)).is_some() {
+                    if from < lba {
+                        runs.push((from, lba));
+                    }
+                    from = lba + 1;
+                }
+            }
+        }
+        if from < end {
+            runs.push((from, end));
+        }
+        runs
+    }
+
+    fn remove_range(&mut self, start: u64, end: u64) {
+        for number in self.regions_of(start, end) {
             let base = u64::from(number) << REGION_SHIFT;
             let from = start.saturating_sub(base) as u16;
             let to = (end - base).min(1 << REGION_SHIFT) as u16;

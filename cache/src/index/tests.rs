@@ -12,6 +12,7 @@ enum Op {
     Zero(u64, u64),
     Patch(u64, u8),
     Commit(u64),
+    Hole(u64, u64),
     Evict,
 }
 
@@ -19,6 +20,7 @@ enum Op {
 enum Model {
     At(Slot),
     Zero(u64),
+    Hole,
     Patched { base: PatchBase, sectors: [Option<Slot>; 8], lsn: u64 },
 }
 
@@ -30,6 +32,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         2 => (lba.clone(), 1u64..3000).prop_map(|(l, n)| Op::Zero(l, n)),
         4 => (lba, 1u8..255).prop_map(|(l, m)| Op::Patch(l, m)),
         1 => (0u64..400).prop_map(Op::Commit),
+        1 => (prop_oneof![0u64..40, 1000u64..1060], 1u64..3000).prop_map(|(l, n)| Op::Hole(l, n)),
         1 => Just(Op::Evict),
     ];
     prop::collection::vec(op, 1..300)
@@ -80,7 +83,7 @@ proptest! {
                     let (base, mut by_sector) = match model.get(&lba) {
                         None => (PatchBase::Store, [None; 8]),
                         Some(Model::At(s)) => (PatchBase::At { slot: *s, crc: *s }, [None; 8]),
-                        Some(Model::Zero(_)) => (PatchBase::Zero, [None; 8]),
+                        Some(Model::Zero(_) | Model::Hole) => (PatchBase::Zero, [None; 8]),
                         Some(Model::Patched { base, sectors, .. }) => (*base, *sectors),
                     };
                     for (n, place) in by_sector.iter_mut().enumerate() {
@@ -95,10 +98,18 @@ proptest! {
                     committed = committed.max(to.min(lsn));
                     index.committed(Lsn(committed));
                     model.retain(|_, m| match m {
-                        Model::Zero(at) => *at > committed,
                         Model::Patched { lsn, .. } => *lsn > committed,
-                        Model::At(_) => true,
+                        Model::At(_) | Model::Zero(_) | Model::Hole => true,
                     });
+                    for m in model.values_mut() {
+                        if matches!(m, Model::Zero(at) if *at <= committed) { *m = Model::Hole; }
+                    }
+                }
+                Op::Hole(lba, blocks) => {
+                    index.hole(Lba(lba), blocks);
+                    for l in (lba..lba + blocks).filter(|l| *l < 1100) {
+                        model.entry(l).or_insert(Model::Hole);
+                    }
                 }
                 Op::Evict => {
                     // First in, first out, and only what is committed as a whole.
@@ -108,7 +119,7 @@ proptest! {
                     for lba in &touched { index.evict(Lba(*lba), &range); }
                     model.retain(|_, m| match m {
                         Model::At(s) => !range.contains(s),
-                        Model::Zero(_) => true,
+                        Model::Zero(_) | Model::Hole => true,
                         Model::Patched { base, sectors, .. } => {
                             if matches!(base, PatchBase::At { slot, .. } if range.contains(slot)) { *base = PatchBase::Store; }
                             for place in sectors.iter_mut() {
@@ -121,8 +132,10 @@ proptest! {
             }
             for lba in (0..45).chain(1000..1065).chain(4_999_999..5_000_004) {
                 let found = index.get(Lba(lba));
+                let known = index.absent(Lba(lba), 1).is_empty();
+                prop_assert_eq!(known, found != Found::Absent);
                 match (model.get(&lba), found) {
-                    (None, Found::Absent) | (Some(Model::Zero(_)), Found::Zero) => {}
+                    (None, Found::Absent) | (Some(Model::Zero(_) | Model::Hole), Found::Zero) => {}
                     (Some(Model::At(s)), Found::At { slot, crc }) => prop_assert!(slot == *s && crc == *s),
                     (Some(Model::Patched { base, sectors, .. }), Found::Patched(p)) => {
                         prop_assert_eq!(p.base(), *base);

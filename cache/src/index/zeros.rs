@@ -38,11 +38,29 @@ impl ZeroRanges {
         self.ranges.insert(start, (end, lsn));
     }
 
-    /// Forgets ranges zeroed at or before `lsn`; returns whether there were any.
-    pub fn retire(&mut self, lsn: Lsn) -> bool {
-        let before = self.ranges.len();
-        self.ranges.retain(|_, &mut (_, zeroed)| zeroed > lsn);
-        self.ranges.len() != before
+    /// Forgets ranges zeroed at or before `lsn`, and returns them.
+    pub fn retire(&mut self, lsn: Lsn) -> Vec<(u64, u64)> {
+        let mut retired = Vec::new();
+        self.ranges.retain(|&start, &mut (end, zeroed)| {
+            if zeroed <= lsn {
+                retired.push((start, end));
+            }
+            zeroed > lsn
+        });
+        retired
+    }
+
+    /// Whether the block at `at` was zeroed, and the end of the run around it for which that is so.
+    pub(super) fn run(&self, at: u64) -> (bool, u64) {
+        let around = self.ranges.range(..=at).next_back().map(|(_, &(end, _))| end);
+        let next = || self.ranges.range(at..).next().map_or(u64::MAX, |(&start, _)| start);
+        around.filter(|end| at < *end).map_or_else(|| (false, next()), |end| (true, end))
+    }
+
+    /// Blocks in all ranges.
+    #[must_use]
+    pub fn blocks(&self) -> u64 {
+        self.ranges.iter().map(|(start, (end, _))| end - start).sum()
     }
 
     /// The ranges, sorted and joined where they touch, less the blocks in `taken` (sorted).

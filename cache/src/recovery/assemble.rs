@@ -201,6 +201,10 @@ impl Assembler {
                 apply_zero(index, entry.lba, u64::from(entry.blocks), masks, lsn);
                 continue;
             }
+            if entry.kind == Kind::Hole {
+                index.hole(entry.lba, u64::from(entry.blocks));
+                continue;
+            }
             for n in 0..entry.blocks {
                 let lba = Lba(entry.lba.0 + u64::from(n));
                 let (slot, crc) = (first_slot + u32::from(entry.payload) + n, entry.crc(n));

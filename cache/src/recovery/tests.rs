@@ -45,6 +45,7 @@ fn assemble(local: u64, store: u64, segments: &[Seg]) -> Result<Recovered, Assem
         first_lsn: Lsn(1),
         policy: Default::default(),
         left_behind: None,
+        boot_trace: Vec::new(),
     };
     assemble_slot(slot, store, segments)
 }
@@ -150,6 +151,7 @@ fn records_of_an_older_epoch_beyond_its_end_are_dead() {
         first_lsn: Lsn(10),
         policy: Default::default(),
         left_behind: None,
+        boot_trace: Vec::new(),
     };
     // Recovery ended the log at 9; 10 to 12 of the old epoch were left, 10 and 11 were written anew.
     let old = Seg { flushed: 5, sealed: false, ..sealed(2, 10, 12) };

@@ -73,11 +73,15 @@ impl VdiTask {
             return self.hold_back(id);
         }
         match flusher::lbas_of(&self.p.ground.local, self.p.vdi, id, seq, last_lsn).await {
-            Ok(lbas) => {
+            Ok(named) => {
+                if self.p.record.policy.pinned {
+                    self.lost.note(&named);
+                }
                 self.evictions.asked.push(id);
                 self.evictions.last_asked = Instant::now();
-                tracing::trace!(segment = id.0, blocks = lbas.len(), "evicting");
-                if !self.p.sender.send(ToDisk::Evict { segment: id, lbas }) {
+                tracing::trace!(segment = id.0, blocks = named.lbas.len(), "evicting");
+                let (lbas, holes) = (named.lbas, named.zeros);
+                if !self.p.sender.send(ToDisk::Evict { segment: id, lbas, holes }) {
                     // The disk is gone, and its reads with it.
                     self.was_evicted(id).await;
                 }

@@ -7,12 +7,16 @@
 
 mod admission;
 mod evict;
+mod hydrate;
 mod offline;
+mod pin;
 mod slope;
 mod state;
 mod task;
 mod through;
 
+pub use hydrate::{HydrateError, HydrateStatus};
+pub use pin::PinError;
 pub use state::{Phase, VdiStatus};
 pub(crate) use state::{Segment, Segments};
 pub(crate) use task::{Command, VdiTask, VdiTaskParts};
@@ -22,7 +26,7 @@ use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::format::slot::VdiSlot;
 use blockstore::WhenOffline;
-use blockstore::types::Lsn;
+use blockstore::types::{Lba, Lsn};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
@@ -82,6 +86,20 @@ impl VdiHandle {
         policy: WhenOffline,
     ) -> Result<(), CacheError> {
         self.ask(vdi, |reply| Command::SetWhenOffline { policy, reply }).await?
+    }
+
+    pub async fn pin(&self, vdi: uuid::Uuid, on: bool) -> Result<(), PinError> {
+        let asked = self.ask(vdi, |reply| Command::Pin { on, reply }).await;
+        asked.map_err(|error| PinError::Failed(error.to_string()))?
+    }
+
+    pub async fn hydrate(
+        &self,
+        vdi: uuid::Uuid,
+        ranges: Option<Vec<(Lba, u64)>>,
+    ) -> Result<HydrateStatus, HydrateError> {
+        let asked = self.ask(vdi, |reply| Command::Hydrate { ranges, reply }).await;
+        asked.map_err(|_| HydrateError::Failed("it went out of service".into()))?
     }
 
     /// Stops the task between two steps; what is not committed stays in the log. Returns the slot as it was written last.

@@ -1,6 +1,8 @@
 //! A disk's segments and what they add up to. Pure.
 
+use super::hydrate::HydrateStatus;
 use crate::disk::plan::SegmentId;
+use crate::disk::trace::Ranges;
 use crate::flusher::Replay;
 use crate::image::SegmentImage;
 use crate::link::SealedSegment;
@@ -60,6 +62,16 @@ pub struct VdiStatus {
     pub when_offline: WhenOffline,
     /// The cache has failed: writes are committed to the store before they are acknowledged.
     pub write_through: bool,
+    /// What is held of it is not evicted while anything else could be.
+    pub pinned: bool,
+    /// The hydration that goes on, or the last one since the disk was opened.
+    pub hydrate: Option<HydrateStatus>,
+    /// What the guest read when it last booted.
+    #[serde(skip)]
+    pub boot_trace: Ranges,
+    /// Bytes of that, and bytes of it that are not known locally.
+    pub boot_trace_bytes: u64,
+    pub boot_trace_missing_bytes: u64,
     /// The last thing that went wrong.
     pub last_error: Option<String>,
 }

@@ -2,7 +2,9 @@
 
 use super::admission::{Admission, Pressure};
 use super::evict::Evictions;
+use super::hydrate::{HydrateError, HydrateStatus, Hydration};
 use super::offline::Offline;
+use super::pin::{Lost, PinError};
 use super::slope::Slope;
 use super::state::{Phase, Segments, VdiStatus};
 use super::through::Through;
@@ -10,6 +12,7 @@ use crate::backing::deferred::Deferred;
 use crate::backing::{Backing, BackingError};
 use crate::cache::attach::verified;
 use crate::disk::plan::SegmentId;
+use crate::disk::trace::Ranges;
 use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::flusher::{self, Drafted, FlushError, FlushOptions, Situation};
@@ -63,6 +66,13 @@ pub(crate) enum Command {
     Resize { bytes: u64, reply: oneshot::Sender<Result<(), CacheError>> },
     /// What becomes of requests that cannot go on without the store.
     SetWhenOffline { policy: WhenOffline, reply: oneshot::Sender<Result<(), CacheError>> },
+    /// Fetch these ranges into the cache ahead of need; all of the disk if none are given.
+    Hydrate {
+        ranges: Option<Vec<(Lba, u64)>>,
+        reply: oneshot::Sender<Result<HydrateStatus, HydrateError>>,
+    },
+    /// Keep what is held of it, or do not.
+    Pin { on: bool, reply: oneshot::Sender<Result<(), PinError>> },
     /// End; with `forget`, the drained disk leaves the cache. Answers with the slot as it was written last.
     Stop { forget: bool, reply: oneshot::Sender<Result<VdiSlot, CacheError>> },
 }
@@ -149,6 +159,8 @@ pub(crate) struct VdiTask {
     pub(super) through: Option<Through>,
     /// Reads that wait for the worker to hand over what it has in memory.
     pub(super) unreadable: Vec<(u64, Lba, u32)>,
+    pub(super) hydration: Option<Hydration>,
+    pub(super) lost: Lost,
     /// Last LSN given out, once released.
     last_staged: Lsn,
 }
@@ -178,6 +190,8 @@ impl VdiTask {
             failure: None,
             log_failure: None,
             offline: Offline::default(),
+            hydration: None,
+            lost: Lost::default(),
             device_failed: false,
             through: None,
             unreadable: Vec::new(),
@@ -205,6 +219,7 @@ impl VdiTask {
             }
             self.start_commit();
         }
+        self.end_hydration();
         if let Some(commit) = self.commit.take() {
             // A commit may be cut anywhere: the head changes atomically and the log is kept. But one that is about to
             // finish had better.
@@ -262,6 +277,12 @@ impl VdiTask {
                 sealed.extend(self.evictions.dead());
                 self.p.ground.pool.disk_joined(self.p.vdi, Some(id), Some(&sealed));
             }
+            FromDisk::BootTrace { ranges } => self.keep_trace(ranges).await,
+            message @ (FromDisk::Planned { .. } | FromDisk::Kept { .. }) => {
+                if let Some(hydration) = &self.hydration {
+                    hydration.answer(message);
+                }
+            }
             FromDisk::Failed { reason } => {
                 self.device_failed |= reason != WORKER_PANICKED;
                 self.log_failed(reason);
@@ -290,6 +311,7 @@ impl VdiTask {
                 }
                 let sealed = release::seal(*disk, &self.p.ground.local).await;
                 self.released = true;
+                self.end_hydration();
                 self.starving = false;
                 self.p.ground.pool.leave_queue(self.p.vdi);
                 let result = match sealed {
@@ -338,6 +360,10 @@ impl VdiTask {
             Command::SetWhenOffline { policy, reply } => {
                 let _ = reply.send(self.set_when_offline(policy).await);
             }
+            Command::Pin { on, reply } => {
+                let _ = reply.send(self.pin(on).await);
+            }
+            Command::Hydrate { ranges, reply } => self.hydrate(ranges, reply),
             Command::Stop { forget, reply } => {
                 let result = if forget { self.forget().await } else { Ok(()) };
                 let failed = result.is_err();
@@ -391,6 +417,7 @@ impl VdiTask {
         if self.device_failed {
             self.log_is_sound()?;
         }
+        self.end_hydration();
         self.abandon_evictions().await?;
         let logs_opening = Arc::clone(&self.p.ground.logs_opening);
         let _opening = logs_opening.read().await;
@@ -455,6 +482,7 @@ impl VdiTask {
         }
         self.feed();
         self.tick_offline();
+        self.tick_pin();
         let aged = self.open_since.is_some_and(|since| since.elapsed() >= self.max_age());
         // With the store away a segment is filled before it is sealed: a trickle must not use up the ring.
         if aged && self.roll_under_way.is_none() && self.pressure().store_answers {
@@ -551,7 +579,7 @@ impl VdiTask {
         self.slope.wait(now.at, now.fill)
     }
 
-    fn pressure(&self) -> Pressure {
+    pub(super) fn pressure(&self) -> Pressure {
         let stuck = self.commit.as_ref().is_some_and(|c| c.started.elapsed() >= STORE_SLOW_AFTER);
         Pressure {
             fill: self.fill(),
@@ -711,6 +739,15 @@ impl VdiTask {
         }
         for (id, seq) in self.p.segments.newly_clean(self.p.record.committed) {
             self.p.ground.pool.offer_clean(self.p.vdi, id, seq);
+        }
+    }
+
+    /// What the guest read while it booted is kept in the slot. Losing it costs comfort only.
+    async fn keep_trace(&mut self, ranges: Ranges) {
+        self.p.record.boot_trace = ranges;
+        match self.write_slot().await {
+            Ok(()) => self.p.status.lock().boot_trace.clone_from(&self.p.record.boot_trace),
+            Err(error) => self.note_error(&error.to_string()),
         }
     }
 

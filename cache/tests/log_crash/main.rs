@@ -162,6 +162,7 @@ impl Rig {
             first_lsn: Lsn(1),
             policy: Default::default(),
             left_behind: None,
+            boot_trace: Vec::new(),
         };
         // Few segments of the device are used, so that the ring wraps often.
         let free = (0..rng.random_range(5..local.geometry.segments)).map(SegmentId).collect();
@@ -430,9 +431,9 @@ impl Rig {
             return;
         }
         let (id, seq, last) = (oldest.id, oldest.seq, oldest.last_lsn);
-        let lbas = flusher::lbas_of(&self.local, VDI, id, seq, last).await.unwrap();
+        let named = flusher::lbas_of(&self.local, VDI, id, seq, last).await.unwrap();
         self.evicting.insert(id);
-        self.disk.on_message(ToDisk::Evict { segment: id, lbas });
+        self.disk.on_message(ToDisk::Evict { segment: id, lbas: named.lbas, holes: named.zeros });
         self.poll();
     }
 

@@ -422,6 +422,10 @@ impl Worker {
                     Ok(None)
                 }
                 Request::Start(start) => {
+                    // A driver that begins anew, not a front end that reconnected.
+                    if (start.queue, start.next_avail) == (0, 0) {
+                        self.attached.disk.begin_boot_trace();
+                    }
                     let (map, log) = (&self.map, self.log.as_ref());
                     self.queues.start(start, map, log, &mut self.io.uring).map(|()| None)
                 }

@@ -326,6 +326,7 @@ impl Worker {
     /// The front end is gone. Requests that the kernel or the disk still works on become orphans; the others end here.
     pub(super) fn end_session(&mut self) {
         self.queues.abandon(&mut self.io.uring);
+        self.attached.disk.end_boot_trace();
         self.stalled.clear();
         self.waiting.clear();
         self.map = Arc::default();

@@ -64,6 +64,11 @@ impl Log {
         self.through.is_none() && self.spare.front().is_some_and(|grant| grant.roomy)
     }
 
+    /// A whole segment is at hand beside the open one.
+    pub fn has_spare_at_all(&self) -> bool {
+        !self.spare.is_empty()
+    }
+
     /// The image of the open segment.
     pub fn image(&self) -> Option<&Arc<SegmentImage>> {
         self.open.as_ref().map(|open| &open.image)
@@ -85,11 +90,11 @@ impl Log {
         room: Room,
         crcs: &[u32],
     ) -> Lsn {
-        if kind != Kind::Fill {
+        if kind.takes_lsn() {
             self.staged_lsn = self.staged_lsn.plus(1);
         }
         let open = self.open.as_mut().expect("room was found in the open segment");
-        let payload = if kind == Kind::Zero { 0 } else { room.position as u16 };
+        let payload = if !kind.has_payload() { 0 } else { room.position as u16 };
         push_descriptor(&mut open.entries, kind, lba, blocks, payload, masks);
         for crc in crcs {
             open.entries.extend_from_slice(&crc.to_le_bytes());

@@ -271,10 +271,15 @@ impl Log {
         self.spare.push_back(grant);
     }
 
-    pub fn roll(&mut self, id: u64) {
+    /// Lets the open segment be sealed, if anything is in it.
+    pub fn close_written(&mut self) {
         if self.open.as_ref().is_some_and(|open| !open.entries.is_empty()) {
             self.close_segment();
         }
+    }
+
+    pub fn roll(&mut self, id: u64) {
+        self.close_written();
         let seq = self.closing.back().map_or(0, |closing| closing.grant.seq);
         self.rolls.push_back(Roll { id, seq, lsn: self.staged_lsn });
     }

@@ -60,10 +60,12 @@ pub enum Bug {
     ColdTrustsSlot,
     /// With no leg left, disks go on and nobody notes that their logs may be behind.
     LogBehindUnnoted,
+    /// What was fetched ahead of need is kept although the index changed since.
+    StaleKeep,
 }
 
 /// All of them.
-pub const ALL: [Bug; 27] = [
+pub const ALL: [Bug; 28] = [
     Bug::AckBeforeFlush,
     Bug::AckAcrossGap,
     Bug::SummaryBeforeFlush,
@@ -91,6 +93,7 @@ pub const ALL: [Bug; 27] = [
     Bug::SkipTailMend,
     Bug::ColdTrustsSlot,
     Bug::LogBehindUnnoted,
+    Bug::StaleKeep,
 ];
 
 /// Whether this thread has the bug.

@@ -30,8 +30,9 @@ const CHUNK_BLOCKS: u32 = 256;
 const RATE_MAX: u64 = 128 << 20;
 /// Share of the ring that may be dirty while something is fetched ahead of need.
 const FILL_MAX: f64 = 0.5;
-/// How long to wait before looking again whether there is room.
+/// How long to wait before looking again whether there is room, at first and at most.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const LOOK_AGAIN_MAX: Duration = Duration::from_secs(1);
 /// How often a chunk is planned anew because the index changed under it, before it is left for another time.
 const PLANS_MAX: u32 = 50;
 
@@ -330,6 +331,7 @@ impl Job {
 
     /// Has the worker keep what was fetched. False: it must be fetched again.
     async fn keep(&mut self, ticket: u64, pieces: Vec<Fetched>) -> Result<bool, HydrateError> {
+        let mut pause = LOOK_AGAIN;
         loop {
             let (pieces, roomy) = (pieces.clone(), self.pool.has_room());
             self.asked += 1;
@@ -339,7 +341,8 @@ impl Job {
                 Some(FromDisk::Kept { kept: Kept::Stale, .. }) => return Ok(false),
                 Some(FromDisk::Kept { kept: Kept::NoRoom, .. }) => {
                     self.note(|status| status.waits_for = Some("room in the cache".into()));
-                    tokio::time::sleep(LOOK_AGAIN).await;
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LOOK_AGAIN_MAX);
                     self.note(|status| status.waits_for = None);
                 }
                 Some(FromDisk::Kept { kept: Kept::Failed, .. }) => {

@@ -103,7 +103,8 @@ impl Chaos {
     pub fn begin(&mut self, cold: bool) {
         self.san_pace.set(self.rng.random_range(0..60), self.rng.random_range(1..12));
         self.san_pace.set_late(self.rng.random_range(0..30), self.rng.random_range(1..15_000));
-        let late_reads = if self.rng.random_bool(0.3) { 50..400 } else { 0..1 };
+        let is_late = self.rng.random_bool(self.profile.late_reads);
+        let late_reads = if is_late { 50..400 } else { 0..1 };
         self.san_pace.late_reads.store(self.rng.random_range(late_reads), Ordering::Relaxed);
         for pace in self.paces.clone() {
             pace.set(self.rng.random_range(0..60), self.rng.random_range(1..4));

@@ -167,22 +167,30 @@ async fn bring_up_and_use(
             worker.verify_all();
         }
         worker.budget = share / count;
+        if world.profile.looks_ahead {
+            worker.attached.disk.begin_boot_trace();
+        }
         workers.push(worker);
     }
     let orderly = last || world.rng.random_bool(0.2);
     let mut rng = SmallRng::seed_from_u64(world.rng.random());
-    let grows = world.profile.grows;
+    let grows = world.profile.grows && !orderly;
+    let looks_ahead = world.profile.looks_ahead;
     // What the agent does beside serving.
     let beside = async {
         if is_alone {
             agent.join_all().await?;
         }
-        if orderly {
+        let wind_down = async {
+            if !orderly {
+                std::future::pending::<()>().await;
+            }
             agent.wind_down(&orders, last).await;
-        } else if grows {
-            agent.grow_now_and_then(&mut rng).await;
-        } else {
-            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            biased;
+            () = wind_down => {}
+            () = agent.now_and_then(&mut rng, grows, looks_ahead) => {}
         }
         Ok(())
     };
@@ -377,8 +385,8 @@ impl Agent {
         }
     }
 
-    /// Grows disks, for ever. Whatever becomes of it: the store says at the next start.
-    async fn grow_now_and_then(&self, rng: &mut SmallRng) {
+    /// Grows disks, hydrates, pins and unpins them, for ever. Whatever becomes of it: the store says at the next start.
+    async fn now_and_then(&self, rng: &mut SmallRng, grows: bool, looks_ahead: bool) {
         loop {
             tokio::time::sleep(Duration::from_millis(rng.random_range(0..8_000))).await;
             let vdi = {
@@ -386,9 +394,18 @@ impl Agent {
                 let at = rng.random_range(0..vdis.len());
                 Arc::clone(&vdis[at])
             };
-            let bytes = vdi.committed().size_bytes + rng.random_range(1..40) * BLOCK_SIZE as u64;
-            if bytes <= GROWN_MAX && vdi.resize(bytes).await.is_ok() {
-                let _ = self.cache.resize(vdi.uuid(), bytes).await;
+            if grows {
+                let bytes =
+                    vdi.committed().size_bytes + rng.random_range(1..40) * BLOCK_SIZE as u64;
+                if bytes <= GROWN_MAX && vdi.resize(bytes).await.is_ok() {
+                    let _ = self.cache.resize(vdi.uuid(), bytes).await;
+                }
+            }
+            if looks_ahead {
+                let _ = self.cache.pin(vdi.uuid(), rng.random()).await;
+                let part = (Lba(rng.random_range(0..30)), rng.random_range(1..300));
+                let ranges = rng.random_bool(0.3).then(|| vec![part]);
+                let _ = self.cache.hydrate(vdi.uuid(), ranges).await;
             }
         }
     }

@@ -19,6 +19,8 @@ pub struct Profile {
     pub lives: u32,
     /// Outages last up to this long, milliseconds.
     pub outage_ms: u64,
+    /// Share of lives in which replies to reads from the store come late.
+    pub late_reads: f64,
     /// Faults of the store's device while the chaos has its turn.
     pub san: FaultRates,
     /// The cache device, or one leg of a mirrored one, fails in some lives.
@@ -33,6 +35,8 @@ pub struct Profile {
     pub cold_starts: bool,
     /// Disks grow now and then.
     pub grows: bool,
+    /// Disks are hydrated, pinned and unpinned now and then.
+    pub looks_ahead: bool,
 }
 
 /// What guests do most.
@@ -41,7 +45,7 @@ enum Manner {
     Mixed,
     /// They zero most of what they write.
     Zeroes,
-    /// They read much that the log does not hold, beside writes to the same blocks.
+    /// They read much that the log does not hold, while the same blocks are written, committed and evicted quickly.
     Reads,
 }
 
@@ -72,14 +76,15 @@ impl Profile {
             Manner::Reads => 2,
         };
         let flushes = rng.random_range(1..if manner == Manner::Reads { 4 } else { 20 });
+        let hurried = manner == Manner::Reads;
         let habits = Habits {
-            think_ms: rng.random_range(0..60),
+            think_ms: rng.random_range(0..if hurried { 10 } else { 60 }),
             burst: rng.random_range(1..12),
             mix: [100 - reads - zeros - flushes, zeros, flushes],
-            large: if rng.random_bool(0.4) { 2000 } else { 160 },
+            large: if hurried || rng.random_bool(0.4) { 2000 } else { 160 },
         };
         let flush = FlushOptions {
-            max_age_ms: rng.random_range(50..4000),
+            max_age_ms: rng.random_range(50..if hurried { 500 } else { 4000 }),
             start_fill: rng.random_range(0.05..0.6),
             full_speed_fill: 0.6,
             batch_bytes: rng.random_range(1..8) << 20,
@@ -109,6 +114,7 @@ impl Profile {
             image_bytes: rng.random_range(1..12) << 20,
             lives: rng.random_range(2..12),
             outage_ms,
+            late_reads: if hurried { 0.8 } else { 0.3 },
             san,
             local_fails: rng.random_bool(if legs > 1 { 0.8 } else { 0.4 }),
             legs,
@@ -116,6 +122,7 @@ impl Profile {
             store_rots: rng.random_bool(0.04),
             cold_starts: rng.random_bool(0.5),
             grows: rng.random_bool(0.3),
+            looks_ahead: rng.random_bool(0.3),
         }
     }
 }

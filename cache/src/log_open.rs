@@ -205,7 +205,7 @@ impl Ground {
     /// what there is: its flusher makes room, and until then its writers wait. Only a new disk is refused (rule L10).
     async fn two_segments(&self, vdi: Uuid, is_new: bool) -> Result<Vec<Grant>, CacheError> {
         const ATTEMPTS: u32 = 100;
-        let mut grants = self.pool.grant_two(vdi);
+        let mut grants = self.pool.grant_two(vdi, is_new);
         for _ in 0..ATTEMPTS {
             if grants.len() >= 2 || !is_new {
                 return Ok(grants);
@@ -214,7 +214,7 @@ impl Ground {
                 self.pool.release(grant.id, false);
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
-            grants = self.pool.grant_two(vdi);
+            grants = self.pool.grant_two(vdi, is_new);
         }
         let free = grants.len() as u32;
         for grant in grants {

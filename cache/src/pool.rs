@@ -51,6 +51,8 @@ struct Inner {
     /// Owners whose segments are out of use: logs in quarantine.
     quarantined: BTreeSet<Uuid>,
     waiting: VecDeque<Uuid>,
+    /// Disks whose logs were found and that have not said yet which of their segments are clean.
+    coming_up: BTreeSet<Uuid>,
     /// Disks whose clean segments are not to be evicted.
     pins: BTreeMap<Uuid, Pin>,
     /// Bytes of the ring that each of them may need.
@@ -120,6 +122,7 @@ impl Pool {
             dirty: BTreeMap::new(),
             quarantined: BTreeSet::new(),
             waiting: VecDeque::new(),
+            coming_up: BTreeSet::new(),
             pins: BTreeMap::new(),
             pin_bytes: BTreeMap::new(),
             tasks: BTreeMap::new(),
@@ -134,6 +137,15 @@ impl Pool {
         for id in ids {
             inner.owners[id.0 as usize] = Some(vdi);
             inner.dirtied(vdi);
+        }
+        inner.coming_up.insert(vdi);
+    }
+
+    /// A disk has offered what is clean of the log that was found.
+    pub fn came_up(&self, vdi: Uuid) {
+        let mut inner = self.inner.lock();
+        if inner.coming_up.remove(&vdi) {
+            self.relieve(&mut inner);
         }
     }
 
@@ -273,8 +285,9 @@ impl Pool {
         Self::next_turn(&inner);
     }
 
-    /// Hands out up to two segments for a disk that is being attached.
-    pub fn grant_two(&self, vdi: Uuid) -> Vec<Grant> {
+    /// Hands out up to two segments for a disk that is being attached. A new one cannot do without; any other takes
+    /// what there is.
+    pub fn grant_two(&self, vdi: Uuid, is_new: bool) -> Vec<Grant> {
         let mut inner = self.inner.lock();
         let mut grants = Vec::new();
         for _ in 0..2 {
@@ -282,7 +295,7 @@ impl Pool {
                 grants.push(self.make_grant(&mut inner, vdi, id));
             }
         }
-        self.relieve(&mut inner);
+        self.relieve_to(&mut inner, if is_new { 2 } else { 0 });
         grants
     }
 
@@ -385,9 +398,16 @@ impl Pool {
         kept == 0 || available > kept
     }
 
-    /// Asks for the oldest clean segments until enough are free or on their way.
+    /// Asks for the oldest clean segments until enough are free or on their way. As long as disks come up, no more than
+    /// writers wait for: the oldest may be one that was not offered yet.
     fn relieve(&self, inner: &mut Inner) {
-        let wanted = self.low_water() + inner.waiting.len() as u32;
+        self.relieve_to(inner, 0);
+    }
+
+    /// As [`Self::relieve`], at least until there are so many.
+    fn relieve_to(&self, inner: &mut Inner, least: u32) {
+        let at_hand = if inner.is_coming_up() { least } else { least.max(self.low_water()) };
+        let wanted = at_hand + inner.waiting.len() as u32;
         while (inner.free.len() as u32) + inner.evicting < wanted {
             let Some(seq) = self.next_victim(inner) else { break };
             self.ask_for(inner, seq);
@@ -432,6 +452,12 @@ impl Pool {
 }
 
 impl Inner {
+    /// Some disk has not offered its clean segments yet.
+    fn is_coming_up(&self) -> bool {
+        let comes = |vdi: &Uuid| self.dirty.contains_key(vdi) && !self.quarantined.contains(vdi);
+        self.coming_up.iter().any(comes)
+    }
+
     /// Clean segments of pinned disks.
     fn pinned(&self) -> u32 {
         if self.pins.is_empty() {
@@ -571,9 +597,35 @@ mod tests {
     }
 
     #[test]
+    fn no_disk_loses_its_read_cache_because_it_came_up_first() {
+        let (pool, mut messages) = pool_of(64);
+        let grants: Vec<_> = std::iter::from_fn(|| pool.grant_two(A, false).pop()).collect();
+        let (old, young) = grants.split_at(30);
+        let found = |part: &[Grant]| part.iter().map(|grant| grant.id).collect::<Vec<_>>();
+        let counted = pool.counts();
+        assert_eq!((counted.free, counted.clean), (0, 0));
+        // As after a restart: B has the older half.
+        let restarted = Pool::new(pool.geometry, Vec::new(), 1000);
+        restarted.adopt(B, found(old).into_iter());
+        restarted.adopt(A, found(young).into_iter());
+        for (vdi, n) in [(A, 0), (B, 1)] {
+            let (task, receiver) = unbounded_channel();
+            restarted.register(vdi, task);
+            messages[n] = receiver;
+        }
+        young.iter().for_each(|grant| restarted.offer_clean(A, grant.id, grant.seq));
+        restarted.came_up(A);
+        assert!(asked(&mut messages[0]).is_empty(), "B has not said what is clean");
+        old.iter().for_each(|grant| restarted.offer_clean(B, grant.id, grant.seq));
+        restarted.came_up(B);
+        assert!(asked(&mut messages[0]).is_empty());
+        assert_eq!(asked(&mut messages[1]).len() as u32, restarted.low_water());
+    }
+
+    #[test]
     fn every_segment_is_free_or_owned() {
         let (pool, _messages) = pool_of(16);
-        let grants = pool.grant_two(A);
+        let grants = pool.grant_two(A, false);
         assert_eq!(pool.owned(A), grants.iter().map(|grant| grant.id).collect::<Vec<_>>());
         grants.iter().for_each(|grant| pool.release(grant.id, false));
         assert!(pool.owned(A).is_empty());

@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn nothing_is_copied_while_a_disk_is_awaited() {
         let pool = pool();
-        let grants = pool.grant_two(A);
+        let grants = pool.grant_two(A, false);
         pool.begin_filling(7, [A, B].into_iter());
         pool.disk_joined(A, Some(6), Some(&[]));
         assert_eq!(pool.next_to_fill(), Next::Wait, "that was another leg");

@@ -201,6 +201,7 @@ impl VdiTask {
 
     pub async fn run(mut self) {
         self.offer_clean();
+        self.p.ground.pool.came_up(self.p.vdi);
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {

@@ -77,7 +77,7 @@ pub enum Kept {
     NoRoom,
     /// Something left the index meanwhile, so that what was fetched may be outdated: plan again.
     Stale,
-    /// The log has failed.
+    /// The log has failed, or the store has taken its place.
     Failed,
 }
 
@@ -108,6 +108,9 @@ pub const WORKER_PANICKED: &str = "the worker panicked";
 pub enum FromDisk {
     /// Read blocks of the committed image. Sent by `AttachedDisk::ask`.
     Fetch { id: u64, lba: Lba, blocks: u32 },
+    /// As [`Self::Fetch`], of blocks that may be in the log, which can tell nothing of them: no leg is left, and it is not
+    /// known yet whether the store has everything. If it turns out that it has not, the fetch fails.
+    FetchHeld { id: u64, lba: Lba, blocks: u32 },
     /// A block that the store does not have cannot be read from any leg. Answered with [`ToDisk::Fetched`]: with an error, or,
     /// if no leg takes writes either, from the store once that has everything.
     Unreadable { id: u64, lba: Lba },

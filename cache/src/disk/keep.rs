@@ -17,6 +17,9 @@ use smallvec::SmallVec;
 impl Disk {
     /// Seals what is open and gives back what is to spare.
     pub(super) fn freshen(&mut self) {
+        if self.log.is_through() {
+            return;
+        }
         self.log.close_written();
         for grant in self.log.take_unused_grants() {
             self.outbox.push(FromDisk::Unused { segment: grant.id });
@@ -34,7 +37,8 @@ impl Disk {
 
     /// Keeps pieces of the store's image that were fetched after `planned` was taken.
     pub(super) fn keep(&mut self, planned: u64, roomy: bool, pieces: &[Fetched]) -> Kept {
-        if self.log.has_failed() {
+        // In write-through nothing is held locally: what the store gets would not be seen here.
+        if self.log.has_failed() || self.log.is_through() {
             return Kept::Failed;
         }
         if planned != self.fill_ticket() && !sabotage::on(Bug::StaleKeep) {

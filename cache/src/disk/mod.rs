@@ -460,7 +460,12 @@ impl AttachedDisk {
         for message in self.disk.log.said() {
             self.link.send(message);
         }
-        self.link.send(fetch);
+        self.link.send(match fetch {
+            FromDisk::Fetch { id, lba, blocks } if self.disk.log.is_held() => {
+                FromDisk::FetchHeld { id, lba, blocks }
+            }
+            other => other,
+        });
     }
 
     /// Hands a message to the disk (not `Fetched`), and keeps [`Self::legs`] as it says: the file of a leg that joins takes

@@ -346,7 +346,9 @@ impl Job {
                     self.note(|status| status.waits_for = None);
                 }
                 Some(FromDisk::Kept { kept: Kept::Failed, .. }) => {
-                    return Err(HydrateError::Failed("the disk's log has failed".into()));
+                    return Err(HydrateError::Failed(
+                        "the disk's log has failed, and keeps nothing any more".into(),
+                    ));
                 }
                 _ => return Err(HydrateError::Failed("the disk's worker is gone".into())),
             }

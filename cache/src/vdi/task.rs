@@ -234,6 +234,7 @@ impl VdiTask {
 
     async fn on_disk(&mut self, message: FromDisk) {
         match message {
+            FromDisk::FetchHeld { id, lba, blocks } => self.fetch_held(id, lba, blocks),
             FromDisk::Fetch { id, lba, blocks } => {
                 if !self.hold_fetch(id, lba, blocks) {
                     self.fetch(id, lba, blocks);

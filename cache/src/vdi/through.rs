@@ -117,6 +117,19 @@ impl VdiTask {
         waiting.map(|through| through.fetches.push((id, lba, blocks))).is_some()
     }
 
+    /// A read of blocks of which the log, if it were not held, might know more than the store.
+    pub(super) fn fetch_held(&mut self, id: u64, lba: Lba, blocks: u32) {
+        if self.through.is_some() {
+            if !self.hold_fetch(id, lba, blocks) {
+                self.fetch(id, lba, blocks);
+            }
+            return;
+        }
+        // The disk was given up meanwhile, and the store may not have what was acknowledged.
+        let why = self.log_failure.clone().unwrap_or_else(|| "the log has failed".into());
+        self.p.sender.send(ToDisk::Fetched { id, result: Err(FetchError(why)) });
+    }
+
     /// What only the legs have cannot be read from any. If they take no writes either, they have all failed: the worker is
     /// told, hands over what it has, and the read waits for what becomes of that.
     pub(super) async fn unreadable(&mut self, id: u64, lba: Lba) {

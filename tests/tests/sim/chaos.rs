@@ -3,7 +3,7 @@
 
 use crate::damage;
 use crate::device::Pace;
-use crate::legs::{Condition, GONE};
+use crate::legs::{Condition, GONE, leaves_out};
 use crate::profile::Profile;
 use crate::worker::Excuses;
 use crate::world::World;
@@ -43,7 +43,8 @@ pub struct Chaos {
     condition: Arc<Condition>,
     mirrored: bool,
     /// The other leg breaks, too.
-    both: Option<Arc<Pace>>,
+    both: Option<(SimDevice, Arc<Pace>)>,
+    victim: usize,
     trouble: Trouble,
     excuses: Excuses,
 }
@@ -88,7 +89,11 @@ impl Chaos {
             condition: Arc::clone(&legs.condition),
             profile,
             mirrored,
-            both: both.then(|| Arc::clone(&legs.paces[1 - legs.victim])),
+            both: both.then(|| {
+                let other = 1 - legs.victim;
+                (legs.sims[other].clone(), Arc::clone(&legs.paces[other]))
+            }),
+            victim: legs.victim,
             trouble,
             excuses,
         }
@@ -158,10 +163,11 @@ impl Chaos {
     }
 
     fn trouble(&mut self) {
-        if let Some(other) = &self.both
-            && self.rng.random_bool(0.3)
+        if let Some((other, pace)) = &self.both
+            && leaves_out(other, self.victim)
+            && self.rng.random_bool(0.5)
         {
-            other.breaks.store(self.rng.random_range(1..20), Ordering::Relaxed);
+            pace.breaks.store(self.rng.random_range(1..20), Ordering::Relaxed);
         }
         match self.trouble {
             Trouble::None | Trouble::Reads => {}

@@ -131,17 +131,9 @@ impl Legs {
         }
     }
 
-    /// What the newest superblock of a leg says.
-    fn superblock(&self, leg: usize) -> Option<Superblock> {
-        let block = |n: u64| self.sims[leg].peek(n * BLOCK_SIZE as u64, BLOCK_SIZE);
-        let copies = [0, 1].map(|n| Superblock::decode(&block(n)).ok());
-        copies.into_iter().flatten().max_by_key(|superblock| superblock.sequence)
-    }
-
     /// The good leg says that the victim is no member.
     pub fn victim_is_out(&self) -> bool {
-        let good = self.good().and_then(|good| self.superblock(good));
-        good.is_some_and(|good| !good.membership.members.contains(self.victim as u8))
+        self.good().is_some_and(|good| leaves_out(&self.sims[good], self.victim))
     }
 
     /// Nobody lives: a lost leg may be replaced, the other may become the victim, copies may rot. True if power failed.
@@ -234,6 +226,14 @@ impl Legs {
         let opened = Local::on_devices(vec![way], false).await;
         assert!(opened.is_err(), "L5: leg {leg} was opened alone, without the operator's word");
     }
+}
+
+/// What a leg's newest superblock says: that the other is no member.
+pub fn leaves_out(leg: &SimDevice, other: usize) -> bool {
+    let block = |n: u64| leg.peek(n * BLOCK_SIZE as u64, BLOCK_SIZE);
+    let copies = [0, 1].map(|n| Superblock::decode(&block(n)).ok());
+    let newest = copies.into_iter().flatten().max_by_key(|superblock| superblock.sequence);
+    newest.is_some_and(|superblock| !superblock.membership.members.contains(other as u8))
 }
 
 /// Runs a future for so many polls at most.

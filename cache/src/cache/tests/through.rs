@@ -264,6 +264,17 @@ async fn without_a_note_of_it_there_is_no_write_through() {
             guest.attached.disk.io_done(op, Err(libc::EIO));
         }
     }
+    // The worker has not heard yet that the disk was given up: the store does not have what it asks for.
+    let ask = |id| FromDisk::Fetch { id, lba: Lba(0), blocks: 1 };
+    guest.attached.ask(ask(77));
+    for _ in 0..20 {
+        pause().await;
+    }
+    guest.attached.ask(ask(78));
+    for id in [77, 78] {
+        let error = guest.fetched(id).await.expect_err("an acknowledged write is not in the store");
+        assert!(error.0.contains("takes no more writes"), "{error}");
+    }
     stops(&cache, &mut guest).await;
     assert_eq!(
         stored(&guest.store, 0..1),

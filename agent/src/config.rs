@@ -4,6 +4,7 @@
 //! must not pass silently.
 
 use crate::error::{Failure, Kind, Result};
+use crate::machine::MACHINE_ID_FILE;
 use crate::units::{parse_duration, parse_size};
 use ballast_vhost::server::{QUEUE_SIZE_MAX, QUEUES_MAX};
 use serde::{Deserialize, Deserializer};
@@ -42,6 +43,9 @@ pub struct AgentArgs {
     /// Start without a leg of the mirrored cache that is not there, although it may hold writes that the other lacks
     #[arg(long)]
     pub degraded: bool,
+    /// Where this machine's id is, by which a cache that was moved here is known [default: /etc/machine-id]
+    #[arg(long, value_name = "FILE")]
+    pub machine_id_file: Option<PathBuf>,
     /// Create the cache with this size if it does not exist yet
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub cache_size: Option<u64>,
@@ -95,6 +99,7 @@ struct FileConfig {
     log: Option<String>,
     chap_file: Option<PathBuf>,
     initiator_name: Option<String>,
+    machine_id_file: Option<PathBuf>,
     #[serde(default, deserialize_with = "duration")]
     store_wait: Option<Duration>,
     #[serde(default, deserialize_with = "duration")]
@@ -175,6 +180,8 @@ pub struct AgentConfig {
     /// The operator's word that a leg that is not there holds nothing that the other lacks. Never from the file: it is good
     /// for one start only.
     pub degraded: bool,
+    /// Holds what tells this machine from others.
+    pub machine_id_file: PathBuf,
     /// Bytes of a cache that does not exist yet.
     pub cache_size: Option<u64>,
     /// Folder of all sockets.
@@ -272,6 +279,10 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         cache,
         cache_twin,
         degraded: args.degraded,
+        machine_id_file: args
+            .machine_id_file
+            .or(file.machine_id_file)
+            .unwrap_or_else(|| MACHINE_ID_FILE.into()),
         cache_size: args.cache_size.or(file.cache.size),
         run_dir: run_dir.or(file.run_dir).unwrap_or_else(|| RUN_DIR_DEFAULT.into()),
         log: args.log.or(file.log).unwrap_or_else(|| "info".into()),

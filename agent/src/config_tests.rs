@@ -49,6 +49,7 @@ fn a_file_alone_is_enough() {
         cache: "/cache-from-file".into(),
         cache_twin: None,
         degraded: false,
+        machine_id_file: "/etc/machine-id".into(),
         cache_size: Some(2 << 30),
         run_dir: "/run/from-file".into(),
         log: "debug".into(),

@@ -20,6 +20,7 @@ mod error;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod host;
+mod machine;
 mod metrics;
 mod names;
 mod notify;

@@ -16,7 +16,7 @@ use crate::format::Geometry;
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::{DiskPolicy, SlotVdi, VdiSlot};
 use crate::image::ImagePool;
-use crate::local::{LegState, Local, Mode};
+use crate::local::{LegState, Local, Mode, Terms};
 use crate::log_open::Ground;
 use crate::pool::Pool;
 use crate::vdi::{HydrateError, HydrateStatus, PinError, VdiHandle, VdiStatus};
@@ -131,17 +131,22 @@ impl Cache {
     /// Opens the cache, creating it if it does not exist and a size is given. Holds it exclusively.
     pub async fn open(options: CacheOptions) -> Result<Arc<Self>, CacheError> {
         let legs = [options.path.clone()];
-        Self::open_legs(options, &legs, false).await
+        Self::open_legs(options, &legs, &Terms::default()).await
     }
 
-    /// As [`Self::open`], for a cache whose legs are at `paths`, one or two: see [`Local::open_legs`].
+    /// As [`Self::open`], for a cache whose legs are at `paths`, one or two: see [`Local::open_legs`]. Notes
+    /// the machine in the cache, with the name that it has now.
     pub async fn open_legs(
         options: CacheOptions,
         paths: &[PathBuf],
-        degraded: bool,
+        terms: &Terms,
     ) -> Result<Arc<Self>, CacheError> {
         let mode = Mode::Serve { create_size: options.create_size };
-        let local = Local::open_legs(paths, mode, degraded).await?;
+        let local = Local::open_legs(paths, mode, terms).await?;
+        if terms.machine.is_some() && local.superblock().await.machine != terms.machine {
+            let machine = terms.machine.clone();
+            local.rewrite_superblock(|superblock| superblock.machine = machine).await?;
+        }
         Self::on_local(options, local).await
     }
 

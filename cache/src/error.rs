@@ -36,6 +36,12 @@ pub enum CacheError {
         "cache {path} holds the log of store {bound}, but the store given is {given}; use the cache that belongs to this store, or a new one"
     )]
     OtherStore { path: PathBuf, bound: Uuid, given: Uuid },
+    /// It belongs to another machine's host.
+    #[error(
+        "cache {path} belongs to the host on machine '{theirs}' (host {host}), and this is machine '{ours}': an agent here would pass for that host. \
+         Name this machine's own cache; or, if the device was moved here for good, 'ballast cache adopt {path}' first. Nothing was changed"
+    )]
+    OtherMachine { path: PathBuf, theirs: String, host: Uuid, ours: String },
     /// Both legs are one file or device.
     #[error(
         "{path} and {twin} are the same file or device: a mirror on one device survives nothing; name two different ones"

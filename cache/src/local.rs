@@ -16,7 +16,8 @@ mod replace;
 #[cfg(test)]
 mod tests;
 
-pub use opening::{LegState, Mode};
+pub use crate::format::superblock::Machine;
+pub use opening::{LegState, Mode, Terms};
 pub use replace::Replaced;
 
 use crate::disk::plan::SegmentId;

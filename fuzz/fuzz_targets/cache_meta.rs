@@ -28,6 +28,7 @@ fn superblock() -> Superblock {
         sequence: 4,
         cache: CACHE,
         host: Uuid::from_u128(7),
+        machine: None,
         store: Some(Uuid::from_u128(8)),
         leg: Uuid::from_u128(9),
         membership: Membership::new(vec![Uuid::from_u128(9), Uuid::from_u128(10)]),

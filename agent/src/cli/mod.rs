@@ -4,6 +4,7 @@
 //! through its control socket.
 
 mod agent_commands;
+mod cache_adopt;
 mod cache_check;
 mod cache_replace;
 mod drill;
@@ -15,6 +16,7 @@ mod tables;
 
 use crate::config::{AgentArgs, DeviceArgs, RUN_DIR_DEFAULT};
 use crate::error::{EXIT_CODES, ErrorBody, Failure, Kind, Result};
+use crate::machine::MACHINE_ID_FILE;
 use crate::units::{parse_duration, parse_size};
 use blockstore::WhenOffline;
 use clap::{Parser, Subcommand};
@@ -211,6 +213,22 @@ enum CacheCommand {
         /// Its file or device [default: what the last agent in --run-dir used]
         path: Option<PathBuf>,
     },
+    /// Make a cache that was moved here from another machine this machine's own
+    ///
+    /// The agent that is started with it is the host that it was there: it serves that host's disks and replays their logs.
+    /// The other machine must not use the cache any more, nor a copy of it.
+    #[command(after_help = EXIT_CODES)]
+    Adopt {
+        /// Its file or device; both legs of a mirrored one
+        #[arg(value_name = "PATH", num_args = 1..=2, required = true)]
+        paths: Vec<PathBuf>,
+        /// Without a leg that is not there, although it may hold writes that the other lacks
+        #[arg(long)]
+        degraded: bool,
+        /// Where this machine's id is
+        #[arg(long, value_name = "FILE", default_value = MACHINE_ID_FILE)]
+        machine_id_file: PathBuf,
+    },
     /// Free the space of a damaged log that was given up by 'vdi rollback'; 'cache status' names them
     DiscardQuarantine {
         /// The log's id
@@ -310,6 +328,9 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Store(command) => block_on(store_commands::run(command, out)),
         Command::Cache(CacheCommand::Check { path }) => {
             block_on(cache_check::run(path, &run_dir(), out))
+        }
+        Command::Cache(CacheCommand::Adopt { paths, degraded, machine_id_file }) => {
+            block_on(cache_adopt::run(&paths, degraded, &machine_id_file, out))
         }
         Command::Cache(CacheCommand::Replace { legs, rate, cancel: _ }) => match &legs[..] {
             [good, new] => block_on(cache_replace::offline(good, new, out)),

@@ -57,6 +57,7 @@ impl From<CacheError> for Failure {
             | CacheError::NotQuarantined { .. } => Kind::NotFound,
             CacheError::TooSmall { .. } => Kind::Usage,
             CacheError::OtherStore { .. }
+            | CacheError::OtherMachine { .. }
             | CacheError::NewLeg { .. }
             | CacheError::NoSlot { .. }
             | CacheError::NoSegments { .. }

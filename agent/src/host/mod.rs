@@ -26,8 +26,10 @@ mod watch;
 
 use crate::config::AgentConfig;
 use crate::error::{Failure, Kind, Result};
+use crate::machine::{host_name, this_machine};
 use crate::notify;
 use blockstore::{OpenOptions, StoreErrorKind};
+use cache::local::Terms;
 use cache::{AttachedRecord, Cache, CacheIdentity, CacheOptions};
 use opening::Opening;
 use parking_lot::Mutex;
@@ -90,7 +92,9 @@ impl Host {
         if let Some(age) = config.flush_max_age {
             options.flush.max_age_ms = age.as_millis() as u64;
         }
-        let cache = Cache::open_legs(options, &legs, config.degraded).await?;
+        let machine = this_machine(&config.machine_id_file)?;
+        let terms = Terms { degraded: config.degraded, machine };
+        let cache = Cache::open_legs(options, &legs, &terms).await?;
         keep_identity(&cache, run_dir).await?;
         let left_behind = Arc::new(left_behind::LogsLeftBehind::new(run_dir));
         cache.set_witness(Arc::<left_behind::LogsLeftBehind>::clone(&left_behind));
@@ -259,9 +263,4 @@ impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
     }
-}
-
-fn host_name() -> String {
-    nix::unistd::gethostname()
-        .map_or_else(|_| "unknown".into(), |name| name.to_string_lossy().into_owned())
 }

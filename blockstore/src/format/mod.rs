@@ -48,7 +48,7 @@ fn text(bytes: &[u8], len: usize, field: &'static str) -> Result<String, Damage>
 
 /// Copies `text` into a zero-padded field, cut at a character boundary if it is too long; returns
 /// the length used.
-fn fill_text(field: &mut [u8], text: &str) -> u16 {
+pub fn fill_text(field: &mut [u8], text: &str) -> u16 {
     let mut len = text.len().min(field.len());
     while !text.is_char_boundary(len) {
         len -= 1;

@@ -1,9 +1,11 @@
 //! What the cache device is and whom it belongs to.
 //!
-//! A cache of one leg, as all were before there were two, has zeros from byte 124 on.
+//! A cache of one leg, as all were before there were two, has zeros from byte 124 to 183. Caches made before machines were
+//! noted have zeros from byte 184 on.
 
 use super::legs::{LEGS_MAX, LegSet, Membership};
 use super::{FormatError, Geometry, VERSION, open_block, seal_block};
+use blockstore::format::fill_text;
 use blockstore::types::BLOCK_SIZE;
 use uuid::Uuid;
 use zerocopy::little_endian::{U32, U64};
@@ -33,9 +35,24 @@ struct Raw {
     events: U64,
     set: [u8; 16],
     all_legs: [[u8; 16]; LEGS_MAX],
-    reserved: [u8; BLOCK_SIZE - 184],
+    machine: [u8; 16],
+    machine_name_len: U32,
+    machine_name: [u8; MACHINE_NAME_MAX],
+    reserved: [u8; BLOCK_SIZE - 268],
 }
 const _: () = assert!(size_of::<Raw>() == BLOCK_SIZE);
+
+/// Bytes of a machine's name that are kept.
+pub const MACHINE_NAME_MAX: usize = 64;
+
+/// The machine whose host a cache belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// Tells it from all others; says nothing else.
+    pub id: Uuid,
+    /// For people; of a longer one the first [`MACHINE_NAME_MAX`] bytes are kept.
+    pub name: String,
+}
 
 /// A validated superblock.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +63,8 @@ pub struct Superblock {
     pub cache: Uuid,
     /// The host, as the store knows it.
     pub host: Uuid,
+    /// The machine that the cache was last opened on for serving, or was adopted by; none if that was never noted.
+    pub machine: Option<Machine>,
     /// The store whose disks are logged here; none before the first use.
     pub store: Option<Uuid>,
     /// This leg.
@@ -66,6 +85,9 @@ impl Superblock {
         for (raw, leg) in all_legs.iter_mut().zip(&membership.legs).filter(|_| mirrored) {
             *raw = leg.into_bytes();
         }
+        let name = self.machine.as_ref().map_or("", |machine| &machine.name);
+        let mut machine_name = [0; MACHINE_NAME_MAX];
+        let name_len = fill_text(&mut machine_name, name);
         let raw = Raw {
             magic: MAGIC,
             crc: U32::ZERO,
@@ -85,7 +107,10 @@ impl Superblock {
             events: membership.events.into(),
             set: membership.id.into_bytes(),
             all_legs,
-            reserved: [0; BLOCK_SIZE - 184],
+            machine: self.machine.as_ref().map_or(Uuid::nil(), |machine| machine.id).into_bytes(),
+            machine_name_len: u32::from(name_len).into(),
+            machine_name,
+            reserved: [0; BLOCK_SIZE - 268],
         };
         let mut block = [0u8; BLOCK_SIZE];
         block.copy_from_slice(raw.as_bytes());
@@ -110,6 +135,12 @@ impl Superblock {
                 why: "its sizes contradict each other",
             });
         }
+        let machine = Uuid::from_bytes(raw.machine);
+        let name = raw.machine_name.get(..raw.machine_name_len.get() as usize);
+        let name = name.and_then(|name| str::from_utf8(name).ok());
+        let Some(name) = name else {
+            return Err(FormatError::Invalid { what: WHAT, why: "its machine's name is none" });
+        };
         let store = Uuid::from_bytes(raw.store);
         let leg = Uuid::from_bytes(raw.leg);
         let membership = match raw.legs.get() as usize {
@@ -139,6 +170,7 @@ impl Superblock {
             sequence: raw.sequence.get(),
             cache: Uuid::from_bytes(raw.cache),
             host: Uuid::from_bytes(raw.host),
+            machine: (!machine.is_nil()).then(|| Machine { id: machine, name: name.into() }),
             store: (!store.is_nil()).then_some(store),
             leg,
             membership,

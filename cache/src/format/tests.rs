@@ -5,6 +5,7 @@ use super::record::{Entries, Kind, RecordHeader, WHOLE, push_descriptor};
 use super::segment::SegmentHeader;
 use super::slot::{LeftBehind, SlotVdi, VdiSlot};
 use super::summary::{Summary, blocks_for};
+use super::superblock::Machine;
 use super::superblock::Superblock;
 use super::{FormatError, Geometry, LegSet, Membership};
 use crate::disk::plan::SegmentId;
@@ -21,6 +22,7 @@ fn superblock() -> Superblock {
         sequence: 5,
         cache: CACHE,
         host: Uuid::from_u128(1),
+        machine: None,
         store: Some(Uuid::from_u128(2)),
         leg: Uuid::from_u128(3),
         membership: Membership::new(vec![Uuid::from_u128(3)]),
@@ -197,6 +199,24 @@ fn numbers_that_no_log_holds_are_refused_though_the_checksum_is_right() {
         let decoded = SegmentHeader::decode(&block, CACHE, SegmentId(17));
         assert_eq!(decoded.is_ok(), good, "first LSN {first_lsn}");
     }
+}
+
+#[test]
+fn a_superblock_names_its_machine_and_zero_is_none() {
+    let of = |name: &str| {
+        let machine = Some(Machine { id: Uuid::from_u128(11), name: name.into() });
+        Superblock::decode(&Superblock { machine, ..superblock() }.encode()).unwrap().machine
+    };
+    assert_eq!(
+        of("bell").map(|machine| (machine.id.as_u128(), machine.name)),
+        Some((11, "bell".into()))
+    );
+    assert_eq!(
+        of(&"ü".repeat(40)).map(|machine| machine.name),
+        Some("ü".repeat(32)),
+        "cut at a character"
+    );
+    assert_eq!(Superblock::decode(&superblock().encode()).unwrap().machine, None);
 }
 
 #[test]

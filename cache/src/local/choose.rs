@@ -92,6 +92,7 @@ mod tests {
             sequence: 2,
             cache: Uuid::from_u128(7),
             host: Uuid::from_u128(8),
+            machine: None,
             store: None,
             leg: legs[n],
             membership: membership.clone(),

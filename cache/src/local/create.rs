@@ -78,6 +78,7 @@ impl Local {
             sequence: 0,
             cache: Uuid::new_v4(),
             host: Uuid::new_v4(),
+            machine: None,
             store: None,
             leg: uuids.first().copied().unwrap_or_default(),
             membership: Membership::new(uuids),

@@ -7,7 +7,7 @@ use super::create::{is_unmade, says_unfinished};
 use super::{Leg, Local};
 use crate::error::CacheError;
 use crate::format::FormatError;
-use crate::format::superblock::Superblock;
+use crate::format::superblock::{Machine, Superblock};
 use blockstore::device::file::FileDevice;
 use blockstore::device::{Device, DeviceErrorKind, OpenOptions};
 use blockstore::types::BLOCK_SIZE;
@@ -22,6 +22,15 @@ pub enum Mode {
     Serve { create_size: Option<u64> },
     /// For looking only.
     ReadOnly,
+}
+
+/// On what terms a cache is opened for serving.
+#[derive(Clone, Debug, Default)]
+pub struct Terms {
+    /// The operator's word: go on without a leg that is recorded as a member and is not there.
+    pub degraded: bool,
+    /// This machine: a cache that another one is noted in is refused. None: not looked at.
+    pub machine: Option<Machine>,
 }
 
 /// A leg for status.
@@ -44,15 +53,14 @@ struct Found {
 impl Local {
     /// Opens the cache at `path`, or creates it where `mode` says so.
     pub async fn open(path: &Path, mode: Mode) -> Result<Self, CacheError> {
-        Self::open_legs(&[path.into()], mode, false).await
+        Self::open_legs(&[path.into()], mode, &Terms::default()).await
     }
 
-    /// Opens the cache whose legs are at `paths`, one or two, or creates it there. With `degraded`, the operator's word, it
-    /// goes on without a leg that is recorded as a member and is not there.
+    /// Opens the cache whose legs are at `paths`, one or two, or creates it there.
     pub async fn open_legs(
         paths: &[PathBuf],
         mode: Mode,
-        degraded: bool,
+        terms: &Terms,
     ) -> Result<Self, CacheError> {
         refuse_same(paths)?;
         if let Mode::Serve { create_size: Some(size) } = mode
@@ -71,7 +79,7 @@ impl Local {
                 Err(error) => found.failed.push((path.clone(), error)),
             }
         }
-        Self::on_found(found, read_only, degraded).await
+        Self::on_found(found, read_only, terms).await
     }
 
     /// The cache on `device`.
@@ -91,10 +99,10 @@ impl Local {
                 Err(error) => found.failed.push((path, error)),
             }
         }
-        Self::on_found(found, false, degraded).await
+        Self::on_found(found, false, &Terms { degraded, machine: None }).await
     }
 
-    async fn on_found(found: Found, read_only: bool, degraded: bool) -> Result<Self, CacheError> {
+    async fn on_found(found: Found, read_only: bool, terms: &Terms) -> Result<Self, CacheError> {
         let Found { legs: found, failed } = found;
         if found.is_empty() {
             let error = failed.into_iter().map(|(_, error)| error).next();
@@ -110,8 +118,11 @@ impl Local {
         }
         let is_member = |at: usize| choice.members.iter().any(|(member, _)| *member == at);
         refuse_cut_short(&found, best, is_member)?;
+        if !read_only {
+            refuse_other_machine(best_path, best, terms)?;
+        }
         let why = failed.iter().map(|(_, error)| error.to_string()).next();
-        if !choice.missing.is_empty() && !degraded && !read_only {
+        if !choice.missing.is_empty() && !terms.degraded && !read_only {
             let missing = choice.missing.iter().map(|leg| best.membership.legs[usize::from(leg)]);
             let missing = missing.map(|leg| leg.to_string()).collect::<Vec<_>>().join(", ");
             let why = why.unwrap_or_else(|| "its path was not given".into());
@@ -152,6 +163,19 @@ impl Local {
                 .await?;
         }
         Ok(local)
+    }
+}
+
+/// Another machine's cache is that of another host: the store would take this agent for that one.
+fn refuse_other_machine(path: &Path, best: &Superblock, terms: &Terms) -> Result<(), CacheError> {
+    match (&best.machine, &terms.machine) {
+        (Some(theirs), Some(ours)) if theirs.id != ours.id => Err(CacheError::OtherMachine {
+            path: path.into(),
+            theirs: theirs.name.clone(),
+            host: best.host,
+            ours: ours.name.clone(),
+        }),
+        _ => Ok(()),
     }
 }
 

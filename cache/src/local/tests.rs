@@ -1,7 +1,7 @@
 //! Goal: a wrong set of legs is refused with both sides named, and nothing is written; the right one opens in any order.
 //! Method: real files. Which superblock counts is tested in `choose.rs`, what happens while legs fail in tests/log_crash.
 
-use super::{Local, Mode};
+use super::{Local, Mode, Terms};
 use crate::error::CacheError;
 use crate::format::LegSet;
 use std::fs::File;
@@ -30,12 +30,12 @@ impl Rig {
     async fn make(&self, names: &[&str]) -> Local {
         let paths: Vec<_> = names.iter().map(|name| self.path(name)).collect();
         let mode = Mode::Serve { create_size: Some(SIZE) };
-        Local::open_legs(&paths, mode, false).await.unwrap()
+        Local::open_legs(&paths, mode, &Terms::default()).await.unwrap()
     }
 
     async fn open(&self, names: &[&str], degraded: bool) -> Result<Local, CacheError> {
         let paths: Vec<_> = names.iter().map(|name| self.path(name)).collect();
-        Local::open_legs(&paths, SERVE, degraded).await
+        Local::open_legs(&paths, SERVE, &Terms { degraded, machine: None }).await
     }
 
     /// The error of opening these legs, which must name all that `named` says and change no file.
@@ -162,7 +162,7 @@ async fn a_creation_that_was_cut_short_between_the_legs_is_begun_anew() {
     std::fs::remove_file(rig.path("b")).unwrap();
     let paths = [rig.path("a"), rig.path("b")];
     let mode = Mode::Serve { create_size: Some(SIZE) };
-    let error = Local::open_legs(&paths, mode, false).await.unwrap_err();
+    let error = Local::open_legs(&paths, mode, &Terms::default()).await.unwrap_err();
     assert!(matches!(error, CacheError::LegMissing { .. }), "{error}");
     assert!(!rig.path("b").exists(), "no file is left behind");
 }

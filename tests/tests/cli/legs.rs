@@ -1,4 +1,5 @@
-//! Legs of a mirrored cache that are none: refused with both named, and nothing written to either.
+//! Caches that are not this machine's, and legs of a mirrored cache that are none: refused with both named, and nothing
+//! written to either.
 
 use super::{CONFLICT, Good, ballast};
 use std::path::{Path, PathBuf};
@@ -13,23 +14,23 @@ fn legs(good: &mut Good) -> (PathBuf, PathBuf) {
 
 #[track_caller]
 fn refused(good: &mut Good, first: &Path, second: &Path, words: &[&str]) {
+    refused_with(good, first, second, &[], words);
+}
+
+/// As [`refused`], for an agent that gets `more` arguments.
+#[track_caller]
+fn refused_with(good: &mut Good, first: &Path, second: &Path, more: &[&str], words: &[&str]) {
     let store = good.store();
     let store_file = store.trim_start_matches("file:").to_owned();
-    let content =
-        || [first, second, Path::new(&store_file)].map(|path| std::fs::read(path).unwrap());
+    let content = || [first, second, Path::new(&store_file)].map(|path| std::fs::read(path).ok());
     let before = content();
     let run = good.rig.dir().join("other");
-    let said = ballast([
-        "agent",
-        "--store",
-        &store,
-        "--cache",
-        first.to_str().unwrap(),
-        "--cache",
-        second.to_str().unwrap(),
-        "--run-dir",
-        run.to_str().unwrap(),
-    ]);
+    let mut arguments = vec!["agent", "--store", &store, "--run-dir", run.to_str().unwrap()];
+    for leg in [first, second] {
+        arguments.extend(["--cache", leg.to_str().unwrap()]);
+    }
+    arguments.extend_from_slice(more);
+    let said = ballast(arguments);
     said.refused(said.code.filter(|code| *code != 0).unwrap_or(CONFLICT), words);
     assert!(content() == before, "something was written: {said:#?}");
 }
@@ -71,6 +72,48 @@ fn legs_that_are_no_pair_are_refused_and_left_alone() {
     good.client.reconnect(&mut good.rig).unwrap();
     good.works().unwrap();
     good.ask(&["cache", "drain"]).done();
+    drop(good.client);
+    good.rig.shut_down().unwrap();
+    good.rig.check_store().unwrap();
+}
+
+#[test]
+fn a_cache_of_another_machine_is_refused_until_it_is_adopted() {
+    let mut good = Good::start();
+    let (first, second) = legs(&mut good);
+    let dir = good.rig.dir().to_owned();
+    let other = dir.join("machine-id");
+    std::fs::write(&other, "00000000000000000000000000000001\n").unwrap();
+    let (a, b) = (first.to_str().unwrap().to_owned(), second.to_str().unwrap().to_owned());
+    let there = ["--machine-id-file", other.to_str().unwrap()];
+    let words = [&a, "belongs to the host on machine", "cache adopt"];
+    refused_with(&mut good, &first, &second, &there, &words);
+    // One leg alone: refused before it goes on without its twin.
+    let words = ["belongs to the host on machine", "Nothing was changed"];
+    refused_with(
+        &mut good,
+        &first,
+        &dir.join("absent"),
+        &[&there[..], &["--degraded"]].concat(),
+        &words,
+    );
+    // Adopted, the disk is served there, with its identity; here no more.
+    let adopt = |id: &[&str]| {
+        let adopted = ballast([&["--json", "cache", "adopt", &a, &b], id].concat()).json();
+        assert_eq!(adopted["vdis"].as_array().map(Vec::len), Some(1), "{adopted}");
+        adopted["host"].clone()
+    };
+    let host = adopt(&there);
+    refused(&mut good, &first, &second, &["belongs to the host on machine"]);
+    good.rig.config().arguments = vec!["--cache".into(), b.clone()];
+    good.rig.config().arguments.extend(there.map(String::from));
+    good.rig.start().unwrap();
+    good.client.reconnect(&mut good.rig).unwrap();
+    good.works().unwrap();
+    assert_eq!(good.ask(&["--json", "status"]).json()["agent"]["host_uuid"], host);
+    good.ask(&["cache", "drain"]).done();
+    let in_use = ballast(["cache", "adopt", &a, &b]);
+    in_use.refused(CONFLICT, &["another process holds it"]);
     drop(good.client);
     good.rig.shut_down().unwrap();
     good.rig.check_store().unwrap();

@@ -4,6 +4,7 @@
 
 use super::*;
 use crate::leg_filler::LegFiller;
+use crate::local::Terms;
 use crate::pool::Pool;
 use crate::{CacheError, ReplacementState};
 use blockstore::device::sim::FaultRates;
@@ -53,7 +54,13 @@ async fn until_copied(cache: &Cache, guest: &mut Guest, bytes: u64) {
 
 /// What the leg at `path` alone makes of an empty store.
 async fn replayed(path: &Path, n: u128) -> BTreeMap<u64, u8> {
-    let cache = Cache::open_legs(options(path.into()), &[path.into()], true).await.unwrap();
+    let cache = Cache::open_legs(
+        options(path.into()),
+        &[path.into()],
+        &Terms { degraded: true, machine: None },
+    )
+    .await
+    .unwrap();
     let mut guest = Guest::new(&cache, n).await;
     guest.drain(&cache).await;
     let image = guest.store.image.lock().1.clone();

@@ -155,6 +155,8 @@ pub(crate) struct VdiTask {
     pub(super) log_failure: Option<String>,
     pub(super) offline: Offline,
     pub(super) device_failed: bool,
+    /// How often in a row the device refused the slot of a disk that waits.
+    pub(super) refusals: u32,
     /// No leg is left: the store takes their place, or is about to.
     pub(super) through: Option<Through>,
     /// Reads that wait for the worker to hand over what it has in memory.
@@ -193,6 +195,7 @@ impl VdiTask {
             hydration: None,
             lost: Lost::default(),
             device_failed: false,
+            refusals: 0,
             through: None,
             unreadable: Vec::new(),
             last_staged: Lsn(0),
@@ -481,6 +484,8 @@ impl VdiTask {
         }
         if self.ticks.is_multiple_of(TICKS_PER_MARKER) && !self.released {
             self.p.sender.send(ToDisk::Tick);
+            let waits = self.starving || !self.waiters.is_empty();
+            self.probe_device(waits).await;
         }
         self.feed();
         self.tick_offline();

@@ -13,7 +13,7 @@
 
 use super::task::VdiTask;
 use crate::aside;
-use crate::backing::BackingError;
+use crate::backing::{Backing, BackingError};
 use crate::flusher::FlushError;
 use crate::format::LegSet;
 use crate::format::slot::LeftBehind;
@@ -21,6 +21,10 @@ use crate::link::{FetchError, SealedSegment, ToDisk};
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{Lba, Lsn};
 use tokio::time::Instant;
+
+/// So many writes of its slot, about a second apart, must have been refused before a disk that waits is told that no leg is
+/// left. A worker believes its first failure; here nothing is lost by asking again.
+const REFUSALS_MAX: u32 = 3;
 
 /// See the module.
 #[derive(Debug)]
@@ -147,6 +151,22 @@ impl VdiTask {
         }
         self.unreadable.push((id, lba, 1));
         self.p.sender.send(ToDisk::Legs { members: LegSet::NONE });
+    }
+
+    /// A disk that waits, for a segment or until all is in the store, writes nothing of its own, so its worker does not find
+    /// out that the last leg has failed, nor does it matter which disk's slot is to be written for it to go on. Its own slot
+    /// tells. A device that refuses just that is no use to the disk either: what was committed can never turn clean. With
+    /// the store away it waits anyway, and can read meanwhile.
+    pub(super) async fn probe_device(&mut self, waits: bool) {
+        let away = !self.p.backing.is_joined() || self.p.backing.away_since_ms().is_some();
+        if !waits || away || self.log_failure.is_some() || self.write_slot().await.is_ok() {
+            self.refusals = 0;
+            return;
+        }
+        self.refusals += 1;
+        if self.refusals >= REFUSALS_MAX {
+            self.p.sender.send(ToDisk::Legs { members: LegSet::NONE });
+        }
     }
 
     /// Without legs there is nothing to try again from: what could not be read is lost, and so is a disk that is not ours.

@@ -71,13 +71,15 @@ impl Chaos {
         let both = mirrored && fails && extra.random_bool(0.15);
         let refuses = extra.random_bool(0.1);
         world.witness.refuses.store(refuses, Ordering::Relaxed);
-        // With no leg left disks go on, if somebody can note it, and all that the log has can be read.
-        let may_stop = refuses || profile.rots || trouble != Trouble::Breaks;
-        // What only a leg has that answers nothing is lost.
-        let was_ailing = legs.is_harmed() || legs.condition.gone.load(Ordering::Relaxed);
+        // With no leg left disks go on, if somebody can note it, and all that the log has can be read: the leg that broke
+        // last can still be read, and it has everything unless it is the only one and was damaged.
+        let breaks = alone && trouble == Trouble::Breaks || both;
+        let stops = breaks && (refuses || world.may_have_lost());
+        let unreadable = trouble == Trouble::Reads && !mirrored;
+        let garbled = profile.san.read_garbled > 0.0;
         let excuses = Excuses {
-            write_errors: alone && may_stop || both && (may_stop || was_ailing),
-            read_errors: alone || both || profile.san.read_garbled > 0.0 || world.may_have_lost(),
+            write_errors: stops,
+            read_errors: stops || unreadable || garbled || world.may_have_lost(),
         };
         Self {
             rng,

@@ -67,6 +67,8 @@ pub async fn live(world: &mut World, last: bool) -> End {
     let outages = if may_have_lost { 0 } else { 20 };
     let limit = PATIENCE + Duration::from_millis(world.profile.outage_ms) * outages;
     let (cache, paces) = (Arc::clone(&world.cache), world.legs.paces.clone());
+    let served = Rc::clone(&world.served);
+    served.set(false);
     paces.iter().for_each(|pace| pace.broken.store(false, Ordering::Relaxed));
     tokio::select! {
         biased;
@@ -81,9 +83,9 @@ pub async fn live(world: &mut World, last: bool) -> End {
             let cache = cache.lock().upgrade();
             cache.map(|cache| format!("{cache:#?}"))
         } => {
-            // A disk that waits for a segment writes nothing, and so does not find out that the device is broken for good.
+            // Nothing comes up on a device that is broken; what is up goes on without it.
             let broken = paces.iter().any(|pace| pace.broken.load(Ordering::Relaxed)) && !last;
-            let excused = broken || may_have_lost;
+            let excused = broken && !served.get() || may_have_lost;
             assert!(excused, "liveness: a life comes to no end: {}", words.unwrap_or_default());
             End::LogFailed
         }
@@ -156,6 +158,7 @@ async fn bring_up_and_use(
             agent.attach_all(world).await?
         }
     };
+    world.served.set(true);
     let count = disks.len() as u64;
     let share = if last { world.left } else { world.rng.random_range(0..=world.left / 2 + 1) };
     let mut workers = Vec::new();

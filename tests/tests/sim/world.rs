@@ -15,6 +15,8 @@ use cache::local::Local;
 use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use tokio::runtime::Runtime;
@@ -81,6 +83,8 @@ pub struct World {
     pub report: Report,
     /// The agent's cache, for words about a run that comes to no end.
     pub cache: Arc<Mutex<Weak<Cache>>>,
+    /// Disks are served in this life.
+    pub served: Rc<Cell<bool>>,
 }
 
 /// Runs a seed with so many guest requests. Panics when a promise is broken.
@@ -141,6 +145,7 @@ impl World {
             requests: Arc::default(),
             report: Report::default(),
             cache: Arc::default(),
+            served: Rc::default(),
         }
     }
 

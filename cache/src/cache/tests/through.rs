@@ -7,6 +7,7 @@ use crate::format::slot::LeftBehind;
 use crate::link::FetchError;
 use crate::witness::Witness;
 use blockstore::device::DeviceErrorKind;
+use blockstore::device::sim::FaultRates;
 use std::collections::BTreeMap;
 use std::fs::File;
 
@@ -221,6 +222,70 @@ async fn a_read_that_meets_a_dead_cache_first_is_answered_from_the_store() {
     assert_eq!(blocks[0].as_ref().map(|block| block[0]), Some(7));
     assert_eq!(witness.0.lock().len(), 1);
     assert!(cache.vdi_status(guest.vdi.uuid).unwrap().write_through);
+}
+
+/// A disk whose worker can write, on a cache device that the asynchronous side reaches through a simulation.
+async fn on_a_simulation(witness: &Arc<Memory>) -> (Arc<Cache>, SimDevice, Guest) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let sim = SimDevice::new(CACHE_BYTES, 1);
+    let local = Local::make_on(file.path(), sim.device()).await.unwrap();
+    // What is replayed comes from memory.
+    let options = CacheOptions { image_bytes: 64 << 20, ..options(file.path().into()) };
+    let cache = Cache::on_local(options, local).await.unwrap();
+    cache.set_witness(witness.clone());
+    let guest = Guest::new(&cache, 1).await;
+    (cache, sim, guest)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_waits_for_a_segment_finds_out_that_the_device_takes_no_slots() {
+    let witness = Arc::new(Memory::default());
+    let (cache, sim, mut guest) = on_a_simulation(&witness).await;
+    sim.set_rates(FaultRates { write_io: 1.0, ..FaultRates::default() });
+    // More than the ring has. Its own writes succeed all the time, but nothing of it ever turns clean.
+    guest.write(0..4500, 7).await;
+    guest.drain(&cache).await;
+    assert!(stored(&guest.store, 0..4500) == vec![Some(7); 4500], "something did not reach it");
+    let status = cache.vdi_status(guest.vdi.uuid).unwrap();
+    assert!(status.write_through && status.state != Phase::Failed, "{status:?}");
+    let noted = *witness.0.lock().values().next().expect("it is known that the log is behind");
+    assert!(noted.flushed <= noted.staged && noted.staged < Lsn(4500), "{noted:?}");
+    guest.leave(&cache).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_finds_out_that_the_device_takes_no_slots() {
+    let witness = Arc::new(Memory::default());
+    let (cache, sim, mut guest) = on_a_simulation(&witness).await;
+    guest.write(0..10, 7).await;
+    sim.set_rates(FaultRates { write_io: 1.0, ..FaultRates::default() });
+    guest.drain(&cache).await;
+    assert_eq!(stored(&guest.store, 0..10), vec![Some(7); 10]);
+    assert!(cache.vdi_status(guest.vdi.uuid).unwrap().write_through);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_waits_does_not_leave_a_device_that_refuses_its_slot_for_a_moment() {
+    let witness = Arc::new(Memory::default());
+    let (cache, sim, mut guest) = on_a_simulation(&witness).await;
+    sim.set_rates(FaultRates { write_io: 1.0, ..FaultRates::default() });
+    for _ in 0..TURNS_MAX {
+        while guest.stage(guest.tag % 6000, 7) == Staged::All {}
+        guest.turn();
+        pause().await;
+        if cache.ground.pool.counts().free == 0 {
+            break;
+        }
+    }
+    let began = tokio::time::Instant::now();
+    while began.elapsed() < Duration::from_millis(1900) {
+        guest.turn();
+        pause().await;
+    }
+    sim.set_rates(FaultRates::default());
+    guest.drain(&cache).await;
+    assert!(!cache.vdi_status(guest.vdi.uuid).unwrap().write_through);
+    assert!(witness.0.lock().is_empty());
 }
 
 #[tokio::test(start_paused = true)]

@@ -198,6 +198,28 @@ async fn an_attach_whose_slot_cannot_be_written_gives_its_segments_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_growth_that_is_not_durable_is_not_told_to_the_guest_and_can_be_tried_again() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let sim = SimDevice::new(CACHE_BYTES, 1);
+    let local = Local::make_on(file.path(), sim.device()).await.unwrap();
+    let cache = Cache::on_local(options(file.path().into()), local).await.unwrap();
+    let mut guest = Guest::new(&cache, 1).await;
+    let (uuid, former) = (guest.vdi.uuid, guest.vdi.size_bytes);
+    for fault in [OpKind::Write, OpKind::Flush] {
+        sim.inject(fault, 0, Fault::Io);
+        cache.resize(uuid, 2 * former).await.unwrap_err();
+        guest.turn();
+        assert_eq!(guest.attached.disk.size_bytes(), former, "{fault:?}");
+    }
+    cache.resize(uuid, 2 * former).await.unwrap();
+    guest.turn();
+    assert_eq!(guest.attached.disk.size_bytes(), 2 * former);
+    // What a start without the store finds.
+    let slots = cache.ground.local.read_slots().await.unwrap();
+    assert!(slots.iter().any(|s| s.vdi.as_ref().is_some_and(|v| v.size_bytes == 2 * former)));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_sealed_segment_that_lost_records_is_not_replayed_up_to_the_damage() {
     let dir = tempfile::tempdir().unwrap();
     let cache = open(&dir).await;

@@ -353,14 +353,7 @@ impl VdiTask {
                 let _ = reply.send(self.reopen().await);
             }
             Command::Resize { bytes, reply } => {
-                self.p.record.size_bytes = bytes;
-                let result = match self.through {
-                    // The store knows.
-                    Some(_) => Ok(()),
-                    None => self.write_slot().await,
-                };
-                self.p.sender.send(ToDisk::Resized { bytes });
-                let _ = reply.send(result);
+                let _ = reply.send(self.resize(bytes).await);
             }
             Command::SetWhenOffline { policy, reply } => {
                 let _ = reply.send(self.set_when_offline(policy).await);
@@ -378,6 +371,21 @@ impl VdiTask {
             }
         }
         false
+    }
+
+    /// The guest learns of the size once it is durable here: what it then writes beyond the former one must be its disk's
+    /// after a start without the store, too.
+    async fn resize(&mut self, bytes: u64) -> Result<(), CacheError> {
+        let former = std::mem::replace(&mut self.p.record.size_bytes, bytes);
+        // With no leg left the store alone knows, and did before.
+        if self.through.is_none()
+            && let Err(error) = self.write_slot().await
+        {
+            self.p.record.size_bytes = former;
+            return Err(error);
+        }
+        self.p.sender.send(ToDisk::Resized { bytes });
+        Ok(())
     }
 
     /// The store's image is at this LSN: it fits the log, or is refused.

@@ -7,10 +7,14 @@ use crate::error::{Failure, Kind, Result};
 use crate::machine::MACHINE_ID_FILE;
 use crate::units::{parse_duration, parse_size};
 use ballast_vhost::server::{QUEUE_SIZE_MAX, QUEUES_MAX};
+use cache::local::LEG_TIMEOUT;
 use serde::{Deserialize, Deserializer};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+/// Sound devices take longer than anything below this at times.
+const LEG_TIMEOUT_MIN: Duration = Duration::from_secs(1);
 
 /// Where sockets go if nothing else was said.
 pub const RUN_DIR_DEFAULT: &str = "/run/ballast";
@@ -46,6 +50,9 @@ pub struct AgentArgs {
     /// Where this machine's id is, by which a cache that was moved here is known [default: /etc/machine-id]
     #[arg(long, value_name = "FILE")]
     pub machine_id_file: Option<PathBuf>,
+    /// A leg of the mirrored cache that does not answer for so long, while the other does, counts as failed [default: 10s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub leg_timeout: Option<Duration>,
     /// Create the cache with this size if it does not exist yet
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub cache_size: Option<u64>,
@@ -141,6 +148,8 @@ struct CacheSection {
     paths: Vec<PathBuf>,
     #[serde(default, deserialize_with = "size")]
     size: Option<u64>,
+    #[serde(default, deserialize_with = "duration")]
+    leg_timeout: Option<Duration>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -182,6 +191,8 @@ pub struct AgentConfig {
     pub degraded: bool,
     /// Holds what tells this machine from others.
     pub machine_id_file: PathBuf,
+    /// A leg that does not answer for so long, while the other does, counts as failed.
+    pub leg_timeout: Duration,
     /// Bytes of a cache that does not exist yet.
     pub cache_size: Option<u64>,
     /// Folder of all sockets.
@@ -270,6 +281,12 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
     }
     let queue_size = args.queue_size.or(file.disks.queue_size).unwrap_or(1024);
     check_queue_size(queue_size).map_err(|words| usage(format!("disks.queue_size: {words}")))?;
+    let leg_timeout = args.leg_timeout.or(file.cache.leg_timeout).unwrap_or(LEG_TIMEOUT);
+    if leg_timeout < LEG_TIMEOUT_MIN {
+        return Err(usage(format!(
+            "cache.leg_timeout is {leg_timeout:?}: give {LEG_TIMEOUT_MIN:?} or more, longer than a sound device ever takes"
+        )));
+    }
     Ok(AgentConfig {
         store,
         device: DeviceArgs {
@@ -283,6 +300,7 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
             .machine_id_file
             .or(file.machine_id_file)
             .unwrap_or_else(|| MACHINE_ID_FILE.into()),
+        leg_timeout,
         cache_size: args.cache_size.or(file.cache.size),
         run_dir: run_dir.or(file.run_dir).unwrap_or_else(|| RUN_DIR_DEFAULT.into()),
         log: args.log.or(file.log).unwrap_or_else(|| "info".into()),

@@ -24,6 +24,7 @@ const FULL: &str = r#"
     [cache]
     paths = ["/cache-from-file"]
     size = "2GiB"
+    leg_timeout = "20s"
     [sockets]
     mode = "0660"
     owner = "0:0"
@@ -50,6 +51,7 @@ fn a_file_alone_is_enough() {
         cache_twin: None,
         degraded: false,
         machine_id_file: "/etc/machine-id".into(),
+        leg_timeout: Duration::from_secs(20),
         cache_size: Some(2 << 30),
         run_dir: "/run/from-file".into(),
         log: "debug".into(),
@@ -115,6 +117,8 @@ fn what_is_missing_or_not_possible_is_named() {
     refused(AgentArgs { cache: vec![], ..minimal() }, "", &["--cache", "[cache]"]);
     let three = AgentArgs { cache: ["/a", "/b", "/c"].map(Into::into).to_vec(), ..minimal() };
     refused(three, "", &["3 caches", "/a", "/c", "one or two"]);
+    let hasty = AgentArgs { leg_timeout: Some(Duration::from_millis(10)), ..minimal() };
+    refused(hasty, "", &["leg_timeout", "10ms", "1s"]);
     let owner = AgentArgs { socket_owner: Some("no-such-user:0".into()), ..minimal() };
     refused(owner, "", &["no-such-user", "socket owner"]);
 }

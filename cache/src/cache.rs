@@ -198,6 +198,11 @@ impl Cache {
         }))
     }
 
+    /// For so long an operation on one leg is waited for while another leg answers; for disks that are attached from now on.
+    pub fn set_leg_timeout(&self, timeout: std::time::Duration) {
+        self.ground.local.set_leg_timeout(timeout);
+    }
+
     /// Who this cache is.
     pub async fn identity(&self) -> CacheIdentity {
         let superblock = self.ground.local.superblock().await;

@@ -137,6 +137,9 @@ pub enum FromDisk {
     /// Something failed on a leg, and another is left. What waits for the leg goes on with [`ToDisk::Legs`]. Of a leg that is
     /// joining it says as which.
     LegFailed { leg: u8, joining: Option<u64>, reason: String },
+    /// A leg has not answered for longer than is waited for, and another has. Nothing about it is decided: it is written on,
+    /// and waited for, until [`ToDisk::Legs`] says that it is out. Said again while that lasts.
+    LegSilent { leg: u8, joining: Option<u64> },
     /// Answer to [`ToDisk::LegJoins`]: every segment of which something was written without the leg is sealed, and was told
     /// of with [`FromDisk::Sealed`] before.
     LegJoined { id: u64 },

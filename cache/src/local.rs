@@ -5,6 +5,8 @@
 //! done (rule L5). Reads are answered by any member, and judged by checksums: a copy that does not match is rewritten from
 //! one that does. A leg that is being filled is written with the members, and never read.
 //!
+//! A leg that does not answer is treated as one that failed, while another does: `local/waiting.rs`.
+//!
 //! Where to read on: `local/opening.rs` (which legs are the cache), `local/create.rs`, `local/joining.rs` (a leg that is to
 //! become a member).
 
@@ -15,10 +17,12 @@ mod opening;
 mod replace;
 #[cfg(test)]
 mod tests;
+mod waiting;
 
 pub use crate::format::superblock::Machine;
 pub use opening::{LegState, Mode, Terms};
 pub use replace::Replaced;
+pub use waiting::LEG_TIMEOUT;
 
 use crate::disk::plan::SegmentId;
 use crate::error::CacheError;
@@ -35,13 +39,12 @@ use blockstore::sabotage::{self, Bug};
 use blockstore::types::BLOCK_SIZE;
 use bytes::Bytes;
 use futures_util::StreamExt;
-use futures_util::future::join_all;
 use joining::Joining;
 use parking_lot::Mutex;
 use std::fs::File;
-use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use uuid::Uuid;
 
 /// Segment headers read at once.
@@ -56,6 +59,7 @@ pub struct Local {
     pub geometry: Geometry,
     cache: Uuid,
     read_only: bool,
+    leg_timeout_ms: AtomicU64,
     /// As the members hold it, but for the leg's own UUID.
     superblock: tokio::sync::Mutex<Superblock>,
     /// Held alone while bytes are copied to a leg that is being filled, so that what is copied is not old when it arrives.
@@ -83,6 +87,8 @@ struct Mirror {
     joining: Option<Joining>,
     /// The leg that joined last, and why it was given up.
     given_up: Option<(PathBuf, String)>,
+    /// Legs that do not answer, of which it is being found out whether they are to be put out.
+    suspected: LegSet,
     disks: Vec<DiskSender>,
 }
 
@@ -107,6 +113,7 @@ impl Local {
             geometry: superblock.geometry,
             cache: superblock.cache,
             read_only,
+            leg_timeout_ms: AtomicU64::new(LEG_TIMEOUT.as_millis() as u64),
             superblock: tokio::sync::Mutex::new(superblock),
             copying: tokio::sync::RwLock::new(()),
             mirror: Mutex::new(Mirror {
@@ -115,6 +122,7 @@ impl Local {
                 outsiders,
                 joining: None,
                 given_up: None,
+                suspected: LegSet::NONE,
                 disks: Vec::new(),
             }),
         }
@@ -216,7 +224,7 @@ impl Local {
             let offset = Geometry::superblock_offset(next.sequence);
             let members = next.membership.members;
             let results = self
-                .on_legs(members, |leg| {
+                .on_legs(members, false, |leg| {
                     let own = next.membership.legs[usize::from(leg.number)];
                     let block = Superblock { leg: own, ..next.clone() }.encode();
                     async move {
@@ -357,43 +365,14 @@ impl Local {
         self.read_good(offset, len, |_| true).await
     }
 
-    /// Reads bytes of the first member whose copy `is_good`, and rewrites those that were not. If none is, the bytes are
-    /// returned all the same.
-    pub async fn read_good(
-        &self,
-        offset: u64,
-        len: usize,
-        is_good: impl Fn(&[u8]) -> bool,
-    ) -> Result<AlignedBuf, CacheError> {
-        let (mut bad, mut damaged, mut failed) = (Vec::new(), None, None);
-        for leg in self.members_now() {
-            match leg.device.read(offset, len).await {
-                Ok(bytes) if is_good(&bytes) => {
-                    for number in bad {
-                        self.repair(number, offset, AlignedBuf::copy_of(&bytes)).await?;
-                    }
-                    return Ok(bytes);
-                }
-                Ok(bytes) => damaged = Some(bytes),
-                Err(error) => failed = Some(error),
-            }
-            bad.push(leg.number);
-        }
-        match (damaged, failed) {
-            (Some(bytes), _) => Ok(bytes),
-            (None, Some(error)) => Err(error.into()),
-            (None, None) => Err(self.no_leg_left("nothing can be read".into())),
-        }
-    }
-
     /// Reads bytes of every member that gives them, with the legs' numbers. At least one.
     pub async fn read_each(
         &self,
         offset: u64,
         len: usize,
     ) -> Result<Vec<(u8, AlignedBuf)>, CacheError> {
-        let read = |leg: Arc<Leg>| async move { leg.device.read(offset, len).await };
-        let results = self.on_legs(self.members(), read).await;
+        let read = move |leg: Arc<Leg>| async move { leg.device.read(offset, len).await };
+        let results = self.on_legs(self.members(), false, read).await;
         let (mut copies, mut failed) = (Vec::new(), None);
         for (leg, result) in results {
             match result {
@@ -419,7 +398,7 @@ impl Local {
         let path = self.leg_path(leg);
         tracing::warn!(leg, path = %path.display(), offset, len = bytes.len(), "rewriting a damaged copy from another leg");
         let (only, bytes) = (LegSet::NONE.with(leg), bytes.freeze());
-        let results = self.on_legs(only, |leg| write_leg(leg, offset, bytes.clone())).await;
+        let results = self.on_legs(only, true, |leg| write_leg(leg, offset, bytes.clone())).await;
         match failures(results) {
             (_, None) => Ok(()),
             (failed, Some(error)) => self.put_out(failed, &error.to_string()).await,
@@ -431,7 +410,8 @@ impl Local {
         let not_copied_meanwhile = self.copying.read().await;
         let (members, written) = self.members_and_written();
         let bytes = bytes.freeze();
-        let results = self.on_legs(written, |leg| write_leg(leg, offset, bytes.clone())).await;
+        let results =
+            self.on_legs(written, false, |leg| write_leg(leg, offset, bytes.clone())).await;
         // Putting a leg out takes the superblock's lock, which comes first.
         drop(not_copied_meanwhile);
         self.settle_failures(members, results).await
@@ -441,7 +421,7 @@ impl Local {
     pub async fn flush(&self) -> Result<(), CacheError> {
         let (members, written) = self.members_and_written();
         let flush = |leg: Arc<Leg>| async move { leg.device.flush().await };
-        self.settle_failures(members, self.on_legs(written, flush).await).await
+        self.settle_failures(members, self.on_legs(written, false, flush).await).await
     }
 
     fn members_and_written(&self) -> (LegSet, LegSet) {
@@ -463,19 +443,6 @@ impl Local {
             (failed, Some(error)) if members.minus(failed).is_empty() => Err(error.into()),
             (failed, Some(error)) => self.put_out(failed, &error.to_string()).await,
         }
-    }
-
-    /// Does the same on several legs at once.
-    async fn on_legs<T, F: Future<Output = Result<T, DeviceError>>>(
-        &self,
-        legs: LegSet,
-        operation: impl Fn(Arc<Leg>) -> F,
-    ) -> Vec<(u8, Result<T, DeviceError>)> {
-        join_all(self.legs_in(legs).into_iter().map(|leg| {
-            let (number, done) = (leg.number, operation(leg));
-            async move { (number, done.await) }
-        }))
-        .await
     }
 
     fn members_now(&self) -> Vec<Arc<Leg>> {

@@ -152,7 +152,7 @@ impl Ground {
         let members = self.local.join(sender.clone());
         let mut disk = Disk::on_legs(self.start(&record, recovered, grants, progress), members);
         disk.set_boot_trace(record.boot_trace.clone());
-        let disk = AttachedDisk { disk, link, legs };
+        let disk = AttachedDisk { disk, link, legs, leg_timeout: self.local.leg_timeout() };
         Ok(OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn })
     }
 

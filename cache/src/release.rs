@@ -23,14 +23,32 @@ const IDLE_ROUNDS_MAX: u32 = 3;
 /// How often a disk may stop for a leg that failed: more often than there are legs, and something else is wrong.
 const LEGS_LOST_MAX: usize = 4;
 
+/// A log whose last I/O takes so many times longer than a leg is waited for has a leg that hangs.
+const SLOW_OPERATIONS: u32 = 3;
+
+/// What is said then: the kernel's calls cannot be called off.
+fn silent() -> std::io::Error {
+    std::io::Error::new(
+        std::io::ErrorKind::TimedOut,
+        "a leg of the cache does not answer; what is not sealed is found at the next start",
+    )
+}
+
 /// Runs a disk until its log is sealed and quiet. The unsealed tail, should this fail, is found by the next recovery:
 /// nothing acknowledged is lost. A leg that fails meanwhile is put out of the cache, as with a worker.
 pub async fn seal(mut attached: AttachedDisk, local: &Local) -> std::io::Result<Sealed> {
     attached.disk.on_message(ToDisk::Roll { id: 0 });
     let mut messages = Vec::new();
     for _ in 0..LEGS_LOST_MAX {
-        let (back, said, sealed) =
-            aside::run(move || seal_blocking(attached)).await.map_err(std::io::Error::other)?;
+        let sealing = aside::run(move || seal_blocking(attached));
+        let sealed = match local.members().len() {
+            // The last leg is waited for.
+            0 | 1 => sealing.await,
+            _ => tokio::time::timeout(local.leg_timeout() * SLOW_OPERATIONS, sealing)
+                .await
+                .map_err(|_| silent())?,
+        };
+        let (back, said, sealed) = sealed.map_err(std::io::Error::other)?;
         attached = back;
         let mut lost = false;
         for message in said {

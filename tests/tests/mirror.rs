@@ -5,6 +5,9 @@
 //! its file system gives no more room (the second leg lies on a tmpfs of its own, in a mount namespace that ends with the
 //! test's thread); kills in between. Everything is read back through the legs that are left.
 //!
+//! A leg hangs: its file system, an ext4 on a loop device in the same namespace, is frozen, so that no write or flush there
+//! ends before it is thawed.
+//!
 //! A leg is replaced while the client goes on, and the new leg alone must then have everything; that is cut short by a kill,
 //! given up on request, and watched by other disks that come and go.
 //!
@@ -45,8 +48,14 @@ fn with_seed(name: &'static str, test: fn(u64) -> Result<()>) {
 
 /// An agent whose cache is mirrored on `cache.img` and `second`, with a disk that has some writes.
 fn mirrored(seed: u64, second: &Path) -> Result<(AgentRig, Client)> {
+    mirrored_with(seed, second, &[])
+}
+
+fn mirrored_with(seed: u64, second: &Path, options: &[&str]) -> Result<(AgentRig, Client)> {
     let mut rig = AgentRig::new(&StoreSpec::file(STORE_BYTES), CACHE_BYTES)?;
-    rig.config().arguments = vec!["--cache".to_owned(), second.display().to_string()];
+    let options = options.iter().map(|option| (*option).to_owned());
+    let twin = ["--cache".to_owned(), second.display().to_string()];
+    rig.config().arguments = twin.into_iter().chain(options).collect();
     rig.start()?;
     let spec = DiskSpec {
         disk: 1,
@@ -231,6 +240,70 @@ fn run(program: &str, arguments: &[&str]) -> Result<()> {
 #[test]
 fn a_leg_that_fails_is_put_out_and_never_comes_back() {
     with_seed("a_leg_that_fails_is_put_out_and_never_comes_back", one_leg_fails);
+}
+
+/// A file system that is thawed at the end, for what hangs in it cannot be ended by force.
+struct Frozen<'a>(&'a Path);
+
+impl<'a> Frozen<'a> {
+    fn new(mount: &'a Path) -> Result<Self> {
+        run("fsfreeze", &["-f", &mount.display().to_string()])?;
+        Ok(Self(mount))
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = run("fsfreeze", &["-u", &self.0.display().to_string()]) {
+            eprintln!("{} stays frozen: {error:#}", self.0.display());
+        }
+    }
+}
+
+/// As [`with_tmpfs`], with an ext4.
+fn with_ext4(test: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (image, mount) = (dir.path().join("image"), dir.path().join("mount"));
+    File::create(&image)?.set_len(2 * CACHE_BYTES)?;
+    std::fs::create_dir(&mount)?;
+    let (image, at) = (image.display().to_string(), mount.display().to_string());
+    run("mkfs.ext4", &["-q", "-F", &image])?;
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
+        .context("a mount namespace (root?)")?;
+    run("mount", &["--make-rprivate", "/"])?;
+    run("mount", &["-o", "loop", &image, &at])?;
+    let outcome = test(&mount);
+    run("umount", &["-l", &at])?;
+    outcome
+}
+
+fn one_leg_hangs(seed: u64) -> Result<()> {
+    with_ext4(|mount| {
+        let second = mount.join("second.img");
+        let (mut rig, mut client) = mirrored_with(seed, &second, &["--leg-timeout", "1s"])?;
+        let frozen = Frozen::new(mount)?;
+        burst(&mut client, 500).context("with a leg that hangs")?;
+        client.runner.verify()?;
+        ensure!(legs(&rig)? == (1, 2), "the leg is out");
+        let status = rig.agent()?.control(&["status"])?;
+        let words = status["degraded"].to_string();
+        ensure!(words.contains("second.img") && words.contains("no answer"), "status: {words}");
+        // Nobody waits for what still hangs.
+        rig.agent()?.drain()?;
+        burst(&mut client, 300)?;
+        drop(frozen);
+        // What hung lands on a leg that is none any more.
+        burst(&mut client, 300)?;
+        client.runner.verify()?;
+        kill_and_compare(&mut rig, &mut client)?;
+        ensure!(legs(&rig)? == (1, 2), "a leg left behind is no member");
+        finish(rig, client)
+    })
+}
+
+#[test]
+fn a_leg_that_hangs_is_put_out_and_costs_a_pause() {
+    with_seed("a_leg_that_hangs_is_put_out_and_costs_a_pause", one_leg_hangs);
 }
 
 /// `cache replace NEW` with these options, by the running agent, while the client goes on.

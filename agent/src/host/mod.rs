@@ -95,6 +95,7 @@ impl Host {
         let machine = this_machine(&config.machine_id_file)?;
         let terms = Terms { degraded: config.degraded, machine };
         let cache = Cache::open_legs(options, &legs, &terms).await?;
+        cache.set_leg_timeout(config.leg_timeout);
         keep_identity(&cache, run_dir).await?;
         let left_behind = Arc::new(left_behind::LogsLeftBehind::new(run_dir));
         cache.set_witness(Arc::<left_behind::LogsLeftBehind>::clone(&left_behind));

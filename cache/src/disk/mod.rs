@@ -36,6 +36,7 @@ use log::Log;
 use plan::SegmentId;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use uuid::Uuid;
 
 /// Counting the index's memory walks its regions: not at every poll.
@@ -282,6 +283,25 @@ impl Disk {
         }
     }
 
+    /// Legs that members and a leg that joins are written to together.
+    #[must_use]
+    pub fn written_legs(&self) -> LegSet {
+        self.log.written_legs()
+    }
+
+    /// The driver's clock says that operations on these legs have been under way for longer than
+    /// [`AttachedDisk::leg_timeout`], and none on the others. Call it with every [`ToDisk::Tick`]; a leg that is not named
+    /// any more has come back.
+    pub fn legs_silent(&mut self, overdue: LegSet) {
+        self.log.legs_silent(overdue);
+    }
+
+    /// Of these, those without which reads are to be done: what was asked of them is to be asked of another leg.
+    #[must_use]
+    pub fn silent_legs(&self) -> LegSet {
+        self.log.silent()
+    }
+
     /// A damaged block could not be rewritten on this leg, though another has it.
     pub fn repair_failed(&mut self, leg: u8, errno: i32) {
         if self.log.readable().len() > 1 && !self.log.is_through() {
@@ -451,6 +471,8 @@ pub struct AttachedDisk {
     /// The cache device: one file per leg, at its number, opened with O_DIRECT where the file system allows. In the place
     /// of a leg that is no member stands the file of one that is; nothing is read from or written to it there.
     pub legs: Vec<Arc<std::fs::File>>,
+    /// For so long an operation on one leg is waited for while another leg answers, see [`Disk::legs_silent`].
+    pub leg_timeout: Duration,
 }
 
 impl AttachedDisk {

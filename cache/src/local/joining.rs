@@ -17,7 +17,7 @@ use crate::format::legs::LegSet;
 use crate::format::superblock::Superblock;
 use crate::link::ToDisk;
 use blockstore::buf::AlignedBuf;
-use blockstore::device::Device;
+use blockstore::device::{Device, DeviceError};
 use blockstore::types::BLOCK_SIZE;
 use futures_util::StreamExt;
 use std::fs::File;
@@ -137,7 +137,10 @@ impl Local {
             true => AlignedBuf::zeroed(len),
             false => self.read(offset, len).await?,
         };
-        let written = leg.device.write(offset, vec![bytes.freeze()]).await;
+        let (to, bytes) = (Arc::clone(&leg), bytes.freeze());
+        let written = async move { to.device.write(offset, vec![bytes]).await };
+        // The members' writes wait meanwhile.
+        let written = self.in_time(&leg, written).await;
         drop(alone);
         if let Err(error) = &written {
             self.put_out(LegSet::NONE.with(leg.number), &error.to_string()).await?;
@@ -177,12 +180,14 @@ impl Local {
         *superblock = Superblock { sequence: superblock.sequence, ..next.clone() };
         // From here on it is a member that may fail like any other.
         let members = next.membership.members;
-        let own = write_both_copies(&leg.device, Superblock { leg: uuid, ..next }).await;
+        let (to, own) = (Arc::clone(&leg), Superblock { leg: uuid, ..next });
+        let own = async move { write_both_copies(&to.device, own).await };
+        let own = self.in_time(&leg, own).await;
         self.now_members(members);
         drop(superblock);
         if let Err(error) = own {
             self.put_out(LegSet::NONE.with(leg.number), &error.to_string()).await?;
-            return Err(error);
+            return Err(error.into());
         }
         Ok(())
     }
@@ -231,7 +236,7 @@ impl Local {
 pub(super) async fn write_both_copies(
     device: &Device,
     superblock: Superblock,
-) -> Result<(), CacheError> {
+) -> Result<(), DeviceError> {
     let mut next = superblock;
     for _ in 0..2 {
         next.sequence += 1;

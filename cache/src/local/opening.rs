@@ -14,6 +14,10 @@ use blockstore::types::BLOCK_SIZE;
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A leg that takes longer to give its superblock counts as one that cannot be read.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
 
 /// How to open a cache device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -255,7 +259,14 @@ async fn read_superblock(device: &Device, path: &Path) -> Result<Superblock, Cac
     if device.info().capacity < 2 * BLOCK_SIZE as u64 {
         return Err(not_a_cache(FormatError::Absent("cache superblock")));
     }
-    let bytes = match device.read(0, 2 * BLOCK_SIZE).await {
+    let read = tokio::time::timeout(ANSWERS_WITHIN, device.read(0, 2 * BLOCK_SIZE));
+    let silent = |_| {
+        let message = format!(
+            "no answer within {ANSWERS_WITHIN:?}: see the kernel's log for what is wrong with it"
+        );
+        device.info().error(DeviceErrorKind::Io, "read", 0, 2 * BLOCK_SIZE as u64, message)
+    };
+    let bytes = match read.await.map_err(silent).flatten() {
         Err(error) if error.kind == DeviceErrorKind::OutOfRange => {
             return Err(not_a_cache(FormatError::Absent("cache superblock")));
         }

@@ -275,6 +275,11 @@ impl VdiTask {
             FromDisk::LegFailed { leg, joining, reason } => {
                 self.p.ground.local.leg_failed(leg, joining, &reason).await
             }
+            FromDisk::LegSilent { leg, joining } => {
+                // Not waited for: the other leg may be as slow.
+                let local = Arc::clone(&self.p.ground.local);
+                tokio::spawn(async move { local.leg_silent(leg, joining).await });
+            }
             // What is left of its log is in memory; see `tick`.
             FromDisk::LegJoined { .. } if self.through.is_some() => {}
             FromDisk::LegJoined { id } => {

@@ -13,6 +13,10 @@ use rand::{Rng, SeedableRng};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use tokio::time::Instant;
+
+/// Seconds: longer than any life.
+const FOR_EVER: u64 = 365 * 24 * 3600;
 
 /// What the cache device, or the one leg that may, does in this life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,8 +28,10 @@ enum Trouble {
     Writes,
     /// A flush fails, and with it the device for good.
     Breaks,
-    /// It answers nothing any more.
+    /// Every operation fails.
     Lost,
+    /// It answers nothing, for a while or for good, and much of what it answers comes late.
+    Hangs,
     /// A write is not carried out, or lands elsewhere.
     Astray,
 }
@@ -46,6 +52,8 @@ pub struct Chaos {
     both: Option<(SimDevice, Arc<Pace>)>,
     victim: usize,
     trouble: Trouble,
+    /// The leg hangs until then.
+    hangs_until: Option<Instant>,
     excuses: Excuses,
 }
 
@@ -62,8 +70,9 @@ impl Chaos {
             0 => Trouble::Reads,
             1 | 2 => Trouble::Writes,
             3 => Trouble::Breaks,
+            4 | 5 => Trouble::Lost,
             9 if profile.rots => Trouble::Astray,
-            _ => Trouble::Lost,
+            _ => Trouble::Hangs,
         };
         let alone = fails && !mirrored;
         // Drawn apart, so that other lives take the course that they would take without this.
@@ -97,6 +106,7 @@ impl Chaos {
             }),
             victim: legs.victim,
             trouble,
+            hangs_until: None,
             excuses,
         }
     }
@@ -117,6 +127,9 @@ impl Chaos {
             pace.set(self.rng.random_range(0..60), self.rng.random_range(1..4));
             pace.set_late(self.rng.random_range(0..4), self.rng.random_range(1..4_000));
             pace.breaks.store(0, Ordering::Relaxed);
+        }
+        if self.trouble == Trouble::Hangs {
+            self.leg_pace.set_late(self.rng.random_range(0..4), self.rng.random_range(1..30_000));
         }
         if self.trouble == Trouble::Reads {
             self.rates(FaultRates { read_io: 0.06, ..FaultRates::default() });
@@ -189,6 +202,16 @@ impl Chaos {
                 self.condition.gone.fetch_or(gone, Ordering::Relaxed);
                 self.leg.set_rates(GONE);
             }
+            Trouble::Hangs => {
+                let seconds = match self.rng.random_range(0..4) {
+                    0 => self.rng.random_range(0..12),
+                    1 | 2 => self.rng.random_range(8..60),
+                    _ => FOR_EVER,
+                };
+                self.condition.hung.store(true, Ordering::Relaxed);
+                self.hangs_until = Some(Instant::now() + Duration::from_secs(seconds));
+                self.leg.set_reach(Reach::Hanging);
+            }
             Trouble::Astray => {
                 self.condition.harmed.store(true, Ordering::Relaxed);
                 let by = self.rng.random_range(1..4000) * 4096;
@@ -206,6 +229,9 @@ impl Chaos {
     }
 
     fn heal(&mut self) {
+        if self.hangs_until.take_if(|until| *until <= Instant::now()).is_some() {
+            self.leg.set_reach(Reach::Up);
+        }
         self.san.set_reach(Reach::Up);
         self.san.set_full(false);
         self.san.set_rates(FaultRates::default());

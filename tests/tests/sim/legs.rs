@@ -41,6 +41,8 @@ pub struct Condition {
     pub harmed: AtomicBool,
     /// It answers nothing, for good.
     pub gone: AtomicBool,
+    /// It hangs in this life, or did.
+    pub hung: AtomicBool,
 }
 
 /// See the module.
@@ -139,6 +141,7 @@ impl Legs {
     /// Nobody lives: a lost leg may be replaced, the other may become the victim, copies may rot. True if power failed.
     pub async fn between_lives(&mut self, rng: &mut SmallRng) -> bool {
         self.absent = false;
+        self.condition.hung.store(false, Ordering::Relaxed);
         let mut power_lost = false;
         if self.are_mirrored() {
             if self.victim_is_out() && rng.random_bool(0.4) {
@@ -208,7 +211,8 @@ impl Legs {
                 }
                 Err(CacheError::LegMissing { .. }) if self.are_mirrored() => {
                     let ails = self.absent || self.is_gone() || self.is_harmed();
-                    let faulty = self.victim_sim().is_faulty();
+                    let hung = self.condition.hung.load(Ordering::Relaxed);
+                    let faulty = hung || self.victim_sim().is_faulty();
                     assert!(ails || faulty, "both legs are there");
                     // The operator's word.
                     degraded = rng.random();

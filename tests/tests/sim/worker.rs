@@ -22,12 +22,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 /// Requests that a guest has under way at once.
 const DEPTH: usize = 24;
 /// Longest time between two looks at the link.
 const IDLE_MAX: Duration = Duration::from_millis(500);
+/// Longest that a flush may take: what the log waits for, a few times, while legs are as slow as they may be.
+const FLUSH_MAX: Duration = Duration::from_secs(60);
 
 /// What a guest asks for.
 #[derive(Clone, Debug)]
@@ -44,7 +46,11 @@ pub enum Finished {
         op: OpId,
         result: Result<(), i32>,
     },
-    Block(Arrived),
+    Block {
+        arrived: Arrived,
+        /// Legs that did not answer in time.
+        slow: LegSet,
+    },
     /// A block that was read well from one leg was written over the bad copy on another.
     Repaired {
         arrived: Arrived,
@@ -94,6 +100,7 @@ pub struct Orders {
 struct Open {
     lsn: u64,
     flush: bool,
+    since: Instant,
     /// Asked for with the write cache off: the switch that turned it off.
     through: Option<u32>,
 }
@@ -112,6 +119,10 @@ pub struct Worker {
     /// Reads of the whole disk that come first.
     verify: VecDeque<Request>,
     ios: FuturesUnordered<LocalBoxFuture<'static, Finished>>,
+    /// Writes and flushes of the log among them: on which leg, since when.
+    log_ios: BTreeMap<u64, (u8, Instant)>,
+    /// Legs from which a read did not come in time since the last look.
+    slow: LegSet,
     stalled: VecDeque<(Tag, Request)>,
     open: BTreeMap<Tag, Open>,
     reads: BTreeMap<u64, Reading>,
@@ -159,6 +170,8 @@ impl Worker {
             budget: 0,
             verify: VecDeque::new(),
             ios: FuturesUnordered::new(),
+            log_ios: BTreeMap::new(),
+            slow: LegSet::NONE,
             stalled: VecDeque::new(),
             open: BTreeMap::new(),
             reads: BTreeMap::new(),
@@ -260,7 +273,22 @@ impl Worker {
             self.attached.disk.on_message(ToDisk::Roll { id: 0 });
             return false;
         }
-        self.ios.is_empty() && self.attached.disk.is_quiet()
+        // A leg that is out may never answer.
+        let disk = &self.attached.disk;
+        let given_up = self.log_ios.keys().filter(|op| !disk.wants(OpId(**op))).count();
+        self.ios.len() == given_up && disk.is_quiet()
+    }
+
+    /// What `vhost`'s worker does once a second about legs that do not answer.
+    fn look_at_legs(&mut self) {
+        let (disk, timeout) = (&mut self.attached.disk, self.attached.leg_timeout);
+        let mut overdue = std::mem::take(&mut self.slow);
+        for (op, (leg, since)) in &self.log_ios {
+            if since.elapsed() > timeout && disk.wants(OpId(*op)) {
+                overdue = overdue.with(*leg);
+            }
+        }
+        disk.legs_silent(overdue);
     }
 
     fn messages(&mut self) -> bool {
@@ -288,6 +316,9 @@ impl Worker {
                 }
                 other => {
                     self.written_through |= matches!(other, ToDisk::WriteThrough { .. });
+                    if matches!(other, ToDisk::Tick) {
+                        self.look_at_legs();
+                    }
                     self.attached.disk.on_message(other);
                 }
             }
@@ -378,7 +409,8 @@ impl Worker {
             }
             Request::Flush => {
                 let lsn = self.model.lock().last_lsn();
-                self.open.insert(tag, Open { lsn, flush: true, through: None });
+                self.open
+                    .insert(tag, Open { lsn, flush: true, since: Instant::now(), through: None });
                 self.attached.disk.flush(tag);
             }
             other if self.stalled.is_empty() => self.stage(tag, other),
@@ -443,7 +475,8 @@ impl Worker {
             self.log_failed = true;
             self.excuse(self.excuses.write_errors, "a write failed");
         } else {
-            self.open.insert(tag, Open { lsn, flush: false, through: self.through });
+            let since = Instant::now();
+            self.open.insert(tag, Open { lsn, flush: false, since, through: self.through });
         }
     }
 
@@ -474,6 +507,7 @@ impl Worker {
     fn act(&mut self, action: Action) {
         match action {
             Action::Write { op, leg, offset, image, start, len } => {
+                self.log_ios.insert(op.0, (leg, Instant::now()));
                 let leg = Arc::clone(&self.legs[usize::from(leg)]);
                 let io = async move {
                     let result = leg.write(offset, vec![image.slice(start, len)]).await;
@@ -482,6 +516,7 @@ impl Worker {
                 self.ios.push(io.boxed_local());
             }
             Action::Flush { op, leg } => {
+                self.log_ios.insert(op.0, (leg, Instant::now()));
                 let leg = Arc::clone(&self.legs[usize::from(leg)]);
                 let io = async move {
                     Finished::Io { op, result: leg.flush().await.map_err(|_| libc::EIO) }
@@ -502,13 +537,19 @@ impl Worker {
         let mut model = self.model.lock();
         let done: Vec<(Tag, bool)> = self.attached.disk.completions().collect();
         for (tag, ok) in done {
-            let Some(Open { lsn, flush, through }) = self.open.remove(&tag) else { continue };
+            let Some(Open { lsn, flush, since, through }) = self.open.remove(&tag) else {
+                continue;
+            };
             if !ok {
                 self.log_failed = true;
                 self.excuse(self.excuses.write_errors, "a write or a flush failed");
                 continue;
             }
             if flush {
+                // Whatever a leg does; what the store does matters only where no leg is left.
+                let took = since.elapsed();
+                let in_time = took <= FLUSH_MAX || self.written_through;
+                assert!(in_time, "liveness: a flush took {took:?}");
                 model.flushed = model.flushed.max(lsn);
                 continue;
             }
@@ -534,8 +575,14 @@ impl Worker {
 
     fn finished(&mut self, finished: Finished) {
         match finished {
-            Finished::Io { op, result } => self.attached.disk.io_done(op, result),
-            Finished::Block(arrived) => self.read_or_repair(arrived),
+            Finished::Io { op, result } => {
+                self.log_ios.remove(&op.0);
+                self.attached.disk.io_done(op, result);
+            }
+            Finished::Block { arrived, slow } => {
+                self.slow = self.slow.or(slow);
+                self.read_or_repair(arrived);
+            }
             Finished::Repaired { arrived, leg, result } => {
                 if let Err(errno) = result {
                     self.attached.disk.repair_failed(leg, errno);
@@ -552,9 +599,11 @@ impl Worker {
             return self.arrived(arrived);
         };
         let (leg, data) = (Arc::clone(&self.legs[usize::from(number)]), AlignedBuf::copy_of(data));
+        let patience = self.attached.leg_timeout;
         let io = async move {
-            let result = leg.write(arrived.offset, vec![data.freeze()]).await;
-            Finished::Repaired { arrived, leg: number, result: result.map_err(|_| libc::EIO) }
+            let write = timeout(patience, leg.write(arrived.offset, vec![data.freeze()])).await;
+            let result = write.map_or(Err(libc::ETIMEDOUT), |done| done.map_err(|_| libc::EIO));
+            Finished::Repaired { arrived, leg: number, result }
         };
         self.ios.push(io.boxed_local());
     }
@@ -574,11 +623,19 @@ impl Worker {
             let readable = self.attached.disk.readable_legs();
             let legs = readable.iter().map(|leg| (leg, Arc::clone(&self.legs[usize::from(leg)])));
             let legs: Vec<_> = legs.collect();
+            let patience = if legs.len() > 1 { self.attached.leg_timeout } else { Duration::MAX };
             let io = async move {
-                let (mut data, mut bad) = (None, LegSet::NONE);
+                let (mut data, mut bad, mut slow) = (None, LegSet::NONE, LegSet::NONE);
                 // Twice from the first leg, as a worker does that read into guest memory first.
                 for (number, leg) in legs.iter().take(1).chain(&legs) {
-                    let read = leg.read(local.offset, blockstore::types::BLOCK_SIZE).await;
+                    if slow.contains(*number) {
+                        continue;
+                    }
+                    let read = leg.read(local.offset, blockstore::types::BLOCK_SIZE);
+                    let Ok(read) = timeout(patience, read).await else {
+                        slow = slow.with(*number);
+                        continue;
+                    };
                     data =
                         read.ok().filter(|d: &AlignedBuf| blockstore::crc::crc32c(d) == local.crc);
                     if data.is_some() {
@@ -587,7 +644,7 @@ impl Worker {
                     }
                     bad = bad.with(*number);
                 }
-                Finished::Block(local.with(data, bad))
+                Finished::Block { arrived: local.with(data, bad), slow }
             };
             self.ios.push(io.boxed_local());
         }

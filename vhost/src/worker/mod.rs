@@ -4,7 +4,7 @@
 //! A turn of its loop: take completions; obey control messages; take messages of the cache's asynchronous side; take
 //! requests from the rings; let the disk decide what to write and what is complete; publish; wait. It waits in one
 //! place, `io_uring_enter`, for I/O and for eventfds polled by the ring. Nothing else in it blocks, and no lock is
-//! taken.
+//! taken. A leg of the cache that does not answer is dealt with in `legs.rs`.
 //!
 //! Crash behaviour: none of its state outlives the thread; what matters is in the disk's log. A panic ends this
 //! disk's service only; the kernel's use of our memory is waited for before anything is freed.
@@ -12,6 +12,7 @@
 mod control;
 mod expire;
 mod io;
+mod legs;
 mod read;
 mod rings;
 mod serve;
@@ -223,8 +224,16 @@ impl Worker {
             self.attached.link.send(FromDisk::Failed { reason });
         }
         // Guest memory and buffers are freed below: the kernel must be done with them.
-        self.io.uring.drain();
-        self.attached
+        self.io.drain();
+        let Self { io, attached, .. } = self;
+        if io.is_haunted() {
+            tracing::warn!(
+                disk = self.options.name,
+                "a leg that was put out has not answered yet: the memory of what it was asked is kept"
+            );
+            std::mem::forget(io);
+        }
+        attached
     }
 
     fn serve(&mut self) {
@@ -319,10 +328,7 @@ impl Worker {
     }
 
     fn operation_done(&mut self, index: u32, result: i32) {
-        let Some(operation) = self.io.operations.remove(index) else {
-            debug_assert!(false, "a completion of no operation");
-            return;
-        };
+        let Some(operation) = self.io.ended(index) else { return };
         match operation {
             Operation::Write { op, leg, offset, image, start, len, done } => {
                 // Not if the leg is out: its place has another's file by now.
@@ -366,18 +372,23 @@ impl Worker {
                 ToDisk::Fetched { id, result } => self.fetched(id, result),
                 ToDisk::FailWaiting { reads, writes } => self.fail_waiting(reads, writes),
                 message => {
+                    if matches!(message, ToDisk::Tick) {
+                        self.look_at_legs();
+                    }
                     let resized = matches!(message, ToDisk::Resized { .. });
                     let legs = matches!(message, ToDisk::Legs { .. } | ToDisk::LegJoins { .. });
                     if legs {
                         // What is queued names files by numbers that are about to change.
                         self.io.uring.submit();
                     }
+                    let before = self.attached.disk.written_legs();
                     self.attached.on_message(message);
                     if resized {
                         self.resized();
                     }
                     if legs {
                         self.legs_changed();
+                        self.legs_are_out(before.minus(self.attached.disk.written_legs()));
                     }
                 }
             }
@@ -473,7 +484,7 @@ impl Worker {
 
     fn answer_quiesce(&mut self) {
         let Some(waiting) = &mut self.quiescing else { return };
-        if self.io.uring.in_flight() == 0
+        if self.io.awaited() == 0
             && self.attached.disk.is_quiet()
             && let Some(reply) = waiting.take()
         {

@@ -1,7 +1,7 @@
 //! Serving a read: plan a span of it, bring its pieces together, check every block, go on with the next span.
 //!
 //! A span is at most [`SPAN_DIRECT`] bytes of the request, [`SPAN_BOUNCED`] where the guest's buffers are too oddly
-//! placed for the device to read into them. Blocks on the cache device are read straight into guest memory where whole
+//! placed for the device to read into them, [`SPAN_MIRRORED`] where the cache is mirrored (see `legs.rs`). Blocks on the cache device are read straight into guest memory where whole
 //! blocks and buffers allow, and checked there. A block that fails (checksum or I/O error) is read again into memory of
 //! ours and judged by that (rule L9), from each leg in turn; only then is it called bad. What one leg has and another
 //! has not is rewritten there, while the pin keeps its place from being used anew. What the disk says can be had from the
@@ -28,6 +28,8 @@ use std::ops::Range;
 const BLOCK: u64 = BLOCK_SIZE as u64;
 /// Bytes of a span read straight into guest memory.
 const SPAN_DIRECT: u64 = 1 << 20;
+/// Bytes of a span read from a mirrored cache, into buffers of ours: a leg that hangs must not write to guest memory later.
+const SPAN_MIRRORED: u64 = 1 << 18;
 /// Bytes of a span that needs buffers of ours; times the requests under way, this bounds them.
 const SPAN_BOUNCED: u64 = 1 << 16;
 /// What the kernel asks of a buffer's address and length at most, short of a whole block.
@@ -58,6 +60,8 @@ pub(super) struct ReadState {
     failed: bool,
     /// Guest buffers can be read into directly.
     direct: bool,
+    /// They could, but for the cache's being mirrored.
+    mirrored: bool,
     /// Parts of the guest's buffers, for direct reads.
     arena: Vec<iovec>,
     patches: Vec<Patch>,
@@ -93,10 +97,12 @@ pub(super) fn start(slot: &mut Slot, tag: Tag, context: &mut Context<'_>) -> boo
     read.again.clear();
     read.replans = 0;
     read.failed = false;
-    read.direct = slot.request.data.iter().all(|buffer| {
+    let aligned = slot.request.data.iter().all(|buffer| {
         buffer.iov_base.addr().is_multiple_of(DIRECT_ALIGN)
             && buffer.iov_len.is_multiple_of(DIRECT_ALIGN)
     });
+    read.mirrored = aligned && context.disk.written_legs().len() > 1;
+    read.direct = aligned && !read.mirrored;
     advance(slot, tag, context)
 }
 
@@ -130,7 +136,11 @@ fn next_span(read: &mut ReadState) -> Option<Range<u64>> {
     if read.rest.is_empty() {
         return None;
     }
-    let most = if read.direct { SPAN_DIRECT } else { SPAN_BOUNCED };
+    let most = match (read.direct, read.mirrored) {
+        (true, _) => SPAN_DIRECT,
+        (false, true) => SPAN_MIRRORED,
+        (false, false) => SPAN_BOUNCED,
+    };
     let full = (read.rest.start + most) / BLOCK * BLOCK;
     let end = read.rest.end.min(full);
     let span = read.rest.start..end;
@@ -180,7 +190,7 @@ fn local_piece(slot: &mut Slot, tag: Tag, run: Run, direct: &mut DirectRuns, io:
     let whole_to = wanted.end / BLOCK * BLOCK;
     if !slot.read.direct || whole_from >= whole_to {
         slot.read.local += 1;
-        io.read_bounced(tag, run);
+        io.read_bounced(tag, run, io.first_leg());
         return;
     }
     let origin = position(&slot.read, run.block);
@@ -191,11 +201,11 @@ fn local_piece(slot: &mut Slot, tag: Tag, run: Run, direct: &mut DirectRuns, io:
     };
     if wanted.start < whole_from {
         slot.read.local += 1;
-        io.read_bounced(tag, part(whole_from - BLOCK, whole_from));
+        io.read_bounced(tag, part(whole_from - BLOCK, whole_from), io.first_leg());
     }
     if whole_to < wanted.end {
         slot.read.local += 1;
-        io.read_bounced(tag, part(whole_to, whole_to + BLOCK));
+        io.read_bounced(tag, part(whole_to, whole_to + BLOCK), io.first_leg());
     }
     let mut cursor = Cursor::new(&slot.request.data, guest_offset(slot, whole_from));
     let mut left = (whole_to - whole_from) as usize;
@@ -390,7 +400,8 @@ pub(super) fn block_done(
     }
 }
 
-fn block_good(slot: &mut Slot, read: BlockRead, buffer: AlignedBuf, io: &mut Io) {
+/// A block that was read on its own is good: the guest's, or part of a patched block.
+pub(super) fn block_good(slot: &mut Slot, read: BlockRead, buffer: AlignedBuf, io: &mut Io) {
     slot.read.local -= 1;
     match read.part {
         None => {

@@ -133,7 +133,7 @@ impl Worker {
         loop {
             self.poll_disk();
             let progressed = std::mem::take(&mut self.progress);
-            if self.stalled.is_empty() || !progressed && self.io.uring.in_flight() > 0 {
+            if self.stalled.is_empty() || !progressed && self.io.awaited() > 0 {
                 return;
             }
             let mut ended = std::mem::take(&mut self.ended);
@@ -260,7 +260,11 @@ impl Worker {
     }
 
     /// Runs a step of a read, then sends the fetches that it asked for and finishes it if it is over.
-    fn with_read(&mut self, index: u32, step: impl FnOnce(&mut Slot, &mut Context<'_>) -> bool) {
+    pub(super) fn with_read(
+        &mut self,
+        index: u32,
+        step: impl FnOnce(&mut Slot, &mut Context<'_>) -> bool,
+    ) {
         let mut context =
             Context { disk: &mut self.attached.disk, io: &mut self.io, fetches: &mut self.fetches };
         let slot = self.slots.at(index);

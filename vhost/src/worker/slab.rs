@@ -30,6 +30,11 @@ impl<T> Slab<T> {
         Some(value)
     }
 
+    /// All values with their indexes.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
+        (0u32..).zip(&self.entries).filter_map(|(index, entry)| Some((index, entry.as_ref()?)))
+    }
+
     pub(super) fn get(&self, index: u32) -> Option<&T> {
         self.entries.get(index as usize)?.as_ref()
     }

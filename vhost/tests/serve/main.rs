@@ -2,6 +2,7 @@
 
 mod data;
 mod guest;
+mod legs;
 mod load;
 mod migration;
 mod offline;

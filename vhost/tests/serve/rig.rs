@@ -8,6 +8,7 @@ use bytes::Bytes;
 use cache::backing::{Backing, BackingError, Batch, Change};
 use cache::disk::AttachedDisk;
 use cache::flusher::FlushOptions;
+use cache::local::Terms;
 use cache::{Cache, CacheOptions, VdiIdentity};
 use std::collections::HashMap;
 use std::fs::File;
@@ -117,6 +118,21 @@ impl Rig {
         max_age_ms: u64,
         change: impl FnOnce(&mut ServerOptions),
     ) -> Self {
+        Self::on_legs(&["cache"], size, cache, max_age_ms, change)
+    }
+
+    /// As [`Self::start`], on a mirrored cache.
+    pub fn mirrored(size: u64, cache: u64) -> Self {
+        Self::on_legs(&["cache", "twin"], size, cache, 20, |_| {})
+    }
+
+    fn on_legs(
+        legs: &[&str],
+        size: u64,
+        cache: u64,
+        max_age_ms: u64,
+        change: impl FnOnce(&mut ServerOptions),
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -129,14 +145,14 @@ impl Rig {
         change(&mut options);
         let listening = DiskServer::listen(options).unwrap();
         let (opened, disk) = runtime.block_on(async {
-            let opened = Cache::open(CacheOptions {
+            let options = CacheOptions {
                 path: dir.path().join("cache"),
                 create_size: Some(cache),
                 flush: FlushOptions { max_age_ms, ..FlushOptions::default() },
                 image_bytes: 4 << 20,
-            })
-            .await
-            .unwrap();
+            };
+            let legs: Vec<_> = legs.iter().map(|leg| dir.path().join(leg)).collect();
+            let opened = Cache::open_legs(options, &legs, &Terms::default()).await.unwrap();
             opened.bind(Uuid::new_v4()).await.unwrap();
             opened.reserve(&vdi).await.unwrap();
             let disk = opened.attach(&vdi, backing.clone()).await.unwrap();
@@ -185,6 +201,20 @@ impl Rig {
     pub fn is_full(&self) -> bool {
         let status = self.cache.status();
         status.free_bytes + status.clean_bytes == 0
+    }
+
+    /// Legs that are members.
+    pub fn members(&self) -> usize {
+        self.cache.legs().iter().filter(|leg| leg.member).count()
+    }
+
+    /// A file that answers no read until something is written to it.
+    pub fn silent_file(&self) -> File {
+        let path = self.dir.path().join("silent");
+        if !path.exists() {
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        }
+        File::options().read(true).write(true).open(&path).unwrap()
     }
 
     /// Grows the disk.

@@ -4,6 +4,10 @@
 //! until the asynchronous side says that the set of members without it is durable on the others. If no member is left,
 //! see `through.rs`.
 //!
+//! A leg that does not answer at all is only suspected: the driver says so, and the asynchronous side is asked to put it out.
+//! Until it is out, nothing that waits for it is done, and what is written goes to it as well, so that it lacks nothing should it
+//! come back, or should another disk have found the other leg silent first. The last leg is waited for however long it takes.
+//!
 //! A leg that is joining is written like a member and waited for like one, so that it lacks nothing when it becomes one;
 //! but it is not read, and it does not count as a leg that is left. If it fails, what waits for it waits until the
 //! asynchronous side has given it up, which takes no I/O unless it was about to be made a member.
@@ -22,7 +26,7 @@ use std::sync::Arc;
 impl Log {
     /// Legs that can be read from: they hold everything and nothing failed on them.
     pub fn readable(&self) -> LegSet {
-        let sound = self.members.minus(self.failing);
+        let sound = self.members.minus(self.failing).minus(self.silent);
         // With no sound leg left, data that is there may still be read: checksums judge it.
         if sound.is_empty() { self.members } else { sound }
     }
@@ -117,11 +121,39 @@ impl Log {
         }
     }
 
+    /// Operations on these legs have been under way for longer than is waited for; none on the others has.
+    pub fn legs_silent(&mut self, overdue: LegSet) {
+        if self.through.is_some() {
+            // Nothing waits for a leg any more, and none of them can be put out.
+            self.silent = LegSet::NONE;
+            return;
+        }
+        let overdue = overdue.and(self.written_legs()).minus(self.failing);
+        let left = self.members.minus(self.failing).minus(overdue);
+        // Where all were silent a moment ago, those that are now may be about to come back as well.
+        let all_were = std::mem::replace(&mut self.all_silent, left.is_empty());
+        self.silent = if left.is_empty() || all_were { LegSet::NONE } else { overdue };
+        if self.failure.is_some() {
+            return;
+        }
+        for leg in self.silent.iter() {
+            let joining = self.joining.filter(|joining| joining.leg == leg).map(|j| j.id);
+            self.outbox.push(FromDisk::LegSilent { leg, joining });
+        }
+    }
+
+    /// Legs that are not waited for any more by who can do without them.
+    pub fn silent(&self) -> LegSet {
+        self.silent
+    }
+
     /// The set of members is durable: what was done on all of them is done. A leg that was joining is one of them, for every
     /// operation since it joined counts as done only when it is done there as well; or it is given up.
     pub fn set_members(&mut self, members: LegSet) {
         self.members = self.written_legs().and(members);
         self.joining = None;
+        // Who is silent now is found out anew: a number that is free may be given to another leg.
+        self.silent = self.silent.and(self.members);
         if self.members.minus(self.failing).is_empty() {
             self.fail("no leg of the cache is left");
         }

@@ -191,6 +191,11 @@ pub struct Log {
     members: LegSet,
     /// Legs on which something failed: not used any more, and about to be put out of the set.
     failing: LegSet,
+    /// Legs that have not answered for too long while another has: not read, but written and waited for like any other
+    /// until they are out.
+    silent: LegSet,
+    /// When that was looked at last, no leg had answered.
+    all_silent: bool,
     joining: Option<Joining>,
     ops: HashMap<u64, Op>,
     next_op: u64,
@@ -239,6 +244,8 @@ impl Log {
             writes: Vec::new(),
             members,
             failing: LegSet::NONE,
+            silent: LegSet::NONE,
+            all_silent: false,
             joining: None,
             ops: HashMap::new(),
             next_op: 1,

@@ -320,3 +320,113 @@ fn in_write_through_requests_are_done_when_the_store_has_them() {
         |piece: &crate::disk::plan::Piece| matches!(piece, crate::disk::plan::Piece::Miss { .. });
     assert!(plan.pieces.iter().all(is_miss), "the store is asked: {plan:?}");
 }
+
+#[test]
+fn what_waits_for_a_leg_that_does_not_answer_waits_until_it_is_out() {
+    let mut disk = disk();
+    let silent = LegSet::NONE.with(1);
+    write(&mut disk, 1);
+    let ([a, late], _) = poll(&mut disk);
+    answer(&mut disk, &a, Ok(()));
+    for _ in 0..2 {
+        disk.legs_silent(silent);
+        let (_, said) = poll(&mut disk);
+        assert!(matches!(said[..], [FromDisk::LegSilent { leg: 1, joining: None }]), "{said:?}");
+        assert_eq!((disk.readable_legs(), disk.silent_legs()), (LegSet::FIRST, silent));
+        assert_eq!(completed(&mut disk), [], "the set without it is not durable yet");
+    }
+    // It is written on: the other may be put out in its place.
+    write(&mut disk, 2);
+    disk.flush(3);
+    let ([a, more], _) = poll(&mut disk);
+    assert_eq!((a.len(), more.len()), (1, 1));
+    answer(&mut disk, &a, Ok(()));
+    disk.on_message(ToDisk::Legs { members: LegSet::FIRST });
+    assert_eq!(completed(&mut disk), [(1, true), (2, true)]);
+    assert!(late.iter().chain(&more).all(|op| !disk.wants(*op)));
+    // Its answers come late, or never.
+    answer(&mut disk, &late, Err(libc::EIO));
+    answer(&mut disk, &more, Ok(()));
+    let (_, said) = run(&mut disk);
+    assert!(said.is_empty(), "{said:?}");
+    assert_eq!(completed(&mut disk), [(3, true)]);
+    assert!(disk.is_quiet());
+}
+
+#[test]
+fn a_slow_leg_that_comes_back_goes_on_and_so_does_the_one_that_is_left() {
+    for left in [LegSet::first(2), LegSet::NONE.with(1)] {
+        let mut disk = disk();
+        write(&mut disk, 1);
+        let ([a, b], _) = poll(&mut disk);
+        disk.legs_silent(LegSet::NONE.with(1));
+        answer(&mut disk, &a, Ok(()));
+        // Another disk waited for the other leg, which was put out; or nobody did.
+        disk.on_message(ToDisk::Legs { members: left });
+        assert_eq!(completed(&mut disk), []);
+        answer(&mut disk, &b, Ok(()));
+        assert_eq!(completed(&mut disk), [(1, true)]);
+        disk.legs_silent(LegSet::NONE);
+        assert_eq!(disk.readable_legs(), left);
+        write(&mut disk, 2);
+        run(&mut disk);
+        assert_eq!(completed(&mut disk), [(2, true)]);
+    }
+}
+
+#[test]
+fn the_last_leg_is_waited_for_and_so_are_both() {
+    let mut disk = disk();
+    write(&mut disk, 1);
+    let ([a, b], _) = poll(&mut disk);
+    disk.legs_silent(LegSet::first(2));
+    assert!(poll(&mut disk).1.is_empty(), "neither is known to be the one that hangs");
+    disk.legs_silent(LegSet::NONE.with(1));
+    assert!(poll(&mut disk).1.is_empty(), "the other may come back as well");
+    disk.legs_silent(LegSet::NONE.with(1));
+    assert_eq!(poll(&mut disk).1.len(), 1);
+    disk.on_message(ToDisk::Legs { members: LegSet::FIRST });
+    disk.legs_silent(LegSet::first(2));
+    disk.legs_silent(LegSet::first(2));
+    assert!(poll(&mut disk).1.is_empty());
+    assert_eq!((disk.readable_legs(), disk.silent_legs()), (LegSet::FIRST, LegSet::NONE));
+    answer(&mut disk, &b, Err(libc::EIO));
+    assert_eq!(completed(&mut disk), []);
+    answer(&mut disk, &a, Ok(()));
+    assert_eq!(completed(&mut disk), [(1, true)]);
+}
+
+#[test]
+fn with_no_leg_left_none_is_said_to_be_silent() {
+    let mut disk = disk_with_a_record();
+    join(&mut disk, 1, 5);
+    run(&mut disk);
+    write(&mut disk, 2);
+    let ([a, _], _) = poll(&mut disk);
+    answer(&mut disk, &a, Err(libc::EIO));
+    let held = |said: &FromDisk| matches!(said, FromDisk::NoLegLeft { .. });
+    assert!(poll(&mut disk).1.iter().any(held));
+    // What the driver sees under way on the leg that was joining.
+    for _ in 0..3 {
+        disk.legs_silent(LegSet::NONE.with(1));
+        let (_, said) = poll(&mut disk);
+        assert!(said.is_empty(), "{said:?}");
+        assert_eq!(disk.silent_legs(), LegSet::NONE);
+        disk.on_message(ToDisk::WriteThrough { lsn: Lsn(2) });
+    }
+}
+
+#[test]
+fn a_joining_leg_that_does_not_answer_is_told_of_by_its_name() {
+    let mut disk = disk_with_a_record();
+    join(&mut disk, 1, 5);
+    run(&mut disk);
+    write(&mut disk, 2);
+    let ([a, _], _) = poll(&mut disk);
+    answer(&mut disk, &a, Ok(()));
+    disk.legs_silent(LegSet::NONE.with(1));
+    let (_, said) = poll(&mut disk);
+    assert!(matches!(said[..], [FromDisk::LegSilent { leg: 1, joining: Some(5) }]), "{said:?}");
+    disk.on_message(ToDisk::Legs { members: LegSet::FIRST });
+    assert_eq!(completed(&mut disk), [(2, true)]);
+}

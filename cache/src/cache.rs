@@ -268,6 +268,7 @@ impl Cache {
             sequence_seen: self.ground.pool.next_seq(),
             epoch: 0,
             first_lsn: Lsn(1),
+            durable: Lsn(0),
             policy: DiskPolicy::default(),
             left_behind: None,
             boot_trace: Vec::new(),

@@ -127,6 +127,8 @@ impl Ground {
                 .saturating_add(1),
             left_behind: None,
             first_lsn: recovered.last_lsn.plus(1),
+            // Recovery flushed what it found.
+            durable: recovered.last_lsn,
             sequence_seen: self.pool.next_seq(),
             ..record
         };

@@ -47,6 +47,7 @@ fn slot() -> VdiSlot {
         sequence_seen: 7,
         epoch: 1,
         first_lsn: Lsn(5),
+        durable: Lsn(0),
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),

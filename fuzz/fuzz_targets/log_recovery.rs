@@ -267,6 +267,7 @@ fuzz_target!(|input: &[u8]| {
         sequence_seen: SEQ + u64::from(SEGMENTS),
         epoch,
         first_lsn: Lsn(script.number(1)),
+        durable: Lsn(0),
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),

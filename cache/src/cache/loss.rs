@@ -140,7 +140,7 @@ impl Cache {
         };
         let before = Lsn(record.first_lsn.0.saturating_sub(1));
         let mut survey = Survey {
-            last_lsn: record.committed.max(before),
+            last_lsn: record.committed.max(before).max(record.durable),
             segments: headers.len() as u32,
             ..Survey::default()
         };

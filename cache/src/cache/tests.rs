@@ -2,6 +2,7 @@
 //! Method: a real cache on a temporary file, disks driven by hand, the store in memory. The clock is tokio's and stands
 //! still while anything can run.
 
+mod durable;
 mod hydrate;
 mod replacing;
 mod through;
@@ -20,6 +21,7 @@ use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -17,7 +17,7 @@ const NAME_MAX: usize = 255;
 /// States of a slot that is not free.
 const ATTACHED: u32 = 1;
 const QUARANTINED: u32 = 2;
-const TAIL: usize = BLOCK_SIZE - 384 - 8 * RANGES_MAX - 16;
+const TAIL: usize = BLOCK_SIZE - 384 - 8 * RANGES_MAX - 8 - 16;
 /// The disk is pinned.
 const FLAG_PINNED: u32 = 1;
 /// Bits of a range of the boot trace that say how long it is; the first block is above them.
@@ -48,6 +48,7 @@ struct Raw {
     trace_len: U32,
     reserved2: U32,
     trace: [U64; RANGES_MAX],
+    durable: U64,
     reserved: [u8; TAIL],
     /// One more than what was flushed when the log was left behind; zero: it was not.
     behind_flushed: U64,
@@ -89,6 +90,9 @@ pub struct SlotVdi {
     pub epoch: u32,
     /// First LSN of this epoch: records of an older epoch at or beyond it are dead (rule L3).
     pub first_lsn: Lsn,
+    /// Everything up to here was durable in the log, on every leg, when the slot was written: a log that ends below is
+    /// damaged. Zero says nothing.
+    pub durable: Lsn,
     /// How it is to be served.
     pub policy: DiskPolicy,
     /// In this epoch the store took the place of the log, or was about to.
@@ -159,6 +163,7 @@ impl VdiSlot {
             raw.sequence_seen = vdi.sequence_seen.into();
             raw.epoch = vdi.epoch.into();
             raw.first_lsn = vdi.first_lsn.0.into();
+            raw.durable = vdi.durable.0.into();
             raw.when_offline = vdi.policy.when_offline.to_bits().into();
             if let Some(behind) = &vdi.left_behind {
                 raw.behind_flushed = behind.flushed.0.saturating_add(1).into();
@@ -208,6 +213,7 @@ impl VdiSlot {
                     sequence_seen: raw.sequence_seen.get(),
                     epoch: raw.epoch.get(),
                     first_lsn: Lsn(raw.first_lsn.get()),
+                    durable: Lsn(raw.durable.get()),
                     policy: DiskPolicy {
                         when_offline: WhenOffline::from_bits(raw.when_offline.get()),
                         pinned: raw.flags.get() & FLAG_PINNED != 0,

@@ -45,6 +45,7 @@ fn slot() -> VdiSlot {
             sequence_seen: 12,
             epoch: 2,
             first_lsn: Lsn(90),
+            durable: Lsn(0),
             policy: Default::default(),
             left_behind: None,
             boot_trace: Vec::new(),
@@ -53,16 +54,18 @@ fn slot() -> VdiSlot {
 }
 
 #[test]
-fn a_slot_keeps_the_policy_and_zero_is_the_former_behaviour() {
+fn a_slot_keeps_what_came_later_and_zero_is_the_former_behaviour() {
     let mut with = slot();
     let Some(vdi) = &mut with.vdi else { unreachable!() };
     vdi.policy.when_offline = WhenOffline::FailAfter(1500);
     vdi.policy.pinned = true;
     vdi.boot_trace = (0..400).map(|n| (Lba(n << 27), 1 + n)).collect();
+    vdi.durable = Lsn(95);
     let (former, block) = (slot().encode(), with.encode());
     assert_eq!(VdiSlot::decode(&block, 3), Ok(with));
     assert_eq!(block[112..116], 1500u32.to_le_bytes());
     assert_eq!(block[116..120], 1u32.to_le_bytes());
+    assert_eq!(block[3584..3592], 95u64.to_le_bytes());
     assert_eq!(former[112..120], [0; 8]);
     assert_eq!(former[376..], [0; BLOCK_SIZE - 376]);
     let mut behind = slot();

@@ -16,7 +16,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// A leg that takes longer to give its superblock counts as one that cannot be read.
+/// One of two legs that takes longer to give its superblock counts as one that cannot be read. The only one is waited for.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
 
 /// How to open a cache device.
@@ -75,7 +75,7 @@ impl Local {
         let read_only = mode == Mode::ReadOnly;
         let mut found = Found { legs: Vec::new(), failed: Vec::new() };
         for path in paths {
-            match open_leg(path, read_only).await {
+            match open_leg(path, read_only, paths.len() < 2).await {
                 Ok((device, superblock)) => found.legs.push((path.clone(), device, superblock)),
                 Err(CacheError::Device(error)) if error.kind == DeviceErrorKind::Reserved => {
                     return Err(error.into());
@@ -97,8 +97,9 @@ impl Local {
         degraded: bool,
     ) -> Result<Self, CacheError> {
         let mut found = Found { legs: Vec::new(), failed: Vec::new() };
+        let is_alone = devices.len() < 2;
         for (path, device) in devices {
-            match read_superblock(&device, &path).await {
+            match read_superblock(&device, &path, is_alone).await {
                 Ok(superblock) => found.legs.push((path, device, superblock)),
                 Err(error) => found.failed.push((path, error)),
             }
@@ -186,13 +187,14 @@ fn refuse_other_machine(path: &Path, best: &Superblock, terms: &Terms) -> Result
 pub(super) async fn open_leg(
     path: &Path,
     read_only: bool,
+    is_alone: bool,
 ) -> Result<(Device, Superblock), CacheError> {
     if !path.exists() {
         return Err(CacheError::Missing { path: path.into() });
     }
     let options = OpenOptions { exclusive: !read_only, read_only, ..OpenOptions::default() };
     let device = FileDevice::open(path, &options)?;
-    let superblock = read_superblock(&device, path).await?;
+    let superblock = read_superblock(&device, path, is_alone).await?;
     Ok((device, superblock))
 }
 
@@ -205,7 +207,9 @@ async fn may_create(paths: &[PathBuf]) -> Result<bool, CacheError> {
             unmade += 1;
             continue;
         }
-        let Ok((_, superblock)) = open_leg(path, true).await else { return Ok(false) };
+        let Ok((_, superblock)) = open_leg(path, true, paths.len() < 2).await else {
+            return Ok(false);
+        };
         // Two writes make it; the store's name is the third.
         let unused = superblock.sequence <= 2 && superblock.store.is_none();
         if !unused || superblock.membership.legs.len() != paths.len() {
@@ -254,19 +258,26 @@ fn refuse_cut_short(
     Ok(())
 }
 
-async fn read_superblock(device: &Device, path: &Path) -> Result<Superblock, CacheError> {
+async fn read_superblock(
+    device: &Device,
+    path: &Path,
+    is_alone: bool,
+) -> Result<Superblock, CacheError> {
     let not_a_cache = |source| CacheError::NotACache { path: path.into(), source };
     if device.info().capacity < 2 * BLOCK_SIZE as u64 {
         return Err(not_a_cache(FormatError::Absent("cache superblock")));
     }
-    let read = tokio::time::timeout(ANSWERS_WITHIN, device.read(0, 2 * BLOCK_SIZE));
-    let silent = |_| {
-        let message = format!(
-            "no answer within {ANSWERS_WITHIN:?}: see the kernel's log for what is wrong with it"
-        );
-        device.info().error(DeviceErrorKind::Io, "read", 0, 2 * BLOCK_SIZE as u64, message)
+    let read = device.read(0, 2 * BLOCK_SIZE);
+    let read = match is_alone {
+        true => read.await,
+        false => tokio::time::timeout(ANSWERS_WITHIN, read).await.unwrap_or_else(|_| {
+            let message = format!(
+                "no answer within {ANSWERS_WITHIN:?}: see the kernel's log for what is wrong with it"
+            );
+            Err(device.info().error(DeviceErrorKind::Io, "read", 0, 2 * BLOCK_SIZE as u64, message))
+        }),
     };
-    let bytes = match read.await.map_err(silent).flatten() {
+    let bytes = match read {
         Err(error) if error.kind == DeviceErrorKind::OutOfRange => {
             return Err(not_a_cache(FormatError::Absent("cache superblock")));
         }

@@ -92,7 +92,7 @@ impl Assembler {
         Ok(Self {
             geometry,
             committed: store,
-            flushed: store,
+            flushed: store.max(slot.durable),
             next: None,
             ended: false,
             recovered: Recovered {

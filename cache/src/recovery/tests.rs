@@ -32,21 +32,36 @@ fn unsealed(seq: u64, first: u64, last: u64, flushed: u64) -> Seg {
     Seg { seq, first, last, epoch: 1, sealed: false, flushed }
 }
 
-fn assemble(local: u64, store: u64, segments: &[Seg]) -> Result<Recovered, AssembleError> {
-    let slot = SlotVdi {
+fn slot(committed: u64) -> SlotVdi {
+    SlotVdi {
         uuid: Uuid::nil(),
         log_id: 1,
         name: String::new(),
         size_bytes: 1 << 30,
-        committed: Lsn(local),
+        committed: Lsn(committed),
         evicted_below: 0,
         sequence_seen: 0,
         epoch: 1,
         first_lsn: Lsn(1),
+        durable: Lsn(0),
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),
-    };
+    }
+}
+
+fn assemble(local: u64, store: u64, segments: &[Seg]) -> Result<Recovered, AssembleError> {
+    assemble_slot(slot(local), store, segments)
+}
+
+/// As [`assemble`], where the slot knows that everything up to `durable` was.
+fn assemble_noted(
+    durable: u64,
+    local: u64,
+    store: u64,
+    segments: &[Seg],
+) -> Result<Recovered, AssembleError> {
+    let slot = SlotVdi { durable: Lsn(durable), ..slot(local) };
     assemble_slot(slot, store, segments)
 }
 
@@ -149,6 +164,7 @@ fn records_of_an_older_epoch_beyond_its_end_are_dead() {
         sequence_seen: 0,
         epoch: 2,
         first_lsn: Lsn(10),
+        durable: Lsn(0),
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),
@@ -257,4 +273,27 @@ fn a_bad_record_below_what_a_later_one_says_was_flushed_is_not_the_end() {
     segment[2 * BLOCK_SIZE] ^= 1;
     let cut = scan(&segment, &header);
     assert_eq!((cut.last_lsn, cut.flushed), (Lsn(0), Lsn(1)), "LSN 1 was flushed, and is bad");
+}
+
+#[test]
+fn a_log_that_ends_below_what_the_slot_knows_is_damaged() {
+    let corrupt = |from, flushed| AssembleError::Corrupt { from: Lsn(from), flushed: Lsn(flushed) };
+    // Nothing is left of it, or not its end, or not its start.
+    assert_eq!(assemble_noted(9, 0, 0, &[]).unwrap_err(), corrupt(1, 9));
+    assert_eq!(assemble_noted(9, 3, 5, &[]).unwrap_err(), corrupt(6, 9));
+    assert_eq!(assemble_noted(9, 0, 0, &[sealed(1, 1, 5)]).unwrap_err(), corrupt(6, 9));
+    assert_eq!(assemble_noted(9, 0, 0, &[unsealed(1, 1, 8, 3)]).unwrap_err(), corrupt(9, 9));
+    assert_eq!(assemble_noted(9, 0, 0, &[unsealed(2, 6, 9, 5)]).unwrap_err(), corrupt(1, 9));
+    // All of it is there, or in the store; or the slot does not say.
+    for (durable, store, segments, last) in [
+        (9, 0, vec![sealed(1, 1, 5), unsealed(2, 6, 9, 5)], 9),
+        (9, 0, vec![sealed(1, 1, 5), unsealed(2, 6, 12, 5)], 12),
+        (9, 9, vec![], 9),
+        (9, 12, vec![], 12),
+        (9, 7, vec![sealed(3, 8, 9)], 9),
+        (0, 0, vec![], 0),
+    ] {
+        let recovered = assemble_noted(durable, 0, store, &segments).unwrap();
+        assert_eq!(recovered.last_lsn, Lsn(last), "{durable} {store}");
+    }
 }

@@ -27,7 +27,7 @@ use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use parking_lot::Mutex;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -38,6 +38,8 @@ use uuid::Uuid;
 const TICK: Duration = Duration::from_millis(250);
 /// Ticks between two marker requests.
 const TICKS_PER_MARKER: u32 = 4;
+/// Ticks between two looks at whether the slot should say how far the log reaches, while nothing is committed.
+const TICKS_PER_NOTE: u32 = 40;
 /// How long a commit under way may still take when the task stops.
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
 /// A commit that takes longer means that the store is away, or as good as that.
@@ -495,6 +497,9 @@ impl VdiTask {
         if self.checkpoint_due && self.ticks.is_multiple_of(TICKS_PER_MARKER) {
             self.checkpoint().await;
         }
+        if self.ticks.is_multiple_of(TICKS_PER_NOTE) {
+            self.note_durable().await;
+        }
         if self.ticks.is_multiple_of(TICKS_PER_MARKER) && !self.released {
             self.p.sender.send(ToDisk::Tick);
             let waits = self.starving || !self.waiters.is_empty();
@@ -771,6 +776,26 @@ impl VdiTask {
         }
     }
 
+    /// Up to where the log was flushed on all legs. Once a disk was in write-through, what is flushed is in the store only.
+    fn durable(&self) -> Lsn {
+        let noted = self.p.record.durable;
+        match self.p.record.left_behind {
+            Some(_) => noted,
+            None => noted.max(Lsn(self.p.progress.flushed.load(Ordering::Relaxed))),
+        }
+    }
+
+    /// Lets the slot say how far the log reaches, if it does not yet: a log that is found shorter is damaged. Not in
+    /// write-through, where the slot is not written.
+    async fn note_durable(&mut self) {
+        if self.log_failure.is_none()
+            && self.durable() > self.p.record.durable
+            && let Err(error) = self.write_slot().await
+        {
+            self.note_error(&error.to_string());
+        }
+    }
+
     pub(super) async fn write_slot(&mut self) -> Result<(), CacheError> {
         if self.through.is_some() {
             // Nothing may rest on it any more: see `through.rs`.
@@ -781,6 +806,7 @@ impl VdiTask {
         }
         self.p.record.sequence_seen =
             self.p.record.sequence_seen.max(self.p.ground.pool.next_seq());
+        self.p.record.durable = self.durable();
         let mut slot = self.p.slot.clone();
         slot.sequence += 1;
         slot.vdi = Some(self.p.record.clone());

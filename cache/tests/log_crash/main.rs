@@ -160,6 +160,7 @@ impl Rig {
             sequence_seen: 1,
             epoch: 0,
             first_lsn: Lsn(1),
+            durable: Lsn(0),
             policy: Default::default(),
             left_behind: None,
             boot_trace: Vec::new(),
@@ -419,6 +420,7 @@ impl Rig {
         // Sometimes the news reaches nobody before the crash.
         if self.rng.random_bool(0.9) {
             self.slot.committed = lsn;
+            self.slot.durable = self.slot.durable.max(self.disk.flushed_lsn());
             self.disk.on_message(ToDisk::Committed { lsn });
         }
     }
@@ -555,6 +557,7 @@ impl Rig {
         self.log.truncate(last as usize);
         self.slot.epoch += 1;
         self.slot.first_lsn = Lsn(last + 1);
+        self.slot.durable = Lsn(last);
         self.restart(recovered);
         let image = self.read_all();
         let expected = self.image_at(last);

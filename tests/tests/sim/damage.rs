@@ -7,6 +7,7 @@ use cache::disk::plan::SegmentId;
 use cache::format::Geometry;
 use cache::format::record::RecordHeader;
 use cache::format::segment::SegmentHeader;
+use cache::format::slot::VdiSlot;
 use cache::format::summary::{self, Summary};
 use rand::Rng;
 use rand::rngs::SmallRng;
@@ -83,10 +84,10 @@ fn place(geometry: &Geometry, rng: &mut SmallRng) -> u64 {
 }
 
 /// The highest LSN that a disk's log on the device itself says to be durable: by the header of any record, and by
-/// any summary. Whatever else is damaged, no less may be opened.
+/// any summary, and by its slot. Whatever else is damaged, no less may be opened.
 pub fn stated(sim: &SimDevice, cache: Uuid, vdi: Uuid, log_id: u128) -> u64 {
     let geometry = Geometry::for_size(sim.capacity()).expect("a cache lies on it");
-    let mut stated = 0;
+    let mut stated = noted(sim, vdi, log_id);
     for id in (0..geometry.segments).map(SegmentId) {
         let segment = sim.peek(geometry.segment_offset(id), geometry.segment_size as usize);
         let Ok(header) = SegmentHeader::decode(&segment[..BLOCK_SIZE], cache, id) else { continue };
@@ -104,4 +105,16 @@ pub fn stated(sim: &SimDevice, cache: Uuid, vdi: Uuid, log_id: u128) -> u64 {
         }
     }
     stated
+}
+
+/// What the newest copy of the log's slot says.
+fn noted(sim: &SimDevice, vdi: Uuid, log_id: u128) -> u64 {
+    let newest = |slot| {
+        let copies = [0, 1].map(|n| sim.peek(Geometry::slot_offset(slot, n), BLOCK_SIZE));
+        let valid = copies.iter().filter_map(|copy| VdiSlot::decode(copy, slot).ok());
+        valid.max_by_key(|copy| copy.sequence)
+    };
+    let records = (0..SLOTS).filter_map(|slot| newest(slot)?.vdi);
+    let own = records.filter(|record| record.uuid == vdi && record.log_id == log_id);
+    own.map(|record| record.durable.0).max().unwrap_or(0)
 }

@@ -8,8 +8,6 @@ use crate::link::FetchError;
 use crate::witness::Witness;
 use blockstore::device::DeviceErrorKind;
 use blockstore::device::sim::FaultRates;
-use std::collections::BTreeMap;
-use std::fs::File;
 
 /// A store that is somebody else's by now.
 #[derive(Debug)]
@@ -127,29 +125,42 @@ impl Guest {
 
 #[tokio::test(start_paused = true)]
 async fn a_disk_goes_on_in_write_through_and_its_slot_says_so() {
-    let dir = tempfile::tempdir().unwrap();
-    let cache = open(&dir).await;
-    let mut guest = Guest::new(&cache, 1).await;
-    guest.goes_on_without_the_device(&cache, &dir).await;
-    cache.reopen(guest.vdi.uuid).await.expect_err("what is on the device is behind");
-    let Guest { vdi, store, attached, .. } = guest;
-    cache.release(vdi.uuid, attached).await.unwrap();
-    cache.drain(vdi.uuid).await.unwrap();
-    cache.close().await;
-    drop(cache);
-    // The device is there again: the log does not count, and is not opened without the store.
-    let cache = open(&dir).await;
-    assert!(!cache.attached().await[0].was_served);
-    cache.attach_alone(vdi.uuid).await.unwrap_err();
-    let before = store.committed();
-    let attached = cache.attach(&vdi, store.clone()).await.unwrap();
-    assert_eq!(attached.disk.staged_lsn(), before);
-    let mut guest = Guest { vdi, store, attached, tag: 0 };
-    guest.write(0..10, 77).await;
-    guest.drain(&cache).await;
-    assert_eq!(stored(&guest.store, 0..20), [vec![Some(77); 10], vec![Some(14); 10]].concat());
-    guest.leave(&cache).await;
-    assert_empty(&cache);
+    for spoilt in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = open(&dir).await;
+        let mut guest = Guest::new(&cache, 1).await;
+        guest.goes_on_without_the_device(&cache, &dir).await;
+        cache.reopen(guest.vdi.uuid).await.expect_err("what is on the device is behind");
+        let Guest { vdi, store, attached, .. } = guest;
+        cache.release(vdi.uuid, attached).await.unwrap();
+        cache.drain(vdi.uuid).await.unwrap();
+        // Longer than it takes until a disk that has its log says how far that is durable.
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        let slots = cache.ground.local.read_slots().await.unwrap();
+        let record = slots.iter().find_map(|slot| slot.vdi.as_ref()).unwrap();
+        let known = record.left_behind.unwrap();
+        assert!(record.durable >= Lsn(700) && record.durable <= known.flushed, "{record:?}");
+        assert!(known.staged < store.committed());
+        cache.close().await;
+        if spoilt {
+            // The log ends before what the slot knows: the store has it.
+            super::durable::spoil_all_segments(&cache, &dir.path().join("cache"));
+        }
+        drop(cache);
+        // The device is there again: the log does not count, and is not opened without the store.
+        let cache = open(&dir).await;
+        assert!(!cache.attached().await[0].was_served);
+        cache.attach_alone(vdi.uuid).await.unwrap_err();
+        let before = store.committed();
+        let attached = cache.attach(&vdi, store.clone()).await.unwrap();
+        assert_eq!(attached.disk.staged_lsn(), before);
+        let mut guest = Guest { vdi, store, attached, tag: 0 };
+        guest.write(0..10, 77).await;
+        guest.drain(&cache).await;
+        assert_eq!(stored(&guest.store, 0..20), [vec![Some(77); 10], vec![Some(14); 10]].concat());
+        guest.leave(&cache).await;
+        assert_empty(&cache);
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,22 +4,31 @@
 //! the cache device and the pool on its behalf. Order of things after a commit (rules L2, C3):
 //! store's head durable → slot with the committed LSN durable → worker told → segments clean → evictable.
 //! An evicted segment is free only once the slot that names it dead is durable.
+//!
+//! Where to read on: `task.rs` (the loop), `command.rs` (what the cache asks), `commit.rs`, `slot.rs`, `drain.rs` (who waits),
+//! `feed.rs` (segments for the worker), `evict.rs`, `through.rs` (no leg is left), `hydrate.rs` and `pin.rs`.
 
 mod admission;
+mod command;
+mod commit;
+mod drain;
 mod evict;
+mod feed;
 mod hydrate;
 mod offline;
 mod pin;
 mod slope;
+mod slot;
 mod state;
 mod task;
 mod through;
 
+pub(crate) use command::Command;
 pub use hydrate::{HydrateError, HydrateStatus};
 pub use pin::PinError;
 pub use state::{Phase, VdiStatus};
 pub(crate) use state::{Segment, Segments};
-pub(crate) use task::{Command, VdiTask, VdiTaskParts};
+pub(crate) use task::{VdiTask, VdiTaskParts};
 
 use crate::backing::Backing;
 use crate::disk::{AttachedDisk, Progress};

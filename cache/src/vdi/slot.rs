@@ -1,0 +1,140 @@
+//! The disk's slot on the cache device: what must be durable there before anything rests on it (rule L2), and the disk that
+//! leaves it.
+
+use super::task::VdiTask;
+use crate::disk::trace::Ranges;
+use crate::error::CacheError;
+use crate::link::ToDisk;
+use blockstore::types::Lsn;
+use std::sync::atomic::Ordering;
+
+impl VdiTask {
+    /// Writes the slot, so that what was committed may turn clean.
+    pub(super) async fn checkpoint(&mut self) {
+        if self.through.is_some() {
+            return self.committed_without_legs();
+        }
+        if let Err(error) = self.write_slot().await {
+            self.note_error(&error.to_string());
+            return;
+        }
+        self.checkpoint_due = false;
+        self.p.sender.send(ToDisk::Committed { lsn: self.p.record.committed });
+        self.offer_clean();
+        self.answer_waiters();
+    }
+
+    pub(super) fn offer_clean(&mut self) {
+        if self.checkpoint_due || self.through.is_some() {
+            return;
+        }
+        for (id, seq) in self.p.segments.newly_clean(self.p.record.committed) {
+            self.p.ground.pool.offer_clean(self.p.vdi, id, seq);
+        }
+    }
+
+    /// The guest learns of the size once it is durable here: what it then writes beyond the former one must be its disk's
+    /// after a start without the store, too.
+    pub(super) async fn resize(&mut self, bytes: u64) -> Result<(), CacheError> {
+        let former = std::mem::replace(&mut self.p.record.size_bytes, bytes);
+        // With no leg left the store alone knows, and did before.
+        if self.through.is_none()
+            && let Err(error) = self.write_slot().await
+        {
+            self.p.record.size_bytes = former;
+            return Err(error);
+        }
+        self.p.sender.send(ToDisk::Resized { bytes });
+        Ok(())
+    }
+
+    /// What the guest read while it booted is kept in the slot. Losing it costs comfort only.
+    pub(super) async fn keep_trace(&mut self, ranges: Ranges) {
+        self.p.record.boot_trace = ranges;
+        match self.write_slot().await {
+            Ok(()) => self.p.status.lock().boot_trace.clone_from(&self.p.record.boot_trace),
+            Err(error) => self.note_error(&error.to_string()),
+        }
+    }
+
+    /// Up to where the log was flushed on all legs. Once a disk was in write-through, what is flushed is in the store only.
+    fn durable(&self) -> Lsn {
+        let noted = self.p.record.durable;
+        match self.p.record.left_behind {
+            Some(_) => noted,
+            None => noted.max(Lsn(self.p.progress.flushed.load(Ordering::Relaxed))),
+        }
+    }
+
+    /// Lets the slot say how far the log reaches, if it does not yet: a log that is found shorter is damaged. Not in
+    /// write-through, where the slot is not written.
+    pub(super) async fn note_durable(&mut self) {
+        if self.log_failure.is_none()
+            && self.durable() > self.p.record.durable
+            && let Err(error) = self.write_slot().await
+        {
+            self.note_error(&error.to_string());
+        }
+    }
+
+    pub(super) async fn write_slot(&mut self) -> Result<(), CacheError> {
+        if self.through.is_some() {
+            // Nothing may rest on it any more: see `through.rs`.
+            return Err(CacheError::Flush {
+                vdi: self.p.vdi,
+                why: "no leg of the cache is left".into(),
+            });
+        }
+        self.p.record.sequence_seen =
+            self.p.record.sequence_seen.max(self.p.ground.pool.next_seq());
+        self.p.record.durable = self.durable();
+        let mut slot = self.p.slot.clone();
+        slot.sequence += 1;
+        slot.vdi = Some(self.p.record.clone());
+        // A write that failed may have torn its copy: the next one must go there again, not to the good one.
+        self.p.ground.local.write_slot(&slot).await?;
+        self.p.slot = slot;
+        Ok(())
+    }
+
+    /// A drained disk leaves: its slot is freed first, then its segments.
+    pub(super) async fn forget(&mut self) -> Result<(), CacheError> {
+        self.log_is_sound()?;
+        let sealed = self.p.segments.last_lsn().unwrap_or(self.p.record.committed);
+        let last = sealed.max(self.last_staged);
+        if !self.released || last > self.p.record.committed {
+            return Err(CacheError::Flush {
+                vdi: self.p.vdi,
+                why: format!(
+                    "its log reaches LSN {last}, the store only LSN {}; drain it first",
+                    self.p.record.committed
+                ),
+            });
+        }
+        let mut slot = self.p.slot.clone();
+        slot.sequence += 1;
+        slot.vdi = None;
+        if let Err(error) = self.p.ground.local.write_slot(&slot).await {
+            if self.through.is_none() {
+                return Err(error);
+            }
+            // Should it be there again one day: the store's head says that this log was drained, so it is no danger.
+            self.note_error(&error.to_string());
+            self.p.ground.pool.unregister(self.p.vdi);
+            return Ok(());
+        }
+        self.p.slot = slot;
+        // Slot gone, so nothing here is anyone's: the pool must ask for no more evictions, and those it has asked for are
+        // settled.
+        self.p.ground.pool.unregister(self.p.vdi);
+        self.refuse_evictions();
+        self.free_all();
+        if self.through.is_some() {
+            // Those that were forgotten when they were committed.
+            for id in self.p.ground.pool.owned(self.p.vdi) {
+                self.p.ground.pool.release(id, false);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,8 +1,8 @@
 //! Serving a read: plan a span of it, bring its pieces together, check every block, go on with the next span.
 //!
 //! A span is at most [`SPAN_DIRECT`] bytes of the request, [`SPAN_BOUNCED`] where the guest's buffers are too oddly
-//! placed for the device to read into them, [`SPAN_MIRRORED`] where the cache is mirrored (see `legs.rs`). Blocks on the cache device are read straight into guest memory where whole
-//! blocks and buffers allow, and checked there. A block that fails (checksum or I/O error) is read again into memory of
+//! placed for the device to read into them, [`SPAN_MIRRORED`] where the cache is mirrored (see `legs.rs`). Blocks on a cache of
+//! one leg are read straight into guest memory where whole blocks and buffers allow, and checked there. A block that fails (checksum or I/O error) is read again into memory of
 //! ours and judged by that (rule L9), from each leg in turn; only then is it called bad. What one leg has and another
 //! has not is rewritten there, while the pin keeps its place from being used anew. What the disk says can be had from the
 //! store is planned again as a span of its own.
@@ -59,9 +59,9 @@ pub(super) struct ReadState {
     /// The request will end with an I/O error.
     failed: bool,
     /// Guest buffers can be read into directly.
+    aligned: bool,
+    /// They are, in this span: the cache is not mirrored.
     direct: bool,
-    /// They could, but for the cache's being mirrored.
-    mirrored: bool,
     /// Parts of the guest's buffers, for direct reads.
     arena: Vec<iovec>,
     patches: Vec<Patch>,
@@ -97,12 +97,10 @@ pub(super) fn start(slot: &mut Slot, tag: Tag, context: &mut Context<'_>) -> boo
     read.again.clear();
     read.replans = 0;
     read.failed = false;
-    let aligned = slot.request.data.iter().all(|buffer| {
+    read.aligned = slot.request.data.iter().all(|buffer| {
         buffer.iov_base.addr().is_multiple_of(DIRECT_ALIGN)
             && buffer.iov_len.is_multiple_of(DIRECT_ALIGN)
     });
-    read.mirrored = aligned && context.disk.written_legs().len() > 1;
-    read.direct = aligned && !read.mirrored;
     advance(slot, tag, context)
 }
 
@@ -124,6 +122,8 @@ pub(super) fn advance(slot: &mut Slot, tag: Tag, context: &mut Context<'_>) -> b
         if slot.orphan || read.failed {
             return true;
         }
+        // A leg may have joined since the span before.
+        read.direct = read.aligned && context.disk.written_legs().len() < 2;
         let Some(span) = next_span(read) else { return true };
         plan_span(slot, tag, span, context);
     }
@@ -136,10 +136,10 @@ fn next_span(read: &mut ReadState) -> Option<Range<u64>> {
     if read.rest.is_empty() {
         return None;
     }
-    let most = match (read.direct, read.mirrored) {
-        (true, _) => SPAN_DIRECT,
-        (false, true) => SPAN_MIRRORED,
-        (false, false) => SPAN_BOUNCED,
+    let most = match (read.aligned, read.direct) {
+        (true, true) => SPAN_DIRECT,
+        (true, false) => SPAN_MIRRORED,
+        (false, _) => SPAN_BOUNCED,
     };
     let full = (read.rest.start + most) / BLOCK * BLOCK;
     let end = read.rest.end.min(full);

@@ -19,7 +19,7 @@
 //! let store = Store::open(device, host).await?;
 //! let info = store.create_vdi("web", 4 << 30).await?;
 //! let vdi = store.attach(info.uuid, AttachOptions { log_id: Uuid::new_v4() }).await?;
-//! vdi.commit(Batch { lsn: Lsn(1), changes: vec![] }).await?;
+//! vdi.commit(Batch::new(Lsn(1), vec![])).await?;
 //! assert!(vdi.read(Lba(0), 1).await?[0].is_none());
 //! vdi.detach(Lsn(1)).await?;
 //! store.close().await
@@ -50,7 +50,7 @@ pub mod types;
 pub mod vdi;
 
 pub use commit::publish::Prepared;
-pub use commit::{Batch, Change, Committed};
+pub use commit::{Batch, Change, Committed, Cut, SnapshotLabel};
 pub use error::{Result, StoreError, StoreErrorKind};
 pub use io::Health;
 pub use policy::WhenOffline;

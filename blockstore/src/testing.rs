@@ -73,7 +73,7 @@ pub fn zero(lba: u64, blocks: u64) -> Change {
 }
 
 pub fn batch(lsn: u64, changes: Vec<Change>) -> Batch {
-    Batch { lsn: Lsn(lsn), changes }
+    Batch::new(Lsn(lsn), changes)
 }
 
 /// What a disk should hold: version by block.

@@ -35,7 +35,7 @@ async fn store() -> Result<(SimDevice, Arc<Store>, Vec<Arc<Vdi>>)> {
         let info = store.create_vdi(name, 16 << 20).await?;
         let vdi = store.attach(info.uuid, AttachOptions { log_id: Uuid::from_u128(9) }).await?;
         let changes = (0..60).map(|n| write(n * 64)).collect();
-        vdi.commit(Batch { lsn: Lsn(1), changes }).await?;
+        vdi.commit(Batch::new(Lsn(1), changes)).await?;
         vdis.push(vdi);
     }
     Ok((sim, store, vdis))

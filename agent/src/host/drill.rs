@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(disk.committed(), Lsn(7));
         let early = Duration::from_secs(3599);
         assert!(tokio::time::timeout(early, disk.read(Lba(0), 1)).await.is_err());
-        let commit = disk.commit(Batch { lsn: Lsn(8), changes: Vec::new() });
+        let commit = disk.commit(Batch::new(Lsn(8), Vec::new()));
         tokio::time::timeout(HOUR, commit).await.unwrap().unwrap();
         assert_eq!(switch.until_ms(), None);
     }

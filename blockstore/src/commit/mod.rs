@@ -15,6 +15,7 @@ pub mod decide;
 pub(crate) mod plan;
 pub(crate) mod publish;
 
+pub use crate::format::snapshot::SnapshotLabel;
 use crate::types::{Lba, Lsn};
 use bytes::Bytes;
 
@@ -23,8 +24,31 @@ use bytes::Bytes;
 pub struct Batch {
     /// The cut: the batch covers the dense range from the committed LSN + 1 to this one.
     pub lsn: Lsn,
-    /// Sorted by LBA, disjoint.
+    /// Snapshots inside that range, in the order of their LSNs, each at a later one than that before.
+    pub cuts: Vec<Cut>,
+    /// What changed after the last cut. Sorted by LBA, disjoint.
     pub changes: Vec<Change>,
+}
+
+impl Batch {
+    /// A batch without snapshots.
+    #[must_use]
+    pub const fn new(lsn: Lsn, changes: Vec<Change>) -> Self {
+        Self { lsn, cuts: Vec::new(), changes }
+    }
+}
+
+/// A snapshot: the disk as of one point of the guest's write order, which is also its name.
+#[derive(Debug)]
+pub struct Cut {
+    /// What changed since the cut before, or since the committed LSN. Sorted by LBA, disjoint.
+    pub changes: Vec<Change>,
+    /// The point.
+    pub lsn: Lsn,
+    /// When it was asked for, milliseconds since 1970.
+    pub time_ms: u64,
+    /// For people; may be empty.
+    pub label: SnapshotLabel,
 }
 
 /// A change to one block or a run of blocks.

@@ -14,6 +14,7 @@ pub mod host;
 pub mod meta;
 pub mod node;
 pub mod pointer;
+pub mod snapshot;
 pub mod superblock;
 pub mod vdi;
 

@@ -124,7 +124,7 @@ impl Draft {
         self.changes.sort_unstable_by_key(|change| match change {
             Change::Write { lba, .. } | Change::Zero { lba, .. } => *lba,
         });
-        Batch { lsn, changes: self.changes }
+        Batch::new(lsn, self.changes)
     }
 }
 

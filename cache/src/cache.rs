@@ -3,6 +3,7 @@
 pub(crate) mod attach;
 mod loss;
 pub(crate) mod replacing;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 

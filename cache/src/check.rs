@@ -45,6 +45,8 @@ pub struct VdiReport {
     pub committed_lsn: u64,
     /// Last LSN in the log.
     pub last_lsn: u64,
+    /// Snapshots in its log that the store did not have at `committed_lsn`.
+    pub snapshots_pending: u64,
     /// Segments of its log.
     pub segments: u32,
     /// Payload blocks that were read and compared with their checksums.
@@ -87,11 +89,15 @@ async fn check_vdi(
         uuid: vdi.uuid,
         committed_lsn: vdi.committed.0,
         last_lsn: vdi.committed.0,
+        snapshots_pending: 0,
         segments: headers.len() as u32,
         blocks_checked: 0,
     };
     match recovery::recover(local, vdi, vdi.committed, headers).await {
-        Ok(recovered) => of_vdi.last_lsn = recovered.last_lsn.0,
+        Ok(recovered) => {
+            of_vdi.last_lsn = recovered.last_lsn.0;
+            of_vdi.snapshots_pending = recovered.snapshots.len() as u64;
+        }
         Err(error) => report.problems.push(error.to_string()),
     }
     for header in headers {

@@ -147,6 +147,9 @@ pub enum CacheError {
         "VDI {name} ({vdi}) was never served from this cache, or its log was left behind in write-through: it waits for the store"
     )]
     NeverServed { name: String, vdi: Uuid },
+    /// A snapshot is not known to be durable.
+    #[error("the snapshot of VDI {vdi} failed: {why}")]
+    Snapshot { vdi: Uuid, why: String },
     /// The log could not be committed.
     #[error("VDI {vdi}: {why}")]
     Flush { vdi: Uuid, why: String },

@@ -7,6 +7,7 @@ use crate::disk::plan::SegmentId;
 use crate::disk::trace::Ranges;
 use crate::format::LegSet;
 use crate::image::SegmentImage;
+use blockstore::SnapshotLabel;
 use blockstore::types::{Lba, Lsn};
 use bytes::Bytes;
 use std::fs::File;
@@ -38,6 +39,9 @@ pub enum ToDisk {
     /// Seal the open segment, so that all that was staged so far can be committed, then answer
     /// [`FromDisk::Rolled`].
     Roll { id: u64 },
+    /// Take a snapshot of everything that was staged so far, then answer [`FromDisk::SnapshotTaken`]. At most
+    /// [`crate::disk::SNAPSHOTS_WAITING_MAX`] are on their way.
+    Snapshot { id: u64, time_ms: u64, label: SnapshotLabel },
     /// The disk grew.
     Resized { bytes: u64 },
     /// From now on these legs, and no others, are the cache: it is written so on each of them. A leg that was joining is
@@ -146,6 +150,9 @@ pub enum FromDisk {
     /// The last leg failed. `tail` is what was staged and not sealed, in memory, and `flushed` the LSN up to which the log
     /// was durable; nothing goes on before [`ToDisk::WriteThrough`] or [`ToDisk::GiveUp`] answers.
     NoLegLeft { reason: String, tail: Vec<SealedSegment>, flushed: Lsn },
+    /// Answer to [`ToDisk::Snapshot`]: the LSN of its record, which is durable now; or why it is not known to be. They come
+    /// in the order of their LSNs.
+    SnapshotTaken { id: u64, result: Result<Lsn, String> },
     /// The log can no longer be written; the disk refuses writes.
     Failed { reason: String },
 }

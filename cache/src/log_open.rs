@@ -9,6 +9,7 @@ use crate::format::slot::{LeftBehind, SlotVdi, VdiSlot};
 use crate::image::ImagePool;
 use crate::link::{self, DiskSender, FromDisk, Grant};
 use crate::local::Local;
+use crate::pending::PendingSnapshots;
 use crate::pool::Pool;
 use crate::recovery::{self, Live, Recovered};
 use crate::vdi::{Segment, Segments};
@@ -48,6 +49,8 @@ pub(crate) struct OpenLog {
     pub segments: Segments,
     /// Where the log ended.
     pub last_lsn: Lsn,
+    /// Snapshots in it that the store does not have.
+    pub snapshots: PendingSnapshots,
 }
 
 impl Ground {
@@ -110,7 +113,8 @@ impl Ground {
         progress: Arc<Progress>,
     ) -> Result<OpenLog, CacheError> {
         let started = Instant::now();
-        let recovered = self.recover(&record, headers).await?;
+        let mut recovered = self.recover(&record, headers).await?;
+        let snapshots = std::mem::take(&mut recovered.snapshots);
         // Everything that can fail for want of resources comes before anything is changed.
         let link = link::pair().map_err(|source| CacheError::Local {
             path: self.local.path.clone(),
@@ -155,7 +159,7 @@ impl Ground {
         let mut disk = Disk::on_legs(self.start(&record, recovered, grants, progress), members);
         disk.set_boot_trace(record.boot_trace.clone());
         let disk = AttachedDisk { disk, link, legs, leg_timeout: self.local.leg_timeout() };
-        Ok(OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn })
+        Ok(OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn, snapshots })
     }
 
     /// Reads the log and makes all legs agree on it. A leg that is lost between the two takes along what only it had: the

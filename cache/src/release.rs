@@ -34,9 +34,13 @@ fn silent() -> std::io::Error {
     )
 }
 
+/// Why there are no snapshots any more.
+const STOPPING: &str = "the disk is going out of service";
+
 /// Runs a disk until its log is sealed and quiet. The unsealed tail, should this fail, is found by the next recovery:
 /// nothing acknowledged is lost. A leg that fails meanwhile is put out of the cache, as with a worker.
 pub async fn seal(mut attached: AttachedDisk, local: &Local) -> std::io::Result<Sealed> {
+    attached.disk.refuse_snapshots(STOPPING);
     attached.disk.on_message(ToDisk::Roll { id: 0 });
     let mut messages = Vec::new();
     for _ in 0..LEGS_LOST_MAX {
@@ -77,8 +81,14 @@ fn seal_blocking(mut attached: AttachedDisk) -> (AttachedDisk, Vec<FromDisk>, Op
     let mut idle_rounds = 0;
     loop {
         while let Some(message) = attached.link.try_recv() {
-            if !matches!(message, ToDisk::Fetched { .. } | ToDisk::FailWaiting { .. }) {
-                attached.on_message(message);
+            match message {
+                ToDisk::Fetched { .. } | ToDisk::FailWaiting { .. } => {}
+                // Nothing is staged behind what is being sealed.
+                ToDisk::Snapshot { id, .. } => {
+                    let result = Err(STOPPING.into());
+                    messages.push(FromDisk::SnapshotTaken { id, result });
+                }
+                message => attached.on_message(message),
             }
         }
         let worked = run_once(&mut attached, &mut messages);

@@ -204,6 +204,7 @@ impl Cache {
             from_disk: open.from_disk,
             from_pool,
             status: Arc::new(Mutex::new(status)),
+            snapshots: Arc::new(Mutex::new(open.snapshots)),
             progress: Arc::clone(&progress),
         };
         let handle = VdiHandle::spawn(name, progress, parts);

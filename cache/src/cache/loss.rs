@@ -7,7 +7,7 @@
 use super::{Cache, VdiIdentity};
 use crate::cache::attach::verified;
 use crate::error::CacheError;
-use crate::format::record::Entries;
+use crate::format::record::{Entries, Kind};
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::SlotVdi;
 use crate::recovery;
@@ -170,7 +170,7 @@ impl Cache {
             };
             if entry.lsns() > 0 {
                 lsn = lsn.plus(entry.lsns());
-                if lsn > committed {
+                if lsn > committed && entry.kind != Kind::Snapshot {
                     let first = entry.lba.0.saturating_mul(BLOCK_SIZE as u64);
                     let len = u64::from(entry.blocks).saturating_mul(BLOCK_SIZE as u64);
                     survey.ranges.push(first..first.saturating_add(len));

@@ -29,10 +29,12 @@ use crate::format::{Geometry, LegSet};
 use crate::image::{ImagePool, SegmentImage};
 use crate::index::Index;
 use crate::link::{FromDisk, Grant, Link, ToDisk};
+use blockstore::SnapshotLabel;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use hashbrown::HashMap;
 use log::Log;
+pub use log::SNAPSHOTS_WAITING_MAX;
 use plan::SegmentId;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -238,6 +240,17 @@ impl Disk {
         self.log.flush(tag);
     }
 
+    /// Takes a snapshot: the disk as of everything that was staged before, and nothing that is staged from here on.
+    /// Answered with [`FromDisk::SnapshotTaken`] when it is durable, as a flush is. `time_ms` is since 1970.
+    pub fn snapshot(&mut self, id: u64, time_ms: u64, label: SnapshotLabel) {
+        self.log.snapshot(id, time_ms, label);
+    }
+
+    /// Snapshots that have no place in the log yet are answered with this error.
+    pub fn refuse_snapshots(&mut self, why: &str) {
+        self.log.refuse_snapshots(why);
+    }
+
     /// Write-through (guest switched the write cache off): writes complete when durable.
     pub fn set_write_through(&mut self, on: bool) {
         self.log.set_write_through(on);
@@ -351,6 +364,7 @@ impl Disk {
                 self.removals += 1;
                 self.log.write_through_from(lsn);
             }
+            ToDisk::Snapshot { id, time_ms, label } => self.snapshot(id, time_ms, label),
             ToDisk::GiveUp { reason } => self.log.give_up(&reason),
             ToDisk::Tick => {
                 self.log.tick();

@@ -1,9 +1,19 @@
 //! From sealed segments to one coalesced batch. Pure: payloads come in as bytes that were read before.
+//!
+//! Snapshots cut a batch into parts. What is overwritten within a part is left out, what is overwritten in a later one is
+//! not. A block of which a part has only some sectors becomes whole over what earlier parts made of it, or, if they did not
+//! touch it, over the store's image: so each part can be applied to the result of the one before.
+
+#[cfg(test)]
+mod tests;
 
 use crate::backing::{Batch, Change};
 use crate::format::Geometry;
-use crate::format::record::{Entries, Kind, WHOLE};
-use crate::index::{Content, Index, Patch, PatchBase, PatchSource, Slot, apply_zero};
+use crate::format::record::{Entries, Entry, Kind, WHOLE};
+use crate::index::{
+    Content, Found, Index, Patch, PatchBase, PatchSource, Patched, Slot, apply_zero,
+};
+use blockstore::Cut;
 use blockstore::buf::AlignedBuf;
 use blockstore::crc::crc32c;
 use blockstore::sabotage::{self, Bug};
@@ -44,12 +54,23 @@ pub enum BatchError {
 /// Sectors of a block (bit mask) and the block they come from at their place; none for zeros.
 type Layer = (u8, Option<Bytes>);
 
-/// A batch but for the blocks whose base must first be read from the store.
-#[derive(Debug)]
-pub struct Draft {
+/// A block that becomes whole over one of the store's: which of [`Draft::wanted`], and what lies over it.
+type Merge = (Lba, usize, Vec<Layer>);
+
+/// What changes up to a cut, or after the last.
+#[derive(Debug, Default)]
+struct Part {
     changes: Vec<Change>,
-    /// Patches over blocks of the store's image, by LBA.
-    merges: Vec<(Lba, Vec<Layer>)>,
+    merges: Vec<Merge>,
+}
+
+/// A batch but for the blocks whose base must first be read from the store.
+#[derive(Debug, Default)]
+pub struct Draft {
+    /// Snapshots, each with what changes up to it; its own changes are not filled in yet.
+    cuts: Vec<(Part, Cut)>,
+    last: Part,
+    wanted: Vec<Lba>,
 }
 
 impl Draft {
@@ -59,107 +80,185 @@ impl Draft {
         committed: Lsn,
         sources: &[Source],
     ) -> Result<Self, BatchError> {
-        let index = coalesce(geometry, committed, sources)?;
-        let by_segment: HashMap<SegmentId, &Source> = sources.iter().map(|s| (s.id, s)).collect();
-        let fetch = |lba: Lba, slot: Slot, expected: u32| {
-            let id = geometry.segment_of(slot);
-            let block = slot - geometry.first_block(id);
-            let source = by_segment[&id];
-            let at = block as usize * BLOCK_SIZE;
-            let bytes = source.bytes.slice(at..at + BLOCK_SIZE);
-            if !source.trusted {
-                let found = crc32c(&bytes);
-                if found != expected {
-                    let segment = id.0;
-                    return Err(BatchError::Payload { lba, segment, block, expected, found });
+        let mut drafting = Drafting {
+            geometry,
+            by_segment: sources.iter().map(|s| (s.id, s)).collect(),
+            places: HashMap::new(),
+            part: Index::default(),
+            before: None,
+            draft: Self::default(),
+        };
+        drafting.replay(committed, sources)?;
+        drafting.draft.last = drafting.end_part()?;
+        Ok(drafting.draft)
+    }
+
+    /// Blocks of the store's image that are needed, each once.
+    pub fn wanted(&self) -> &[Lba] {
+        &self.wanted
+    }
+
+    /// The batch, given the store's content of the [`Self::wanted`] blocks, in their order (`None`: zeros).
+    #[must_use]
+    pub fn finish(self, lsn: Lsn, bases: &[Option<Bytes>]) -> Batch {
+        assert_eq!(bases.len(), self.wanted.len(), "one base for each block that is wanted");
+        let cuts = self.cuts.into_iter();
+        let cuts = cuts.map(|(part, cut)| Cut { changes: part.finish(bases), ..cut });
+        Batch { lsn, cuts: cuts.collect(), changes: self.last.finish(bases) }
+    }
+}
+
+impl Part {
+    /// All changes, in the order of their blocks.
+    fn finish(mut self, bases: &[Option<Bytes>]) -> Vec<Change> {
+        for (lba, base, layers) in &self.merges {
+            self.changes.push(merged(*lba, bases[*base].as_ref(), layers));
+        }
+        self.changes.sort_unstable_by_key(|change| match change {
+            Change::Write { lba, .. } | Change::Zero { lba, .. } => *lba,
+        });
+        self.changes
+    }
+}
+
+/// A draft being made.
+struct Drafting<'a> {
+    geometry: &'a Geometry,
+    by_segment: HashMap<SegmentId, &'a Source>,
+    /// Where in the draft's wanted blocks each of them is.
+    places: HashMap<Lba, usize>,
+    /// What was replayed since the last cut.
+    part: Index,
+    /// Everything that was replayed, once there was a cut behind changes.
+    before: Option<Index>,
+    draft: Draft,
+}
+
+impl Drafting<'_> {
+    /// Replays the segments' entries after `committed`, part by part.
+    fn replay(&mut self, committed: Lsn, sources: &[Source]) -> Result<(), BatchError> {
+        for source in sources {
+            let first_slot = self.geometry.first_block(source.id);
+            let blocks_held = (source.bytes.len() / BLOCK_SIZE) as u32;
+            let mut lsn = Lsn(source.first_lsn.0 - 1);
+            for entry in Entries::new(&source.entries, blocks_held) {
+                let entry = entry.map_err(|_| BatchError::Entry { segment: source.id.0 })?;
+                lsn = lsn.plus(entry.lsns());
+                if !entry.kind.takes_lsn() || lsn <= committed {
+                    continue;
+                }
+                if entry.kind == Kind::Snapshot {
+                    self.cut(lsn, &entry)?;
+                    continue;
+                }
+                apply(&mut self.part, &entry, lsn, first_slot);
+                if let Some(before) = &mut self.before {
+                    apply(before, &entry, lsn, first_slot);
                 }
             }
-            Ok(bytes)
-        };
-        let mut draft = Self { changes: Vec::new(), merges: Vec::new() };
+        }
+        Ok(())
+    }
+
+    fn cut(&mut self, lsn: Lsn, entry: &Entry<'_>) -> Result<(), BatchError> {
+        let part = self.end_part()?;
+        let cut = Cut { changes: Vec::new(), lsn, time_ms: entry.time_ms(), label: entry.label() };
+        self.draft.cuts.push((part, cut));
+        Ok(())
+    }
+
+    /// Turns what was replayed since the last cut into changes; the next part begins.
+    fn end_part(&mut self) -> Result<Part, BatchError> {
+        let mut part = Part::default();
+        if self.part.is_empty() {
+            return Ok(part);
+        }
+        let index = std::mem::take(&mut self.part);
         for (lba, content) in index.contents() {
             match content {
-                Content::Zero { blocks } => draft.changes.push(Change::Zero { lba, blocks }),
+                Content::Zero { blocks } => part.changes.push(Change::Zero { lba, blocks }),
                 Content::At { slot, crc } => {
-                    let data = fetch(lba, slot, crc)?;
-                    draft.changes.push(Change::Write { lba, crc, data });
+                    let data = self.fetch(lba, slot, crc)?;
+                    part.changes.push(Change::Write { lba, crc, data });
                 }
                 Content::Patched(patched) => {
-                    let mut layers = Vec::new();
-                    let patches = patched.patches();
-                    let left_out = usize::from(sabotage::on(Bug::ForgetPatch) && patches.len() > 1);
-                    for patch in &patches[..patches.len() - left_out] {
-                        let bytes = match patch.source {
-                            PatchSource::At { slot, crc } => Some(fetch(lba, slot, crc)?),
-                            PatchSource::Zero => None,
-                        };
-                        layers.push((patch.sectors, bytes));
-                    }
-                    match patched.base() {
-                        PatchBase::Store => draft.merges.push((lba, layers)),
-                        PatchBase::Zero => draft.changes.push(merged(lba, None, &layers)),
+                    // With what earlier parts have of the block below it.
+                    let whole = match self.before.as_ref().map(|before| before.get(lba)) {
+                        Some(Found::Patched(whole)) if patched.base() == PatchBase::Store => whole,
+                        _ => patched,
+                    };
+                    let layers = self.layers(lba, whole)?;
+                    match whole.base() {
+                        PatchBase::Zero => part.changes.push(merged(lba, None, &layers)),
                         PatchBase::At { slot, crc } => {
-                            let base = fetch(lba, slot, crc)?;
-                            draft.changes.push(merged(lba, Some(&base), &layers));
+                            let base = self.fetch(lba, slot, crc)?;
+                            part.changes.push(merged(lba, Some(&base), &layers));
+                        }
+                        PatchBase::Store => {
+                            let wanted = &mut self.draft.wanted;
+                            let base = *self.places.entry(lba).or_insert_with(|| {
+                                wanted.push(lba);
+                                wanted.len() - 1
+                            });
+                            part.merges.push((lba, base, layers));
                         }
                     }
                 }
             }
         }
-        Ok(draft)
+        self.before.get_or_insert(index);
+        Ok(part)
     }
 
-    /// Blocks whose base is the store's image.
-    pub fn wanted(&self) -> impl Iterator<Item = Lba> {
-        self.merges.iter().map(|(lba, _)| *lba)
+    fn layers(&self, lba: Lba, patched: &Patched) -> Result<Vec<Layer>, BatchError> {
+        let patches = patched.patches();
+        let left_out = usize::from(sabotage::on(Bug::ForgetPatch) && patches.len() > 1);
+        let layer = |patch: &Patch| {
+            let bytes = match patch.source {
+                PatchSource::At { slot, crc } => Some(self.fetch(lba, slot, crc)?),
+                PatchSource::Zero => None,
+            };
+            Ok((patch.sectors, bytes))
+        };
+        patches[..patches.len() - left_out].iter().map(layer).collect()
     }
 
-    /// The batch, given the store's content of the [`Self::wanted`] blocks, in their order (`None`: zeros).
-    #[must_use]
-    pub fn finish(mut self, lsn: Lsn, bases: &[Option<Bytes>]) -> Batch {
-        assert_eq!(bases.len(), self.merges.len(), "one base for each block that wants one");
-        for ((lba, layers), base) in self.merges.iter().zip(bases) {
-            self.changes.push(merged(*lba, base.as_ref(), layers));
+    /// A payload block, checked.
+    fn fetch(&self, lba: Lba, slot: Slot, expected: u32) -> Result<Bytes, BatchError> {
+        let id = self.geometry.segment_of(slot);
+        let block = slot - self.geometry.first_block(id);
+        let source = self.by_segment[&id];
+        let at = block as usize * BLOCK_SIZE;
+        let bytes = source.bytes.slice(at..at + BLOCK_SIZE);
+        if !source.trusted {
+            let found = crc32c(&bytes);
+            if found != expected {
+                let segment = id.0;
+                return Err(BatchError::Payload { lba, segment, block, expected, found });
+            }
         }
-        self.changes.sort_unstable_by_key(|change| match change {
-            Change::Write { lba, .. } | Change::Zero { lba, .. } => *lba,
-        });
-        Batch::new(lsn, self.changes)
+        Ok(bytes)
     }
 }
 
-/// Replays the segments' entries after `committed` into an index of their own.
-fn coalesce(geometry: &Geometry, committed: Lsn, sources: &[Source]) -> Result<Index, BatchError> {
-    let mut index = Index::default();
-    for source in sources {
-        let first_slot = geometry.first_block(source.id);
-        let blocks_held = (source.bytes.len() / BLOCK_SIZE) as u32;
-        let mut lsn = Lsn(source.first_lsn.0 - 1);
-        for entry in Entries::new(&source.entries, blocks_held) {
-            let entry = entry.map_err(|_| BatchError::Entry { segment: source.id.0 })?;
-            lsn = lsn.plus(entry.lsns());
-            if !entry.kind.takes_lsn() || lsn <= committed {
-                continue;
-            }
-            if entry.kind == Kind::Zero {
-                let masks = (entry.first_mask, entry.last_mask);
-                apply_zero(&mut index, entry.lba, u64::from(entry.blocks), masks, lsn);
-                continue;
-            }
-            for n in 0..entry.blocks {
-                let lba = Lba(entry.lba.0 + u64::from(n));
-                let (slot, crc) = (first_slot + u32::from(entry.payload) + n, entry.crc(n));
-                match entry.mask(n) {
-                    WHOLE => index.insert(lba, slot, crc),
-                    sectors => {
-                        let source = PatchSource::At { slot, crc };
-                        index.patch(lba, lsn, Patch { source, sectors });
-                    }
-                }
+/// Applies a write or a zeroing of the segment whose first block is at `first_slot`.
+fn apply(index: &mut Index, entry: &Entry<'_>, lsn: Lsn, first_slot: Slot) {
+    if entry.kind == Kind::Zero {
+        let masks = (entry.first_mask, entry.last_mask);
+        apply_zero(index, entry.lba, u64::from(entry.blocks), masks, lsn);
+        return;
+    }
+    for n in 0..entry.blocks {
+        let lba = Lba(entry.lba.0 + u64::from(n));
+        let (slot, crc) = (first_slot + u32::from(entry.payload) + n, entry.crc(n));
+        match entry.mask(n) {
+            WHOLE => index.insert(lba, slot, crc),
+            sectors => {
+                let source = PatchSource::At { slot, crc };
+                index.patch(lba, lsn, Patch { source, sectors });
             }
         }
     }
-    Ok(index)
 }
 
 /// A block made of a base (zeros if none) and layers of sectors over it (zeros where a layer has no bytes).

@@ -10,8 +10,9 @@ use crate::aside;
 use crate::backing::{Backing, BackingError};
 use crate::disk::plan::SegmentId;
 use crate::error::CacheError;
+use crate::format::record::{Entries, Kind};
 use crate::format::segment::SegmentHeader;
-use crate::format::summary::{self, Summary};
+use crate::format::summary::Summary;
 use crate::image::SegmentImage;
 use crate::local::Local;
 use crate::recovery::Found;
@@ -94,14 +95,14 @@ pub async fn commit(vdi: Uuid, backing: &dyn Backing, drafted: Drafted) -> Resul
     let started = Instant::now();
     let Drafted { lsn, draft } = drafted;
     let mut bases = Vec::new();
-    for lba in draft.wanted() {
+    for &lba in draft.wanted() {
         bases.extend(backing.read(lba, 1).await?);
     }
     let batch = draft.finish(lsn, &bases);
-    let changes = batch.changes.len();
+    let (changes, cuts) = (batch.changes.len(), batch.cuts.len());
     backing.commit(batch).await?;
     let ms = started.elapsed().as_millis() as u64;
-    tracing::debug!(%vdi, lsn = lsn.0, changes, ms, "batch committed");
+    tracing::debug!(%vdi, lsn = lsn.0, changes, cuts, ms, "batch committed");
     Ok(lsn)
 }
 
@@ -125,10 +126,10 @@ pub async fn lbas_of(
     let header = read_header(local, vdi, id, seq).await?;
     let found = read_whole(local, vdi, &header, last_lsn).await?;
     let mut named = Named::default();
-    for entry in
-        crate::format::record::Entries::new(&found.entries, local.geometry.segment_blocks())
-            .flatten()
-    {
+    for entry in Entries::new(&found.entries, local.geometry.segment_blocks()).flatten() {
+        if entry.kind == Kind::Snapshot {
+            continue;
+        }
         if entry.payload_blocks() > 0 {
             named.lbas.extend((0..entry.blocks).map(|n| Lba(entry.lba.0 + u64::from(n))));
         } else {
@@ -145,10 +146,8 @@ async fn read_source(local: &Local, vdi: Uuid, segment: Replay) -> Result<Source
         let size = geometry.segment_size as usize;
         let header =
             SegmentHeader::decode(image.bytes(0, BLOCK_SIZE), local.cache_uuid(), segment.id);
-        let tail = summary::blocks_max(geometry.segment_blocks()) as usize * BLOCK_SIZE;
         if let Ok(header) = header
-            && let Ok(summary) =
-                Summary::decode(image.bytes(size - tail, tail), header.seq, header.nonce)
+            && let Ok(summary) = Summary::decode(image.bytes(0, size), header.seq, header.nonce)
         {
             return Ok(Source {
                 id: segment.id,

@@ -1,23 +1,25 @@
 //! Log records: a header block that describes a batch, then its payload blocks.
 //!
 //! The entries of a header, one after the other, are also what the segment's summary is made of. An entry is a
-//! 16-byte descriptor, for writes and fills followed by one CRC32C per block:
+//! 16-byte descriptor, for writes and fills followed by one CRC32C per block, for snapshots by the label, zero-padded to a
+//! multiple of 4 bytes:
 //!
 //! ```text
-//! 0..6    LBA (48 bit)
+//! 0..6    LBA (48 bit); of a snapshot when it was asked for, milliseconds since 1970
 //! 6       kind
 //! 7       sectors of the first block that count (bit mask)
-//! 8..12   blocks
-//! 12..14  first payload block, counted from the segment's start
+//! 8..12   blocks; of a snapshot 1
+//! 12..14  first payload block, counted from the segment's start; of a snapshot the bytes of its label
 //! 14      sectors of the last block that count (bit mask; equal to byte 7 for a single block)
 //! 15      0
 //! ```
 //!
-//! Writes and zeroes take one LSN each, in the order of the entries; fills (blocks copied from the store) and holes (ranges
+//! Writes, zeroes and snapshots take one LSN each, in the order of the entries; fills (blocks copied from the store) and holes (ranges
 //! that the store does not have) take none.
 //! Header checksums are keyed with the segment's nonce (rule L3), payloads are covered by the entries' CRCs.
 
 use super::FormatError;
+use blockstore::SnapshotLabel;
 use blockstore::crc::crc32c_keyed;
 use blockstore::format::vdi::VDI_SIZE_MAX;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
@@ -36,6 +38,8 @@ pub const PAYLOAD_BLOCKS_MAX: u32 = 256;
 pub const WHOLE: u8 = 0xff;
 /// Most blocks that one zeroing entry covers; longer ones are split.
 pub const ZERO_BLOCKS_MAX: u64 = u32::MAX as u64;
+/// Latest time that a snapshot can carry, milliseconds since 1970.
+pub const TIME_MS_MAX: u64 = (1 << 48) - 1;
 /// First block that no disk has.
 const LBA_END: u64 = VDI_SIZE_MAX / BLOCK_SIZE as u64;
 
@@ -50,6 +54,8 @@ pub enum Kind {
     Fill,
     /// The store does not have the range: it reads as zeros unless something newer is known; no payload, takes no LSN.
     Hole,
+    /// The disk as of this LSN is to be kept: all that has a lower one, and nothing else. Names no blocks.
+    Snapshot,
 }
 
 impl Kind {
@@ -59,10 +65,10 @@ impl Kind {
         matches!(self, Self::Write | Self::Fill)
     }
 
-    /// It is a guest's, and has a place in the order of its writes.
+    /// It has a place in the order of the guest's writes.
     #[must_use]
     pub const fn takes_lsn(self) -> bool {
-        matches!(self, Self::Write | Self::Zero)
+        matches!(self, Self::Write | Self::Zero | Self::Snapshot)
     }
 }
 
@@ -71,7 +77,7 @@ impl Kind {
 pub struct Entry<'a> {
     /// What it does.
     pub kind: Kind,
-    /// First block.
+    /// First block; of a snapshot, which has none, 0.
     pub lba: Lba,
     /// How many blocks, at least 1.
     pub blocks: u32,
@@ -81,7 +87,9 @@ pub struct Entry<'a> {
     pub first_mask: u8,
     /// Sectors of the last block that count.
     pub last_mask: u8,
-    crcs: &'a [u8],
+    time_ms: u64,
+    /// Checksums of the payload, or the label.
+    behind: &'a [u8],
 }
 
 impl Entry<'_> {
@@ -89,7 +97,20 @@ impl Entry<'_> {
     #[must_use]
     pub fn crc(&self, index: u32) -> u32 {
         let at = index as usize * 4;
-        u32::from_le_bytes(self.crcs[at..at + 4].try_into().expect("four bytes"))
+        u32::from_le_bytes(self.behind[at..at + 4].try_into().expect("four bytes"))
+    }
+
+    /// When it was asked for, milliseconds since 1970 (of snapshots).
+    #[must_use]
+    pub fn time_ms(&self) -> u64 {
+        self.time_ms
+    }
+
+    /// Its label (of snapshots; else empty).
+    #[must_use]
+    pub fn label(&self) -> SnapshotLabel {
+        let label = if self.kind == Kind::Snapshot { self.behind } else { &[] };
+        label_of(label).unwrap_or_default()
     }
 
     /// Sectors of block `index` of the entry that count.
@@ -115,12 +136,36 @@ impl Entry<'_> {
     pub fn lsns(&self) -> u64 {
         u64::from(self.kind.takes_lsn())
     }
+
+    /// Bytes that it takes.
+    fn len(&self) -> usize {
+        match self.kind {
+            Kind::Snapshot => snapshot_len(self.behind.len()),
+            _ => entry_len(self.payload_blocks()),
+        }
+    }
 }
 
 /// Bytes that an entry with `payload_blocks` CRCs takes.
 #[must_use]
 pub fn entry_len(payload_blocks: u32) -> usize {
     DESCRIPTOR_LEN + 4 * payload_blocks as usize
+}
+
+/// Bytes that a snapshot's entry with so many bytes of label takes.
+#[must_use]
+pub const fn snapshot_len(label_len: usize) -> usize {
+    DESCRIPTOR_LEN + label_len.next_multiple_of(4)
+}
+
+/// Appends a snapshot's entry.
+pub fn push_snapshot(out: &mut Vec<u8>, time_ms: u64, label: &SnapshotLabel) {
+    let end = out.len() + snapshot_len(label.as_str().len());
+    let time = Lba(time_ms.min(TIME_MS_MAX));
+    let label = label.as_str().as_bytes();
+    push_descriptor(out, Kind::Snapshot, time, 1, label.len() as u16, (WHOLE, WHOLE));
+    out.extend_from_slice(label);
+    out.resize(end, 0);
 }
 
 /// Appends a descriptor; for writes and fills the caller appends `blocks` CRCs behind it.
@@ -137,6 +182,7 @@ pub fn push_descriptor(
         Kind::Zero => 2,
         Kind::Fill => 3,
         Kind::Hole => 4,
+        Kind::Snapshot => 5,
     };
     out.extend_from_slice(&lba.0.to_le_bytes()[..6]);
     out.push(code);
@@ -171,7 +217,7 @@ impl<'a> Iterator for Entries<'a> {
         }
         let entry = decode_entry(self.rest, self.segment_blocks);
         match &entry {
-            Ok(entry) => self.rest = &self.rest[entry_len(entry.payload_blocks())..],
+            Ok(entry) => self.rest = &self.rest[entry.len()..],
             Err(_) => self.rest = &[],
         }
         Some(entry)
@@ -190,6 +236,7 @@ fn decode_entry(bytes: &[u8], segment_blocks: u32) -> Result<Entry<'_>, FormatEr
         2 => Kind::Zero,
         3 => Kind::Fill,
         4 => Kind::Hole,
+        5 => return decode_snapshot(bytes, u64::from_le_bytes(lba)),
         _ => return Err(invalid("its kind is unknown")),
     };
     let blocks = u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes"));
@@ -202,7 +249,7 @@ fn decode_entry(bytes: &[u8], segment_blocks: u32) -> Result<Entry<'_>, FormatEr
     if lba + u64::from(blocks) > LBA_END {
         return Err(invalid("it lies beyond the end of the largest disk"));
     }
-    let mut crcs: &[u8] = &[];
+    let mut behind: &[u8] = &[];
     if kind.has_payload() {
         let end = u64::from(payload) + u64::from(blocks);
         if payload == 0 || end > u64::from(segment_blocks) {
@@ -212,9 +259,38 @@ fn decode_entry(bytes: &[u8], segment_blocks: u32) -> Result<Entry<'_>, FormatEr
         if bytes.len() - DESCRIPTOR_LEN < len {
             return Err(invalid("its checksums are cut off"));
         }
-        crcs = &bytes[DESCRIPTOR_LEN..DESCRIPTOR_LEN + len];
+        behind = &bytes[DESCRIPTOR_LEN..DESCRIPTOR_LEN + len];
     }
-    Ok(Entry { kind, lba: Lba(lba), blocks, payload, first_mask, last_mask, crcs })
+    Ok(Entry { kind, lba: Lba(lba), blocks, payload, first_mask, last_mask, time_ms: 0, behind })
+}
+
+/// Of `bytes`, which hold a whole descriptor with the kind of a snapshot.
+fn decode_snapshot(bytes: &[u8], time_ms: u64) -> Result<Entry<'_>, FormatError> {
+    let invalid = |why| FormatError::Invalid { what: "log entry", why };
+    if bytes[7..12] != [WHOLE, 1, 0, 0, 0] || bytes[14..16] != [WHOLE, 0] {
+        return Err(invalid("it is a snapshot and names blocks"));
+    }
+    let label_len = usize::from(u16_at(bytes, 12));
+    let padded = bytes.get(DESCRIPTOR_LEN..snapshot_len(label_len));
+    let padded = padded.ok_or_else(|| invalid("its label is cut off"))?;
+    let (label, padding) = padded.split_at(label_len);
+    if label_of(label).is_none() || padding.iter().any(|&byte| byte != 0) {
+        return Err(invalid("its label makes no sense"));
+    }
+    Ok(Entry {
+        kind: Kind::Snapshot,
+        lba: Lba(0),
+        blocks: 1,
+        payload: 0,
+        first_mask: WHOLE,
+        last_mask: WHOLE,
+        time_ms,
+        behind: label,
+    })
+}
+
+fn label_of(bytes: &[u8]) -> Option<SnapshotLabel> {
+    SnapshotLabel::new(std::str::from_utf8(bytes).ok()?).ok()
 }
 
 /// The fixed part of a record's header.

@@ -20,10 +20,19 @@ pub fn blocks_for(entries_len: usize) -> u32 {
     entries_len.div_ceil(ROOM).max(1) as u32
 }
 
-/// Most blocks a summary takes in a segment of so many blocks: each block as a single-block write.
+/// Blocks that a summary usually takes at most in a segment of so many blocks: each block as a single-block write. Where most
+/// entries have no payload it is longer, see [`length`].
 #[must_use]
 pub fn blocks_max(segment_blocks: u32) -> u32 {
     (blocks_for(super::record::entry_len(1) * segment_blocks as usize)).min(segment_blocks - 1)
+}
+
+/// Blocks of the summary that ends `tail`, which need not hold all of it; none if there is no summary.
+#[must_use]
+pub fn length(tail: &[u8], nonce: u64) -> Option<u32> {
+    let last = (tail.len() / BLOCK_SIZE).checked_sub(1)?;
+    let (_, total, _) = check_block(block_of(tail, last), nonce).ok()?;
+    Some(total as u32)
 }
 
 /// What a summary says of its segment.

@@ -7,6 +7,7 @@ use crate::format::record::{Entries, Kind, WHOLE};
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::SlotVdi;
 use crate::index::{Index, Patch, PatchSource, apply_zero};
+use crate::pending::PendingSnapshots;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{Lba, Lsn};
 
@@ -36,6 +37,8 @@ pub struct Recovered {
     pub index: Index,
     /// Last LSN of the log.
     pub last_lsn: Lsn,
+    /// Snapshots in it that the store does not have.
+    pub snapshots: PendingSnapshots,
     /// In order of their sequence.
     pub live: Vec<Live>,
     /// Segments that hold nothing of the log: to be wiped before the disk is served.
@@ -98,6 +101,7 @@ impl Assembler {
             recovered: Recovered {
                 index: Index::default(),
                 last_lsn: store,
+                snapshots: PendingSnapshots::default(),
                 live: Vec::new(),
                 dead: Vec::new(),
             },
@@ -199,6 +203,12 @@ impl Assembler {
             let masks = (entry.first_mask, entry.last_mask);
             if entry.kind == Kind::Zero {
                 apply_zero(index, entry.lba, u64::from(entry.blocks), masks, lsn);
+                continue;
+            }
+            if entry.kind == Kind::Snapshot {
+                if lsn > self.committed {
+                    self.recovered.snapshots.push(lsn, entry.time_ms(), &entry.label());
+                }
                 continue;
             }
             if entry.kind == Kind::Hole {

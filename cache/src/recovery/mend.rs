@@ -6,7 +6,7 @@
 //! summary.
 
 use super::scan::scan_copies;
-use super::{Live, from_summary};
+use super::{Live, from_summary, read_tails};
 use crate::error::CacheError;
 use crate::format::record::Entries;
 use crate::format::segment::SegmentHeader;
@@ -73,9 +73,8 @@ async fn mend_header(local: &Local, live: &Live) -> Result<SegmentHeader, CacheE
 
 async fn mend_summary(local: &Local, header: &SegmentHeader) -> Result<(), CacheError> {
     let geometry = &local.geometry;
-    let tail = u64::from(summary::blocks_max(geometry.segment_blocks())) * BLOCK_SIZE as u64;
-    let offset = geometry.segment_offset(header.segment) + geometry.segment_size - tail;
-    let copies = local.read_each(offset, tail as usize).await?;
+    let end = geometry.segment_offset(header.segment) + geometry.segment_size;
+    let copies = read_tails(local, header).await?;
     let found = |bytes: &[u8]| from_summary(bytes, header, geometry);
     let good = copies.iter().find_map(|(_, bytes)| Some((found(bytes)?, bytes)));
     let Some((summary, bytes)) = good else { return Ok(()) };
@@ -84,7 +83,7 @@ async fn mend_summary(local: &Local, header: &SegmentHeader) -> Result<(), Cache
     for (leg, copy) in &copies {
         if found(copy).is_none() {
             let summary = AlignedBuf::copy_of(&bytes[from..]);
-            local.repair(*leg, offset + from as u64, summary).await?;
+            local.repair(*leg, end - len as u64, summary).await?;
         }
     }
     Ok(())

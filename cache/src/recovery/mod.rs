@@ -69,9 +69,8 @@ pub async fn recover(
 /// all legs is an error, never the end of the log.
 pub async fn read_segment(local: &Local, header: &SegmentHeader) -> Result<Found, CacheError> {
     let geometry = &local.geometry;
-    let tail = u64::from(summary::blocks_max(geometry.segment_blocks())) * BLOCK_SIZE as u64;
     let offset = geometry.segment_offset(header.segment);
-    let tails = local.read_each(offset + geometry.segment_size - tail, tail as usize).await?;
+    let tails = read_tails(local, header).await?;
     let sealed = tails.iter().find_map(|(_, bytes)| from_summary(bytes, header, geometry));
     if let Some(found) = sealed {
         return Ok(found);
@@ -82,6 +81,25 @@ pub async fn read_segment(local: &Local, header: &SegmentHeader) -> Result<Found
     let segments = local.read_each(offset, geometry.segment_size as usize).await?;
     let copies: Vec<&[u8]> = segments.iter().map(|(_, bytes)| &bytes[..]).collect();
     Ok(scan::scan_copies(&copies, header).0)
+}
+
+/// The end of a segment on each leg, with all of its summary if there is one.
+async fn read_tails(
+    local: &Local,
+    header: &SegmentHeader,
+) -> Result<Vec<(u8, AlignedBuf)>, CacheError> {
+    let geometry = &local.geometry;
+    let end = geometry.segment_offset(header.segment) + geometry.segment_size;
+    let usual = summary::blocks_max(geometry.segment_blocks());
+    let len = |blocks: u32| blocks as usize * BLOCK_SIZE;
+    let tails = local.read_each(end - len(usual) as u64, len(usual)).await?;
+    let lengths = tails.iter().filter_map(|(_, tail)| summary::length(tail, header.nonce));
+    match lengths.filter(|length| *length < geometry.segment_blocks()).max() {
+        Some(longer) if longer > usual => {
+            local.read_each(end - len(longer) as u64, len(longer)).await
+        }
+        _ => Ok(tails),
+    }
 }
 
 /// What the summary in `tail` (the last bytes of a segment) says, if there is a valid one that does not contradict itself.

@@ -2,6 +2,7 @@
 
 use super::hydrate::{HydrateError, HydrateStatus};
 use super::pin::PinError;
+use super::snapshots;
 use super::task::VdiTask;
 use crate::backing::Backing;
 use crate::cache::attach::verified;
@@ -12,7 +13,7 @@ use crate::format::segment::SegmentHeader;
 use crate::format::slot::VdiSlot;
 use crate::log_open::{OpenLog, belongs};
 use crate::release;
-use blockstore::WhenOffline;
+use blockstore::{SnapshotLabel, WhenOffline};
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{Lba, Lsn};
 use std::sync::Arc;
@@ -38,6 +39,8 @@ pub(crate) enum Command {
     Resize { bytes: u64, reply: oneshot::Sender<Result<(), CacheError>> },
     /// What becomes of requests that cannot go on without the store.
     SetWhenOffline { policy: WhenOffline, reply: oneshot::Sender<Result<(), CacheError>> },
+    /// Take a snapshot.
+    Snapshot { label: SnapshotLabel, reply: snapshots::Reply },
     /// Fetch these ranges into the cache ahead of need; all of the disk if none are given.
     Hydrate {
         ranges: Option<Vec<(Lba, u64)>>,
@@ -81,6 +84,7 @@ impl VdiTask {
                         })
                     }
                 };
+                self.fail_snapshots("the disk went out of service");
                 self.finish_evictions().await;
                 let _ = reply.send(result);
             }
@@ -106,6 +110,7 @@ impl VdiTask {
             Command::Pin { on, reply } => {
                 let _ = reply.send(self.pin(on).await);
             }
+            Command::Snapshot { label, reply } => self.snapshot(label, reply),
             Command::Hydrate { ranges, reply } => self.hydrate(ranges, reply),
             Command::Stop { forget, reply } => {
                 let result = if forget { self.forget().await } else { Ok(()) };
@@ -171,7 +176,7 @@ impl VdiTask {
             self.p.ground.pool.disk_joined(self.p.vdi, None, None);
         }
         let (open, headers, owned) = open?;
-        let OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn } = open;
+        let OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn, snapshots } = open;
         (self.p.slot, self.p.record) = (slot, record);
         (self.p.sender, self.p.from_disk) = (sender, from_disk);
         self.p.segments.renew(segments);
@@ -184,6 +189,8 @@ impl VdiTask {
         (self.open_since, self.roll_under_way) = (None, None);
         self.log_failure = None;
         self.unreadable.clear();
+        self.fail_snapshots("the disk's worker was replaced");
+        *self.p.snapshots.lock() = snapshots;
         for waiter in &mut self.waiters {
             waiter.lsn.get_or_insert(last_lsn);
         }

@@ -19,6 +19,7 @@ mod offline;
 mod pin;
 mod slope;
 mod slot;
+mod snapshots;
 mod state;
 mod task;
 mod through;
@@ -26,6 +27,7 @@ mod through;
 pub(crate) use command::Command;
 pub use hydrate::{HydrateError, HydrateStatus};
 pub use pin::PinError;
+pub use snapshots::SnapshotTaken;
 pub use state::{Phase, VdiStatus};
 pub(crate) use state::{Segment, Segments};
 pub(crate) use task::{VdiTask, VdiTaskParts};
@@ -34,8 +36,9 @@ use crate::backing::Backing;
 use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::format::slot::VdiSlot;
-use blockstore::WhenOffline;
+use crate::pending::PendingSnapshots;
 use blockstore::types::{Lba, Lsn};
+use blockstore::{SnapshotLabel, WhenOffline};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
@@ -49,6 +52,7 @@ pub(crate) struct VdiHandle {
     pub name: String,
     pub status: Arc<Mutex<VdiStatus>>,
     pub progress: Arc<Progress>,
+    pub snapshots: Arc<Mutex<PendingSnapshots>>,
     commands: mpsc::Sender<Command>,
     task: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
@@ -57,8 +61,9 @@ impl VdiHandle {
     pub fn spawn(name: String, progress: Arc<Progress>, parts: VdiTaskParts) -> Self {
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
         let status = Arc::clone(&parts.status);
+        let snapshots = Arc::clone(&parts.snapshots);
         let task = Mutex::new(Some(tokio::spawn(VdiTask::new(parts, receiver).run())));
-        Self { name, status, progress, commands, task }
+        Self { name, status, progress, snapshots, commands, task }
     }
 
     pub async fn drain(&self, vdi: uuid::Uuid) -> Result<Lsn, CacheError> {
@@ -100,6 +105,14 @@ impl VdiHandle {
     pub async fn pin(&self, vdi: uuid::Uuid, on: bool) -> Result<(), PinError> {
         let asked = self.ask(vdi, |reply| Command::Pin { on, reply }).await;
         asked.map_err(|error| PinError::Failed(error.to_string()))?
+    }
+
+    pub async fn snapshot(
+        &self,
+        vdi: uuid::Uuid,
+        label: SnapshotLabel,
+    ) -> Result<SnapshotTaken, CacheError> {
+        self.ask(vdi, |reply| Command::Snapshot { label, reply }).await?
     }
 
     pub async fn hydrate(

@@ -45,6 +45,8 @@ pub struct VdiStatus {
     pub dirty_bytes: u64,
     /// Bytes of log that are committed and kept as read cache.
     pub clean_bytes: u64,
+    /// Snapshots that are durable in the log and not in the store yet.
+    pub snapshots_pending: u64,
     /// Age of the oldest uncommitted data.
     pub oldest_dirty_ms: Option<u64>,
     /// Commits so far, and bytes of log in them.

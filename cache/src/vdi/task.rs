@@ -10,6 +10,7 @@ use super::hydrate::Hydration;
 use super::offline::Offline;
 use super::pin::Lost;
 use super::slope::Slope;
+use super::snapshots::Snapshots;
 use super::state::{Phase, Segments, VdiStatus};
 use super::through::Through;
 use crate::backing::Backing;
@@ -20,6 +21,7 @@ use crate::flusher::FlushOptions;
 use crate::format::slot::{SlotVdi, VdiSlot};
 use crate::link::{DiskSender, FetchError, FromDisk, ToDisk, WORKER_PANICKED};
 use crate::log_open::Ground;
+use crate::pending::PendingSnapshots;
 use crate::pool::PoolMessage;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use parking_lot::Mutex;
@@ -61,6 +63,8 @@ pub(crate) struct VdiTaskParts {
     pub from_pool: mpsc::UnboundedReceiver<PoolMessage>,
     pub status: Arc<Mutex<VdiStatus>>,
     pub progress: Arc<Progress>,
+    /// Those that are durable in the log and not in the store yet.
+    pub snapshots: Arc<Mutex<PendingSnapshots>>,
 }
 
 pub(crate) struct VdiTask {
@@ -102,6 +106,7 @@ pub(crate) struct VdiTask {
     pub(super) unreadable: Vec<(u64, Lba, u32)>,
     pub(super) hydration: Option<Hydration>,
     pub(super) lost: Lost,
+    pub(super) snapshots: Snapshots,
     /// Last LSN given out, once released.
     pub(super) last_staged: Lsn,
 }
@@ -133,6 +138,7 @@ impl VdiTask {
             offline: Offline::default(),
             hydration: None,
             lost: Lost::default(),
+            snapshots: Snapshots::default(),
             device_failed: false,
             refusals: 0,
             through: None,
@@ -232,6 +238,7 @@ impl VdiTask {
                     hydration.answer(message);
                 }
             }
+            FromDisk::SnapshotTaken { id, result } => self.snapshot_taken(id, result),
             FromDisk::Failed { reason } => {
                 self.device_failed |= reason != WORKER_PANICKED;
                 self.log_failed(reason);
@@ -257,6 +264,7 @@ impl VdiTask {
             // No worker writes its segments any more.
             self.p.ground.pool.disk_joined(self.p.vdi, None, None);
         }
+        self.tick_snapshots();
         if self.through.is_some() {
             return self.tick_offline();
         }
@@ -290,6 +298,7 @@ impl VdiTask {
     pub(super) fn log_failed(&mut self, reason: String) {
         tracing::error!(vdi = %self.p.record.name, %reason, "the log failed");
         self.fail_waiters(&reason);
+        self.fail_snapshots(&reason);
         self.log_failure.get_or_insert(reason);
     }
 
@@ -323,8 +332,10 @@ impl VdiTask {
         let committed = self.p.record.committed;
         let (dirty, clean) = self.p.segments.bytes(committed);
         let oldest = self.p.segments.oldest_dirty(committed).or(self.open_since);
+        let snapshots_pending = self.count_pending_snapshots();
         let mut status = self.p.status.lock();
         status.committed_lsn = committed.0;
+        status.snapshots_pending = snapshots_pending;
         status.write_through = self.through.is_some();
         let last = self.p.segments.last_lsn().unwrap_or(committed).max(committed).0;
         status.last_lsn = status.last_lsn.max(last);

@@ -5,7 +5,7 @@ use super::{
 };
 use crate::disk::{Tag, image_offset};
 use crate::format::record::{
-    ENTRIES_MAX, Kind, PAYLOAD_BLOCKS_MAX, RecordHeader, entry_len, push_descriptor,
+    DESCRIPTOR_LEN, ENTRIES_MAX, Kind, PAYLOAD_BLOCKS_MAX, RecordHeader, entry_len, push_descriptor,
 };
 use crate::format::segment::SegmentHeader;
 use crate::format::summary;
@@ -25,8 +25,17 @@ impl Log {
     }
 
     /// Finds room for an entry with up to `wanted` payload blocks (0 for none); opens batches and segments as needed.
-    /// None if there is no segment to go on in.
+    /// None if there is no segment to go on in, or snapshots that were asked for before wait for one.
     pub fn room(&mut self, wanted: u32) -> Option<Room> {
+        if self.snapshots_wait() && !self.stage_snapshots() {
+            return None;
+        }
+        self.room_for(DESCRIPTOR_LEN, wanted)
+    }
+
+    /// As [`Self::room`], for an entry that takes `bytes` bytes without its checksums.
+    pub(super) fn room_for(&mut self, bytes: usize, wanted: u32) -> Option<Room> {
+        let entry_len = |blocks: u32| bytes + entry_len(blocks) - DESCRIPTOR_LEN;
         loop {
             if self.open.is_none() {
                 self.open_next()?;

@@ -50,6 +50,7 @@ impl Log {
                 self.completions.extend(waiters.pop_front().map(|(_, tag)| (tag, true)));
             }
         }
+        self.answer_snapshots();
     }
 
     /// Starts a device flush if someone waits for one that could begin now. One at a time: whoever comes
@@ -70,7 +71,11 @@ impl Log {
                 && closing.last_batch <= self.written
                 && closing.last_batch > self.flushed
         });
-        for_guest || !self.through_waiters.is_empty() || for_seal || self.flush_ahead()
+        for_guest
+            || !self.through_waiters.is_empty()
+            || self.snapshot_wants_flush()
+            || for_seal
+            || self.flush_ahead()
     }
 
     /// A guest that flushes after each write will flush again: start before it asks.

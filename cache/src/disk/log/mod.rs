@@ -15,14 +15,18 @@
 //!   in those that are older.
 //! * INV-LOG-7: with no leg left, a request is done when the store durably has it, and none is before it is known that the
 //!   store has all that was done before (rule L6); see `through.rs`.
+//! * INV-LOG-8: a snapshot is answered only when it is durable (rule C4); it holds what has a lower LSN; see `snapshots.rs`.
 
 mod append;
 mod durable;
 mod legs;
 mod seal;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 mod through;
+
+pub use snapshots::SNAPSHOTS_WAITING_MAX;
 
 use super::{Action, Identity, Tag};
 use crate::disk::plan::SegmentId;
@@ -185,6 +189,7 @@ pub struct Log {
     flush_follows: u32,
     marker_due: bool,
     rolls: VecDeque<Roll>,
+    snapshots: snapshots::Snapshots,
     /// Writes that `poll` has not handed out yet.
     writes: Vec<Action>,
     /// Legs in the durable set of members.
@@ -241,6 +246,7 @@ impl Log {
             flush_follows: 0,
             marker_due: false,
             rolls: VecDeque::new(),
+            snapshots: snapshots::Snapshots::default(),
             writes: Vec::new(),
             members,
             failing: LegSet::NONE,
@@ -276,6 +282,7 @@ impl Log {
     pub fn grant(&mut self, grant: Grant) {
         self.want_sent = false;
         self.spare.push_back(grant);
+        self.stage_snapshots();
     }
 
     /// Lets the open segment be sealed, if anything is in it.
@@ -320,24 +327,35 @@ impl Log {
     }
 
     pub fn poll(&mut self, actions: &mut Vec<Action>) {
+        if self.snapshots_wait() {
+            self.stage_snapshots();
+        }
         if self.through.is_some() {
             self.advance_through();
         } else if self.failure.is_none() {
             if self.marker_due {
                 self.stage_marker();
             }
-            let gathered = self.open.as_ref().is_some_and(|open| open.gathering.is_some());
-            if gathered && self.batches.len() < BATCHES_MAX {
-                self.send_batch();
-            }
+            self.send_gathered();
             self.start_flush(actions);
             self.advance_closing();
+            if self.snapshots_wait() && self.stage_snapshots() {
+                // A full segment was sealed, so that another could be opened.
+                self.send_gathered();
+            }
             self.ask_for_segment();
         }
         self.answer_rolls();
         self.answer_join();
         actions.append(&mut self.writes);
         actions.extend(self.outbox.drain(..).map(Action::Send));
+    }
+
+    fn send_gathered(&mut self) {
+        let gathered = self.open.as_ref().is_some_and(|open| open.gathering.is_some());
+        if gathered && self.batches.len() < BATCHES_MAX {
+            self.send_batch();
+        }
     }
 
     /// What there is to be said, in its order.
@@ -362,7 +380,10 @@ impl Log {
             && self.writes.is_empty()
             && self.is_through_quiet()
             && (self.failure.is_some()
-                || (!gathering && self.closing.is_empty() && self.flush_waiters.is_empty()))
+                || (!gathering
+                    && self.closing.is_empty()
+                    && self.flush_waiters.is_empty()
+                    && self.are_snapshots_durable()))
     }
 
     pub fn take_unused_grants(&mut self) -> Vec<Grant> {

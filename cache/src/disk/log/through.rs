@@ -87,6 +87,7 @@ impl Log {
         // Read from memory still, like what was sealed is from the device; never written.
         let open = self.open.as_mut().and_then(|open| open.gathering.take());
         self.completions.extend(open.into_iter().flat_map(|g| g.tags).map(|tag| (tag, false)));
+        self.fail_snapshots(why);
     }
 
     /// The store's image reaches this LSN.
@@ -99,6 +100,7 @@ impl Log {
         while through.settled && through.waiters.front().is_some_and(|(at, _)| *at <= lsn) {
             self.completions.extend(through.waiters.pop_front().map(|(_, tag)| (tag, true)));
         }
+        self.answer_snapshots();
     }
 
     /// No leg is left, and the log has not failed.

@@ -1,0 +1,113 @@
+//! Snapshots in a disk's log that the store does not have yet. Pure.
+//!
+//! There may be as many as the log holds records, a million and more: 24 bytes each, and their labels one behind the other.
+
+use blockstore::SnapshotLabel;
+use blockstore::types::Lsn;
+use std::collections::VecDeque;
+
+/// A snapshot that is durable in the log, and not committed to the store yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PendingSnapshot {
+    /// Its point in the guest's write order: its name.
+    pub lsn: Lsn,
+    /// When it was asked for, milliseconds since 1970.
+    pub time_ms: u64,
+    /// For people; may be empty.
+    pub label: SnapshotLabel,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    lsn: Lsn,
+    time_ms: u64,
+    /// Bytes of labels up to the end of its own, counted from the first that there ever was.
+    labels: u64,
+}
+
+/// See the module. In the order of their LSNs.
+#[derive(Clone, Debug, Default)]
+pub struct PendingSnapshots {
+    places: VecDeque<Place>,
+    labels: VecDeque<u8>,
+    /// Bytes of labels that are gone.
+    gone: u64,
+}
+
+impl PendingSnapshots {
+    /// Adds the newest.
+    pub fn push(&mut self, lsn: Lsn, time_ms: u64, label: &SnapshotLabel) {
+        debug_assert!(self.places.back().is_none_or(|last| last.lsn < lsn));
+        self.labels.extend(label.as_str().as_bytes());
+        let labels = self.gone + self.labels.len() as u64;
+        self.places.push_back(Place { lsn, time_ms, labels });
+    }
+
+    /// The store has everything up to `committed`.
+    pub fn retire(&mut self, committed: Lsn) {
+        while let Some(first) = self.places.pop_front_if(|first| first.lsn <= committed) {
+            self.labels.drain(..(first.labels - self.gone) as usize);
+            self.gone = first.labels;
+        }
+        if self.places.is_empty() {
+            // A backlog's memory is not kept once it is gone.
+            *self = Self::default();
+        }
+    }
+
+    /// How many.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// None.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// All of them, oldest first.
+    pub fn iter(&self) -> impl Iterator<Item = PendingSnapshot> {
+        let mut from = 0;
+        self.places.iter().map(move |place| {
+            let to = (place.labels - self.gone) as usize;
+            let label: Vec<u8> = self.labels.range(from..to).copied().collect();
+            from = to;
+            let label = String::from_utf8(label).ok();
+            let label = label.and_then(|label| SnapshotLabel::new(label).ok()).unwrap_or_default();
+            PendingSnapshot { lsn: place.lsn, time_ms: place.time_ms, label }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_stay_with_their_snapshots() {
+        let of = |n: u64| PendingSnapshot {
+            lsn: Lsn(n * 3),
+            time_ms: 1_000 + n,
+            label: SnapshotLabel::new("ü".repeat(n as usize % 4)).unwrap(),
+        };
+        let mut pending = PendingSnapshots::default();
+        for round in 0..3 {
+            let (from, to) = (round * 50, round * 50 + 70);
+            for n in (from + 20).max(1)..to {
+                let all = pending.iter().last().map_or(0, |last| last.lsn.0);
+                let PendingSnapshot { lsn, time_ms, label } = of(n);
+                if lsn.0 > all {
+                    pending.push(lsn, time_ms, &label);
+                }
+            }
+            pending.retire(Lsn((to - 20) * 3 + 1));
+            let left: Vec<_> = pending.iter().collect();
+            assert_eq!(left, (to - 19..to).map(of).collect::<Vec<_>>());
+            assert_eq!(pending.len(), left.len());
+        }
+        pending.retire(Lsn(u64::MAX));
+        assert!(pending.is_empty() && pending.labels.capacity() == 0);
+    }
+}

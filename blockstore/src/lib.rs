@@ -27,7 +27,7 @@
 //! ```
 //!
 //! Where to start reading: `format/` (bytes, pure), `slot` (lockable records), `alloc/` (free blocks),
-//! `tree/` (reading), `commit/` (the protocol, in its module's head), `root` (when blocks may be used
+//! `tree/` (reading), `snapshots/`, `commit/` (the protocol, in its module's head), `root` (when blocks may be used
 //! again), `store/` (what users call). The byte layout is in docs/on-disk-format.md.
 
 pub mod alloc;
@@ -44,6 +44,7 @@ pub mod policy;
 pub mod root;
 pub mod sabotage;
 pub mod slot;
+pub mod snapshots;
 pub mod store;
 pub mod tree;
 pub mod types;

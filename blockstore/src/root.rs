@@ -103,7 +103,7 @@ impl Drop for Root {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::vdi::VdiState;
+    use crate::format::vdi::{SnapshotIndex, VdiState};
     use crate::types::{Generation, Lsn};
     use uuid::Uuid;
 
@@ -130,7 +130,8 @@ mod tests {
             log_id: None,
             birth: Birth(0),
             last_snapshot_birth: Birth(0),
-            snapshot_log: Pointer::SPARSE,
+            snapshots: SnapshotIndex::default(),
+            origin: None,
             meta: Pointer::SPARSE,
             created_ms: 0,
             committed_ms: 0,

@@ -1,8 +1,12 @@
 //! Helpers of this crate's tests: a store on a simulated device, and a model of a disk.
 
-use crate::commit::{Batch, Change};
+use crate::commit::{Batch, Change, Cut};
 use crate::crc::crc32c;
 use crate::device::sim::{SimDevice, SimOptions};
+use crate::format::snapshot::{Snapshot, SnapshotLabel};
+use crate::format::vdi::VdiHead;
+use crate::snapshots::Page;
+use crate::tree::Extents;
 use crate::types::{BLOCK_SIZE, Lba, Lsn};
 use crate::{AttachOptions, FormatOptions, OpenOptions, Store, Vdi};
 use bytes::Bytes;
@@ -76,6 +80,24 @@ pub fn batch(lsn: u64, changes: Vec<Change>) -> Batch {
     Batch::new(Lsn(lsn), changes)
 }
 
+/// A batch of parts, each with the LSN at which it ends; a snapshot after each but the last.
+pub fn cut_batch(mut parts: Vec<(u64, Vec<Change>)>) -> Batch {
+    let (lsn, changes) = parts.pop().expect("a part");
+    let cuts = parts.into_iter().map(|(lsn, changes)| Cut {
+        changes,
+        lsn: Lsn(lsn),
+        time_ms: 1000 + lsn,
+        label: SnapshotLabel::new(format!("at {lsn}")).expect("label"),
+    });
+    Batch { lsn: Lsn(lsn), cuts: cuts.collect(), changes }
+}
+
+/// All snapshots of a disk, oldest first.
+pub async fn snapshots(store: &Store, name: &str) -> Vec<Snapshot> {
+    let page = Page { newest_first: false, beyond: None, limit: usize::MAX };
+    store.snapshots(name, page).await.expect("snapshots")
+}
+
 /// What a disk should hold: version by block.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Model(pub BTreeMap<u64, u64>);
@@ -112,6 +134,24 @@ impl Model {
         assert_eq!(found, self.0);
     }
 
+    /// Compares with a snapshot, read block by block.
+    pub async fn check_snapshot(&self, store: &Store, disk: &VdiHead, snapshot: &Snapshot) {
+        let reader = store.reader();
+        let mut extents = Extents::of(&snapshot.as_head(disk));
+        let mut found = BTreeMap::new();
+        while let Some(leaf) = extents.next_leaf(&reader).await.expect("a node of a snapshot") {
+            let pointers: Vec<_> = leaf.iter().map(|(_, pointer)| *pointer).collect();
+            let blocks = reader.read_blocks(&pointers).await.expect("data of a snapshot");
+            for ((lba, _), block) in leaf.iter().zip(blocks) {
+                found.insert(
+                    lba.0,
+                    u64::from_le_bytes(block[8..16].try_into().expect("8")) ^ 1 << 40,
+                );
+            }
+        }
+        assert_eq!(found, self.0, "snapshot {}", snapshot.lsn);
+    }
+
     /// Compares blocks read through the attached disk.
     pub async fn check_read(&self, vdi: &Vdi, lba: u64, blocks: u32) {
         let read = vdi.read(Lba(lba), blocks).await.expect("read");
@@ -137,16 +177,40 @@ pub async fn check_blocks(store: &Store) -> std::collections::BTreeSet<u64> {
             continue;
         }
         let mut blocks = vec![(head.meta, ExtentType::Metadata)];
-        let mut stack = vec![(head.root, head.height)];
-        while let Some((pointer, level)) = stack.pop() {
+        let mut trees = vec![(head.root, head.height, head.last_snapshot_birth)];
+        let mut lists = vec![(head.snapshots.root, head.snapshots.height, 0)];
+        while let Some((pointer, level, first)) = lists.pop() {
             if pointer.is_sparse() {
                 continue;
             }
-            let kind = if level == 0 { ExtentType::Data } else { ExtentType::Metadata };
-            blocks.push((pointer, kind));
-            if level > 0 {
+            blocks.push((pointer, ExtentType::Metadata));
+            if level > 1 {
                 let node = store.reader().read_nodes(&[pointer]).await.expect("node").remove(0);
-                stack.extend(node.children().map(|(_, child)| (child, level - 1)));
+                lists.extend(node.children().map(|(slot, p)| (p, level - 1, u64::from(slot))));
+                continue;
+            }
+            let list = store.reader().snapshot_leaf(first, pointer).await.expect("snapshots");
+            trees.extend(list.into_iter().map(|(_, s)| (s.root, s.height, s.birth)));
+        }
+        let mut shared = std::collections::BTreeSet::new();
+        for (root, height, last_snapshot) in trees {
+            let mut stack = vec![(root, height)];
+            while let Some((pointer, level)) = stack.pop() {
+                if pointer.is_sparse() {
+                    continue;
+                }
+                // Snapshots, clones and what they were made from may share what is not a disk's own.
+                if !pointer.is_exclusive(last_snapshot) {
+                    if used.contains(&pointer.gba.0) || !shared.insert(pointer.gba.0) {
+                        continue;
+                    }
+                }
+                let kind = if level == 0 { ExtentType::Data } else { ExtentType::Metadata };
+                blocks.push((pointer, kind));
+                if level > 0 {
+                    let node = store.reader().read_nodes(&[pointer]).await.expect("node").remove(0);
+                    stack.extend(node.children().map(|(_, child)| (child, level - 1)));
+                }
             }
         }
         for (pointer, kind) in blocks {

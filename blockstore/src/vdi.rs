@@ -14,6 +14,7 @@ use crate::format::vdi::VdiHead;
 use crate::policy::WhenOffline;
 use crate::root::{Garbage, GarbageSink, Root};
 use crate::slot::View;
+use crate::snapshots::edit::KnownLeaf;
 use crate::store::Core;
 use crate::store::write_meta;
 use crate::types::{Birth, Generation, Lba, Lsn};
@@ -66,13 +67,15 @@ pub(crate) struct VdiInner {
 pub(crate) struct Control {
     /// The head as this attachment last wrote or read it.
     pub view: View<VdiHead>,
+    /// The leaf of the snapshots' tree that was written last, so that the next snapshot needs no read.
+    pub last_leaf: Option<KnownLeaf>,
     /// Why nothing may be committed any more.
     lost: Option<(StoreErrorKind, String)>,
 }
 
 impl Control {
     pub(crate) fn new(view: View<VdiHead>) -> Self {
-        Self { view, lost: None }
+        Self { view, last_leaf: None, lost: None }
     }
 
     pub(crate) fn check(&self, vdi: &VdiInner) -> Result<()> {
@@ -240,7 +243,7 @@ impl Vdi {
 
     /// Runs an operation as a task that goes on when its caller stops waiting: a head's write that
     /// was given up half way might land after a later one.
-    async fn unstoppable<T, F, R>(&self, operation: F) -> Result<T>
+    pub(crate) async fn unstoppable<T, F, R>(&self, operation: F) -> Result<T>
     where
         T: Send + 'static,
         F: FnOnce(Arc<VdiInner>) -> R,

@@ -17,7 +17,7 @@ use blockstore::format::meta::VdiMeta;
 use blockstore::format::node::tree_span;
 use blockstore::format::pointer::Pointer;
 use blockstore::format::superblock::Superblock;
-use blockstore::format::vdi::{Owner, VdiHead, VdiState};
+use blockstore::format::vdi::{Owner, VdiHead, VdiState, SnapshotIndex};
 use blockstore::types::{Birth, Gba, Generation, Lsn};
 use libfuzzer_sys::fuzz_target;
 use uuid::Uuid;
@@ -59,7 +59,8 @@ fn vdi() -> VdiHead {
         log_id: Some(Uuid::from_u128(0x66)),
         birth: Birth(3),
         last_snapshot_birth: Birth(1),
-        snapshot_log: Pointer::SPARSE,
+        snapshots: SnapshotIndex::default(),
+            origin: None,
         meta: pointer(301),
         created_ms: 0x88,
         committed_ms: 0x99,

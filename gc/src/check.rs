@@ -41,6 +41,8 @@ pub struct Report {
     pub url: String,
     /// Disks walked.
     pub vdis: u64,
+    /// Their snapshots.
+    pub snapshots: u64,
     /// Nodes read and checked.
     pub nodes: u64,
     /// Data blocks read and checked.
@@ -137,6 +139,7 @@ async fn check_once(store: &Store, options: CheckOptions) -> Result<(Report, Hea
             Content::Valid(_) => {}
         }
     }
+    report.snapshots = marks.snapshots;
     report.nodes = marks.nodes;
     report.data_blocks_checked = marks.data_checked;
     report.blocks_reachable = marks.reached.len();

@@ -1,7 +1,10 @@
 //! Marking: walks a tree, checks every node against its pointer, and sets a bit per reachable block.
 //!
 //! Depth first, 256 nodes at a time in disk order, so memory does not grow with the disk. A subtree
-//! that another tree reached before, and that both may share, is not walked again.
+//! that another tree reached before, and that both may share, is not walked again: so a disk's thousandth snapshot costs
+//! what it does not share with the others.
+
+mod snapshots;
 
 use crate::bits::Bits;
 use blockstore::format::extent::ExtentType;
@@ -10,7 +13,7 @@ use blockstore::format::node::{NODE_SHIFT, entry_span};
 use blockstore::format::pointer::Pointer;
 use blockstore::format::vdi::VdiHead;
 use blockstore::tree::Reader;
-use blockstore::types::Gba;
+use blockstore::types::{Gba, Lsn};
 use blockstore::{Result, StoreErrorKind};
 
 /// What the bitmaps and the catalogue say, and what was reached so far.
@@ -26,6 +29,8 @@ pub struct Marks {
     exclusive: Bits,
     /// Nodes read and checked.
     pub nodes: u64,
+    /// Snapshots whose trees were walked.
+    pub snapshots: u64,
     /// Data blocks read and checked.
     pub data_checked: u64,
 }
@@ -55,11 +60,12 @@ impl Marks {
             reached: Bits::new(blocks),
             exclusive: Bits::new(blocks),
             nodes: 0,
+            snapshots: 0,
             data_checked: 0,
         }
     }
 
-    /// Marks everything that a disk reaches. With `data`, data blocks are read and checked too.
+    /// Marks everything that a disk and its snapshots reach. With `data`, data blocks are read and checked too.
     ///
     /// # Errors
     /// The device's; damage is reported as a problem.
@@ -71,12 +77,10 @@ impl Marks {
         data: bool,
         problems: &mut (dyn Problems + Send),
     ) -> Result<()> {
-        let mut tree = TreeWalk { marks: self, reader, name, head, problems };
-        tree.reach(head.meta, ExtentType::Metadata, "its name block");
-        if !head.root.is_sparse() && tree.reach(head.root, ExtentType::Metadata, "its root") {
-            tree.walk(data).await?;
-        }
-        Ok(())
+        let mut tree = TreeWalk { marks: self, reader, name, head, problems, snapshot: None };
+        tree.reach_own(head.meta, "its name block");
+        tree.walk_all(data).await?;
+        tree.walk_snapshots(data).await
     }
 }
 
@@ -86,9 +90,19 @@ struct TreeWalk<'a> {
     name: &'a str,
     head: &'a VdiHead,
     problems: &'a mut (dyn Problems + Send),
+    /// The one that is being walked, if it is not the disk itself.
+    snapshot: Option<Lsn>,
 }
 
 impl TreeWalk<'_> {
+    async fn walk_all(&mut self, data: bool) -> Result<()> {
+        let root = self.head.root;
+        if !root.is_sparse() && self.reach(root, ExtentType::Metadata, "its root") {
+            self.walk(data).await?;
+        }
+        Ok(())
+    }
+
     async fn walk(&mut self, data: bool) -> Result<()> {
         let mut stack = vec![(vec![Visit { pointer: self.head.root, base: 0 }], self.head.height)];
         while let Some((visits, level)) = stack.pop() {
@@ -136,6 +150,16 @@ impl TreeWalk<'_> {
 
     /// Marks one block and checks its place; true if it was not reached before.
     fn reach(&mut self, pointer: Pointer, kind: ExtentType, what: &str) -> bool {
+        let own = pointer.is_exclusive(self.head.last_snapshot_birth);
+        self.reach_as(pointer, kind, what, own)
+    }
+
+    /// As [`Self::reach`], for metadata that is no part of a tree that anyone could share.
+    fn reach_own(&mut self, pointer: Pointer, what: &str) -> bool {
+        self.reach_as(pointer, ExtentType::Metadata, what, true)
+    }
+
+    fn reach_as(&mut self, pointer: Pointer, kind: ExtentType, what: &str, own: bool) -> bool {
         let (gba, geometry) = (pointer.gba, self.reader.geometry());
         if pointer.is_sparse() {
             return false;
@@ -154,7 +178,6 @@ impl TreeWalk<'_> {
         if !self.marks.allocated.contains(gba) {
             self.say(format!("{what} is at block {gba}, which is marked free"));
         }
-        let own = pointer.is_exclusive(self.head.last_snapshot_birth);
         let fresh = self.marks.reached.insert(gba);
         if !fresh && (own || self.marks.exclusive.contains(gba)) {
             self.say(format!("{what} is at block {gba}, which something else uses too"));
@@ -217,7 +240,8 @@ impl TreeWalk<'_> {
     }
 
     fn say(&mut self, what: String) {
-        let problem = format!("VDI '{}' ({}): {what}.", self.name, self.head.uuid);
+        let snapshot = self.snapshot.map_or(String::new(), |lsn| format!(", snapshot {lsn}"));
+        let problem = format!("VDI '{}' ({}){snapshot}: {what}.", self.name, self.head.uuid);
         self.problems.report(problem);
     }
 }

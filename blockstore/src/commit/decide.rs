@@ -59,7 +59,7 @@ fn same_attachment(a: &VdiHead, b: &VdiHead) -> bool {
 mod tests {
     use super::*;
     use crate::format::pointer::Pointer;
-    use crate::format::vdi::{Owner, VdiState};
+    use crate::format::vdi::{Owner, SnapshotIndex, VdiState};
     use crate::types::{Birth, Gba, Generation, Lsn};
     use uuid::Uuid;
 
@@ -77,7 +77,8 @@ mod tests {
             log_id: Some(Uuid::from_u128(5)),
             birth: Birth(6),
             last_snapshot_birth: Birth(0),
-            snapshot_log: Pointer::SPARSE,
+            snapshots: SnapshotIndex::default(),
+            origin: None,
             meta: Pointer::SPARSE,
             created_ms: 0,
             committed_ms: 0,

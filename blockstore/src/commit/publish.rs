@@ -5,34 +5,54 @@ use crate::alloc::{Allocator, Purpose};
 use crate::buf::AlignedBuf;
 use crate::commit::decide::{Decision, decide};
 use crate::commit::plan::{NewTree, TreePlan, check_changes};
-use crate::commit::{Batch, Change, Committed};
+use crate::commit::{Batch, Change, Committed, Cut, SnapshotLabel};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::extent::ExtentType;
 use crate::format::node::Node;
 use crate::format::pointer::Pointer;
+use crate::format::snapshot::Snapshot;
 use crate::format::vdi::VdiHead;
 use crate::io::{Write, now_ms};
 use crate::root::{Garbage, Root};
 use crate::sabotage::{self, Bug};
 use crate::slot::{Content, Swap, View};
+use crate::snapshots::edit::{Edited, Ground, KnownLeaf};
 use crate::tree::RUN_BLOCKS_MAX;
-use crate::types::{BLOCK_SIZE, Birth, Gba};
+use crate::types::{BLOCK_SIZE, Birth, Gba, Lsn};
 use crate::vdi::{Control, VdiInner};
 use bytes::Bytes;
+use hashbrown::HashMap;
 use std::sync::Arc;
 
 /// A batch whose data is on the device, but not reachable yet. Dropped unpublished, it gives its
 /// blocks back.
 #[derive(Debug)]
 pub struct Prepared {
-    batch: Batch,
-    /// Address and checksum per change; unused for zeros.
-    written: Vec<(Gba, u32)>,
+    lsn: Lsn,
+    parts: Vec<Part>,
     writes: Vec<Write>,
     /// The device's epoch before the first write.
     epoch: u64,
     runs: Vec<Run>,
     allocator: Arc<Allocator>,
+}
+
+/// What a batch changes up to one of its cuts, or after the last.
+#[derive(Debug)]
+struct Part {
+    changes: Vec<Change>,
+    /// Address and checksum per change; unused for zeros.
+    written: Vec<(Gba, u32)>,
+    /// The snapshot that it ends with, but for what only the commit knows.
+    cut: Option<(Lsn, u64, SnapshotLabel)>,
+}
+
+impl Part {
+    fn pointers(&self, birth: Birth) -> impl Iterator<Item = Pointer> {
+        let pairs = self.changes.iter().zip(&self.written);
+        let writes = pairs.filter(|(change, _)| matches!(change, Change::Write { .. }));
+        writes.map(move |(_, &(gba, crc))| Pointer { gba, read_only: false, birth, crc })
+    }
 }
 
 impl Drop for Prepared {
@@ -46,12 +66,36 @@ impl Prepared {
     fn disarm(&mut self) {
         self.runs.clear();
     }
+}
 
-    fn pointers(&self, birth: Birth) -> Vec<Pointer> {
-        let pairs = self.batch.changes.iter().zip(&self.written);
-        let writes = pairs.filter(|(change, _)| matches!(change, Change::Write { .. }));
-        let pointer = |&(gba, crc): &(Gba, u32)| Pointer { gba, read_only: false, birth, crc };
-        writes.map(|(_, place)| pointer(place)).collect()
+/// The next image, as it would be: nothing of it is written yet but data.
+#[derive(Debug)]
+struct Image {
+    head: VdiHead,
+    /// Nodes of the disk's tree, and of the snapshots' trees in between.
+    nodes: Vec<(Pointer, Arc<Node>)>,
+    /// Changes to the snapshots.
+    snapshots: Option<Edited>,
+    garbage: Garbage,
+    /// Where the batch's data is, in its order.
+    pointers: Vec<Pointer>,
+}
+
+impl Image {
+    /// Everything that is written before the head.
+    fn writes(&self) -> Vec<Write> {
+        let mut writes = gather_nodes(&self.nodes);
+        if let Some(edited) = &self.snapshots {
+            writes.extend(gather(edited.writes.iter().cloned()));
+        }
+        writes
+    }
+
+    /// The blocks of [`Self::writes`].
+    fn blocks(&self) -> Vec<Gba> {
+        let nodes = self.nodes.iter().map(|(pointer, _)| pointer.gba);
+        let edited = self.snapshots.iter().flat_map(|edited| &edited.writes);
+        nodes.chain(edited.map(|(gba, _)| *gba)).collect()
     }
 }
 
@@ -59,8 +103,13 @@ impl VdiInner {
     /// Step 1: writes the batch's data to fresh blocks, in virtual order.
     pub(crate) async fn prepare(&self, batch: Batch) -> Result<Prepared> {
         let size = self.root.load().head.blocks();
-        check_changes(&batch.changes, size).map_err(|problem| self.invalid(problem))?;
-        let data = batch.changes.iter().filter_map(|change| match change {
+        let lsn = batch.lsn;
+        let mut parts = parts_of(batch).map_err(|problem| self.invalid(problem))?;
+        for part in &parts {
+            check_changes(&part.changes, size).map_err(|problem| self.invalid(problem))?;
+        }
+        let changes = parts.iter().flat_map(|part| &part.changes);
+        let data = changes.filter_map(|change| match change {
             Change::Write { data, crc, .. } => Some((data.clone(), *crc)),
             Change::Zero { .. } => None,
         });
@@ -76,25 +125,27 @@ impl VdiInner {
         let addresses: Vec<Gba> = runs.iter().flat_map(|run| run.iter()).collect();
         let writes = gather(addresses.iter().copied().zip(data.iter().map(|(d, _)| d.clone())));
         let mut places = addresses.into_iter().zip(data.into_iter().map(|(_, crc)| crc));
-        let written = batch.changes.iter().map(|change| match change {
-            Change::Write { .. } => places.next().unwrap_or_default(),
-            Change::Zero { .. } => (Gba(0), 0),
-        });
-        let written = written.collect();
+        for part in &mut parts {
+            let written = part.changes.iter().map(|change| match change {
+                Change::Write { .. } => places.next().unwrap_or_default(),
+                Change::Zero { .. } => (Gba(0), 0),
+            });
+            part.written = written.collect();
+        }
         let epoch = io.device().epoch();
         let started = std::time::Instant::now();
         // Cut off or failed here, the writes' outcome is unknown: their blocks leak until GC.
         io.write_all(&writes).await?;
         let ms = started.elapsed().as_millis() as u64;
         tracing::debug!(vdi = %self.name, blocks, writes = writes.len(), ms, "data written");
-        Ok(Prepared { batch, written, writes, epoch, runs, allocator })
+        Ok(Prepared { lsn, parts, writes, epoch, runs, allocator })
     }
 
     /// Steps 2 to 5.
     pub(crate) async fn publish(&self, mut prepared: Prepared) -> Result<Committed> {
         let mut control = self.control.lock().await;
         control.check(self)?;
-        let lsn = prepared.batch.lsn;
+        let lsn = prepared.lsn;
         let committed = self.root.load().head.committed;
         if lsn < committed {
             let problem = format!("the batch ends at LSN {lsn}, before the committed {committed}");
@@ -107,53 +158,116 @@ impl VdiInner {
                 // Committed before: by a call whose caller stopped waiting, or by an adopted head.
                 return Ok(Committed { lsn: head.committed, pointers: Vec::new() });
             }
-            let birth = head.birth.plus(1);
             let started = std::time::Instant::now();
-            let mut tree = self.build_tree(head, &prepared, birth).await?;
+            let known = control.last_leaf.take();
+            let mut image = self.build_image(head, &prepared, known.as_ref()).await?;
             if sabotage::on(Bug::FreeBeforeHead) {
-                self.core.allocator()?.free(std::mem::take(&mut tree.garbage.blocks));
+                self.core.allocator()?.free(std::mem::take(&mut image.garbage.blocks));
             }
             prepared.disarm();
             let tree_ms = started.elapsed().as_millis() as u64;
-            self.barrier(&prepared, &tree).await?;
+            self.barrier(&prepared, &image.writes()).await?;
             let ms = started.elapsed().as_millis() as u64;
-            tracing::debug!(vdi = %self.name, nodes = tree.nodes.len(), tree_ms, ms, "tree written");
-            let next = VdiHead {
-                root: tree.root,
-                committed: lsn,
-                committed_ms: now_ms(),
-                birth,
-                ..head.clone()
-            };
-            if self.swap_head(&mut control, next).await? {
+            tracing::debug!(vdi = %self.name, nodes = image.nodes.len(), tree_ms, ms, "tree written");
+            if self.swap_head(&mut control, image.head.clone()).await? {
                 let next = Root::new(self.head_of(&control)?, Arc::clone(&self.sink));
-                for (pointer, node) in &tree.nodes {
+                let edited = image.snapshots.iter().flat_map(|edited| &edited.nodes);
+                for (pointer, node) in image.nodes.iter().chain(edited) {
                     self.core.reader.nodes.insert(*pointer, Arc::clone(node));
                 }
+                control.last_leaf = image.snapshots.map_or(known, |edited| edited.last_leaf);
                 self.root.store(Arc::clone(&next));
-                base.retire(next, tree.garbage);
-                return Ok(Committed { lsn, pointers: prepared.pointers(birth) });
+                base.retire(next, image.garbage);
+                return Ok(Committed { lsn, pointers: image.pointers });
             }
-            // The nodes were written, but no head will ever name them: its compare can't succeed now.
-            self.core.allocator()?.free(tree.nodes.iter().map(|(p, _)| p.gba).collect());
+            // They were written, but no head will ever name them: its compare can't succeed now.
+            self.core.allocator()?.free(image.blocks());
         }
     }
 
-    /// Step 2, without the writes.
+    /// Step 2, without the writes: part after part, with a snapshot after each that ends in one (rule C4).
+    async fn build_image(
+        &self,
+        base: &VdiHead,
+        prepared: &Prepared,
+        known: Option<&KnownLeaf>,
+    ) -> Result<Image> {
+        let mut image = Image {
+            head: base.clone(),
+            nodes: Vec::new(),
+            snapshots: None,
+            garbage: Garbage::default(),
+            pointers: Vec::new(),
+        };
+        let purpose = if prepared.writes.is_empty() { Purpose::GivesBack } else { Purpose::Normal };
+        let mut unwritten = HashMap::new();
+        let mut taken = Vec::new();
+        for part in &prepared.parts {
+            // It rises at every cut, also at one that changes nothing.
+            let birth = image.head.birth.plus(1);
+            let tree = self.build_tree(&image.head, part, birth, &unwritten, purpose).await?;
+            if prepared.parts.len() > 1 {
+                let nodes = tree.nodes.iter();
+                unwritten.extend(nodes.map(|(pointer, node)| (*pointer, Arc::clone(node))));
+            }
+            image.pointers.extend(part.pointers(birth));
+            image.nodes.extend(tree.nodes);
+            image.garbage.blocks.extend(tree.garbage.blocks);
+            image.garbage.subtrees.extend(tree.garbage.subtrees);
+            (image.head.root, image.head.birth) = (tree.root, birth);
+            // A batch that was committed in part, before a crash, has its first cuts already.
+            if let Some((lsn, time_ms, label)) = &part.cut
+                && *lsn > base.committed
+            {
+                let head = &image.head;
+                taken.push(Snapshot {
+                    lsn: *lsn,
+                    time_ms: *time_ms,
+                    label: label.clone(),
+                    root: head.root,
+                    height: head.height,
+                    size_bytes: head.size_bytes,
+                    birth,
+                });
+                image.head.last_snapshot_birth = birth;
+            }
+        }
+        if !taken.is_empty() {
+            let ground = self.snapshot_ground(Purpose::Normal)?;
+            let birth = image.head.birth;
+            let mut edited = ground.append(base.snapshots, taken, birth, known).await?;
+            image.head.snapshots = edited.index;
+            image.garbage.blocks.append(&mut edited.replaced);
+            image.snapshots = Some(edited);
+        }
+        image.head.committed = prepared.lsn;
+        image.head.committed_ms = now_ms();
+        Ok(image)
+    }
+
+    /// The tree after one part of a batch. Nodes of the parts before it are `unwritten`.
     async fn build_tree(
         &self,
         head: &VdiHead,
-        prepared: &Prepared,
+        part: &Part,
         birth: Birth,
+        unwritten: &HashMap<Pointer, Arc<Node>>,
+        purpose: Purpose,
     ) -> Result<NewTree> {
-        let changes = &prepared.batch.changes;
+        let changes = &part.changes;
         check_changes(changes, head.blocks()).map_err(|problem| self.invalid(problem))?;
         let mut plan = TreePlan::new(changes, head);
         while let Some((_, wanted)) = plan.wanted() {
-            let nodes = self.core.reader.nodes(&wanted).await.map_err(|e| self.named(e))?;
-            plan.descend(nodes, &prepared.written, birth);
+            let stored: Vec<Pointer> =
+                wanted.iter().copied().filter(|pointer| !unwritten.contains_key(pointer)).collect();
+            let read = self.core.reader.nodes(&stored).await.map_err(|e| self.named(e))?;
+            let mut read = read.into_iter();
+            let nodes = wanted.iter().filter_map(|pointer| match unwritten.get(pointer) {
+                Some(node) => Some(Arc::clone(node)),
+                None => read.next(),
+            });
+            plan.descend(nodes.collect(), &part.written, birth);
         }
-        let purpose = if prepared.writes.is_empty() { Purpose::GivesBack } else { Purpose::Normal };
         let allocator = self.core.allocator()?;
         let blocks = plan.nodes_max();
         let runs = match blocks {
@@ -165,17 +279,22 @@ impl VdiInner {
         Ok(tree)
     }
 
+    /// For changes of this disk's snapshots.
+    pub(crate) fn snapshot_ground(&self, purpose: Purpose) -> Result<Ground<'_>> {
+        let core = &self.core;
+        Ok(Ground { reader: &core.reader, allocator: core.allocator()?, io: &core.io, purpose })
+    }
+
     /// Steps 2 and 3: nodes, and a flush that is known to cover every write since the first.
-    async fn barrier(&self, prepared: &Prepared, tree: &NewTree) -> Result<()> {
+    async fn barrier(&self, prepared: &Prepared, nodes: &[Write]) -> Result<()> {
         let io = &self.core.io;
-        let nodes = gather_nodes(&tree.nodes);
         if nodes.is_empty() && prepared.writes.is_empty() {
             return Ok(());
         }
         let mut attempts = io.attempts();
         let mut epoch = prepared.epoch;
         loop {
-            io.write_all(&nodes).await?;
+            io.write_all(nodes).await?;
             if sabotage::on(Bug::HeadBeforeBarrier) {
                 return Ok(());
             }
@@ -254,6 +373,27 @@ impl VdiInner {
         let head = control.view.record().cloned();
         head.ok_or_else(|| self.invalid("its head is not known".to_owned()))
     }
+}
+
+/// The parts of a batch, in order.
+fn parts_of(batch: Batch) -> Result<Vec<Part>, String> {
+    let mut parts = Vec::with_capacity(batch.cuts.len() + 1);
+    let mut last = Lsn(0);
+    for Cut { changes, lsn, time_ms, label } in batch.cuts {
+        if lsn <= last || lsn > batch.lsn {
+            return Err(format!(
+                "its cut at LSN {lsn} is out of order, or beyond its end at {}",
+                batch.lsn
+            ));
+        }
+        last = lsn;
+        parts.push(Part { changes, written: Vec::new(), cut: Some((lsn, time_ms, label)) });
+    }
+    // A batch that ends with a cut needs no part after it.
+    if parts.is_empty() || !batch.changes.is_empty() {
+        parts.push(Part { changes: batch.changes, written: Vec::new(), cut: None });
+    }
+    Ok(parts)
 }
 
 /// Joins blocks that lie one after the other into writes of at most 1 MiB.

@@ -14,7 +14,7 @@ use crate::format::host::{HostRecord, HostState};
 use crate::format::meta::VdiMeta;
 use crate::format::pointer::Pointer;
 use crate::format::superblock::Superblock;
-use crate::format::vdi::{Owner, VdiHead, VdiState};
+use crate::format::vdi::{Owner, SnapshotIndex, VdiHead, VdiState};
 use crate::policy::WhenOffline;
 use crate::types::{Birth, Gba, Generation, Lsn};
 use proptest::prelude::*;
@@ -96,7 +96,8 @@ fn vdi() -> VdiHead {
         log_id: Some(Uuid::from_u128(0x66)),
         birth: Birth(3),
         last_snapshot_birth: Birth(1),
-        snapshot_log: Pointer::SPARSE,
+        snapshots: SnapshotIndex::default(),
+        origin: None,
         meta: pointer(301),
         created_ms: 0x88,
         committed_ms: 0x99,

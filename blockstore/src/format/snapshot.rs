@@ -16,7 +16,7 @@
 //! 32 entries fill a leaf; the leaf's checksum is in the pointer to it.
 
 use crate::format::head::Damage;
-use crate::format::node::{HEIGHT_MAX, tree_span};
+use crate::format::node::{HEIGHT_MAX, NODE_SHIFT, tree_span};
 use crate::format::pointer::{POINTER_SIZE, Pointer};
 use crate::format::text;
 use crate::format::vdi::VDI_SIZE_MAX;
@@ -30,8 +30,19 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const SNAPSHOT_SIZE: usize = 128;
 /// Entries of a leaf.
 pub const LEAF_SNAPSHOTS: u64 = (BLOCK_SIZE / SNAPSHOT_SIZE) as u64;
+/// Tallest tree of snapshots: more than anyone makes.
+pub const SNAPSHOTS_HEIGHT_MAX: u8 = 5;
 /// Longest label, in bytes.
 pub const LABEL_MAX: usize = 64;
+
+/// Snapshots that a tree of `height` levels has places for.
+#[must_use]
+pub const fn snapshots_span(height: u8) -> u64 {
+    match height {
+        0 => 0,
+        _ => LEAF_SNAPSHOTS << (NODE_SHIFT * (height as u32 - 1)),
+    }
+}
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]

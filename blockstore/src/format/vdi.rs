@@ -3,6 +3,7 @@
 use crate::format::head::{BODY_SIZE, Body, Damage, Record, RecordKind};
 use crate::format::node::{HEIGHT_MAX, tree_span};
 use crate::format::pointer::{POINTER_SIZE, Pointer};
+use crate::format::snapshot::{SNAPSHOTS_HEIGHT_MAX, snapshots_span};
 use crate::format::{optional_uuid, uuid_bytes};
 use crate::types::{BLOCK_SIZE, Birth, Generation, Lsn};
 use serde::{Deserialize, Serialize};
@@ -31,12 +32,18 @@ struct RawVdi {
     birth: U64,
     last_snapshot_birth: U64,
     root: [u8; POINTER_SIZE],
-    snapshot_log: [u8; POINTER_SIZE],
+    snapshots_root: [u8; POINTER_SIZE],
     meta: [u8; POINTER_SIZE],
     created_ms: U64,
     committed_ms: U64,
     last_log: [u8; 16],
-    reserved: [u8; 268],
+    snapshots_made: U64,
+    snapshots_live: U64,
+    snapshots_height: U32,
+    reserved_a: U32,
+    origin_vdi: [u8; 16],
+    origin_lsn: U64,
+    reserved: [u8; 220],
 }
 
 const _: () = {
@@ -47,6 +54,8 @@ const _: () = {
     assert!(std::mem::offset_of!(RawVdi, created_ms) == 160);
     assert!(std::mem::offset_of!(RawVdi, committed_ms) == 168);
     assert!(std::mem::offset_of!(RawVdi, last_log) == 176);
+    assert!(std::mem::offset_of!(RawVdi, snapshots_made) == 192);
+    assert!(std::mem::offset_of!(RawVdi, origin_vdi) == 216);
 };
 
 /// Where a virtual disk is in its life. (A slot that was never used is all zero.)
@@ -71,6 +80,28 @@ pub struct Owner {
     pub host: Uuid,
     /// Its generation when it took, or last took up, the disk.
     pub generation: Generation,
+}
+
+/// Where a disk's snapshots are: a tree whose leaves hold the snapshots in the order in which they were made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SnapshotIndex {
+    /// Its top node, or only leaf; sparse if there is no snapshot.
+    pub root: Pointer,
+    /// Levels, that of the leaves included; 0 if there never was a snapshot.
+    pub height: u8,
+    /// How many were ever made: the place of the next one.
+    pub made: u64,
+    /// How many there are.
+    pub live: u64,
+}
+
+/// A snapshot of another disk that a disk began as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Origin {
+    /// The disk.
+    pub vdi: Uuid,
+    /// The snapshot.
+    pub lsn: Lsn,
 }
 
 /// A virtual disk's state.
@@ -100,8 +131,10 @@ pub struct VdiHead {
     pub birth: Birth,
     /// Pointers born at or before this may be shared with a snapshot or a clone's source.
     pub last_snapshot_birth: Birth,
-    /// Newest block of the snapshot log.
-    pub snapshot_log: Pointer,
+    /// Its snapshots.
+    pub snapshots: SnapshotIndex,
+    /// The snapshot that it was cloned from.
+    pub origin: Option<Origin>,
     /// The immutable block with name and policy.
     pub meta: Pointer,
     /// Milliseconds since 1970.
@@ -141,12 +174,18 @@ impl Record for VdiHead {
             birth: U64::new(self.birth.0),
             last_snapshot_birth: U64::new(self.last_snapshot_birth.0),
             root: self.root.encode(),
-            snapshot_log: self.snapshot_log.encode(),
+            snapshots_root: self.snapshots.root.encode(),
             meta: self.meta.encode(),
             created_ms: U64::new(self.created_ms),
             committed_ms: U64::new(self.committed_ms),
             last_log: uuid_bytes(self.last_log),
-            reserved: [0; 268],
+            snapshots_made: U64::new(self.snapshots.made),
+            snapshots_live: U64::new(self.snapshots.live),
+            snapshots_height: U32::new(self.snapshots.height.into()),
+            reserved_a: U32::ZERO,
+            origin_vdi: uuid_bytes(self.origin.map(|origin| origin.vdi)),
+            origin_lsn: U64::new(self.origin.map_or(0, |origin| origin.lsn.0)),
+            reserved: [0; 220],
         };
         zerocopy::transmute!(raw)
     }
@@ -183,6 +222,20 @@ impl Record for VdiHead {
         if raw.committed_lsn.get() > COMMITTED_LSN_MAX {
             return Err(Damage::Field("committed_lsn"));
         }
+        let snapshots = SnapshotIndex {
+            root: Pointer::decode(raw.snapshots_root)?,
+            height: u8::try_from(raw.snapshots_height.get()).unwrap_or(u8::MAX),
+            made: raw.snapshots_made.get(),
+            live: raw.snapshots_live.get(),
+        };
+        if snapshots.height > SNAPSHOTS_HEIGHT_MAX
+            || snapshots.made > snapshots_span(snapshots.height)
+            || snapshots.live > snapshots.made
+            || snapshots.root.is_sparse() != (snapshots.live == 0)
+        {
+            return Err(Damage::Field("snapshots"));
+        }
+        let origin_lsn = Lsn(raw.origin_lsn.get());
         Ok(Self {
             uuid,
             state,
@@ -197,7 +250,8 @@ impl Record for VdiHead {
             log_id: optional_uuid(raw.log_id),
             birth: Birth(raw.birth.get()),
             last_snapshot_birth: Birth(raw.last_snapshot_birth.get()),
-            snapshot_log: Pointer::decode(raw.snapshot_log)?,
+            snapshots,
+            origin: optional_uuid(raw.origin_vdi).map(|vdi| Origin { vdi, lsn: origin_lsn }),
             meta: Pointer::decode(raw.meta)?,
             created_ms: raw.created_ms.get(),
             committed_ms: raw.committed_ms.get(),

@@ -6,7 +6,7 @@ use crate::format::extent::ExtentType;
 use crate::format::head::Damage;
 use crate::format::host::{HostRecord, HostState};
 use crate::format::pointer::Pointer;
-use crate::format::vdi::{VdiHead, VdiState};
+use crate::format::vdi::{Origin, VdiHead, VdiState};
 use crate::io::{Health, now_ms};
 use crate::policy::WhenOffline;
 use crate::slot::View;
@@ -52,6 +52,10 @@ pub struct VdiInfo {
     pub committed_ms: u64,
     /// The log that extends the image.
     pub log_id: Option<Uuid>,
+    /// How many snapshots of it there are in the store.
+    pub snapshots: u64,
+    /// The snapshot that it was cloned from.
+    pub origin: Option<Origin>,
     /// Levels of its tree.
     pub height: u8,
     /// Root of its tree.
@@ -280,6 +284,8 @@ impl Store {
             committed_lsn: head.committed,
             committed_ms: head.committed_ms,
             log_id: head.log_id,
+            snapshots: head.snapshots.live,
+            origin: head.origin,
             height: head.height,
             root: head.root,
             created_ms: head.created_ms,

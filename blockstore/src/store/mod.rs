@@ -6,6 +6,7 @@ mod info;
 pub(crate) mod open;
 mod registry;
 mod rollback;
+mod snapshots;
 mod verify;
 
 pub use format::{FormatOptions, check_size, foreign_signature};

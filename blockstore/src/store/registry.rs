@@ -6,7 +6,7 @@ use crate::format::extent::ExtentType;
 use crate::format::meta::VdiMeta;
 use crate::format::node::height_for;
 use crate::format::pointer::Pointer;
-use crate::format::vdi::{GIVEN_UP, Owner, VdiHead, VdiState};
+use crate::format::vdi::{GIVEN_UP, Owner, SnapshotIndex, VdiHead, VdiState};
 use crate::io::{Io, now_ms};
 use crate::name::check_name;
 use crate::policy::WhenOffline;
@@ -44,7 +44,7 @@ impl VdiHead {
             owner: None,
             log_id: None,
             root: Pointer::SPARSE,
-            snapshot_log: Pointer::SPARSE,
+            snapshots: SnapshotIndex { root: Pointer::SPARSE, live: 0, ..self.snapshots },
             meta: Pointer::SPARSE,
             ..self
         }
@@ -94,17 +94,12 @@ impl Store {
         size_bytes: u64,
         when_offline: WhenOffline,
     ) -> Result<VdiInfo> {
-        let object = format!("VDI '{name}'");
-        let writer = self.core.writer()?;
+        self.core.writer()?;
         self.refuse_taken_name(name, None).await?;
-        let now = now_ms();
-        let uuid = Uuid::new_v4();
-        let meta = VdiMeta { uuid, name: name.to_owned(), when_offline, created_ms: now };
-        let meta = write_meta(&self.core, &self.control_io, &meta).await?;
         let head = VdiHead {
-            uuid,
-            state: VdiState::Creating,
-            owner: Some(Owner { host: writer.host, generation: writer.generation }),
+            uuid: Uuid::new_v4(),
+            state: VdiState::Active,
+            owner: None,
             attachment: Generation(0),
             attached_ms: 0,
             root: Pointer::SPARSE,
@@ -114,13 +109,35 @@ impl Store {
             log_id: None,
             birth: Birth(0),
             last_snapshot_birth: Birth(0),
-            snapshot_log: Pointer::SPARSE,
-            meta,
-            created_ms: now,
+            snapshots: SnapshotIndex::default(),
+            origin: None,
+            meta: Pointer::SPARSE,
+            created_ms: now_ms(),
             committed_ms: 0,
             last_log: None,
         };
-        let view = match self.take_slot(head.clone()).await {
+        self.enrol(name, when_offline, head).await
+    }
+
+    /// Gives a new disk a place in the registry under its name. From its first moment there it is a root, but no disk yet;
+    /// that it becomes only if the snapshot that it begins as is still there then.
+    pub(super) async fn enrol(
+        &self,
+        name: &str,
+        when_offline: WhenOffline,
+        head: VdiHead,
+    ) -> Result<VdiInfo> {
+        let object = format!("VDI '{name}'");
+        let writer = self.core.writer()?;
+        let meta = head.meta_block(name.to_owned(), when_offline);
+        let meta = write_meta(&self.core, &self.control_io, &meta).await?;
+        let (uuid, head) = (head.uuid, VdiHead { meta, ..head });
+        let creating = VdiHead {
+            state: VdiState::Creating,
+            owner: Some(Owner { host: writer.host, generation: writer.generation }),
+            ..head.clone()
+        };
+        let view = match self.take_slot(creating.clone()).await {
             Ok(view) => view,
             Err(error) => {
                 if error.kind == StoreErrorKind::NoSpace {
@@ -131,12 +148,15 @@ impl Store {
         };
         // Two hosts may have taken the same name at the same moment: both see the other here.
         let io = &self.core.io;
-        if let Err(error) = self.refuse_taken_name(name, Some(uuid)).await {
-            self.core.records.swap(io, &view, head.buried()).await?;
+        let mut fit = self.refuse_taken_name(name, Some(uuid)).await;
+        if let (Ok(()), Some(origin)) = (&fit, head.origin) {
+            fit = self.snapshot_of(origin).await.map(drop);
+        }
+        if let Err(error) = fit {
+            self.core.records.swap(io, &view, creating.buried()).await?;
             return Err(error);
         }
-        let active = VdiHead { state: VdiState::Active, owner: None, ..head };
-        let swap = self.core.records.swap(io, &view, active).await?;
+        let swap = self.core.records.swap(io, &view, head).await?;
         let view = swap.done(|| object.clone())?;
         let head = view.record().cloned().ok_or_else(|| gone(&object))?;
         let name = name.to_owned();
@@ -177,7 +197,7 @@ impl Store {
         ))
     }
 
-    async fn refuse_taken_name(&self, name: &str, own: Option<Uuid>) -> Result<()> {
+    pub(super) async fn refuse_taken_name(&self, name: &str, own: Option<Uuid>) -> Result<()> {
         for found in self.all_vdis().await? {
             if found.name == name && Some(found.head.uuid) != own {
                 return Err(StoreError::new(
@@ -288,21 +308,42 @@ impl Store {
         self.describe(&found, &self.scan_hosts().await?).await
     }
 
-    /// Deletes a disk, by name or UUID. It is gone when this returns; its blocks are freed in the
+    /// Deletes a disk without snapshots, by name or UUID. It is gone when this returns; its blocks are freed in the
     /// background.
     ///
     /// # Errors
-    /// `NotFound`; `InUse` saying by whom and since when it is attached; the device's.
+    /// `NotFound`; `InUse` saying by whom and since when it is attached, or that it has snapshots; the device's.
     pub async fn delete_vdi(self: &Arc<Self>, name_or_uuid: &str) -> Result<()> {
         let name = name_or_uuid.to_owned();
-        self.change(|store| async move { store.delete_now(&name).await }).await
+        self.change(|store| async move { store.delete_now(&name, false).await }).await
     }
 
-    async fn delete_now(&self, name_or_uuid: &str) -> Result<()> {
+    /// Deletes a disk with all of its snapshots, of which no clone may hang on any. What only they hold is free after
+    /// collection.
+    ///
+    /// # Errors
+    /// As [`delete_vdi`](Self::delete_vdi); `InUse` naming a clone.
+    pub async fn delete_vdi_and_snapshots(self: &Arc<Self>, name_or_uuid: &str) -> Result<()> {
+        let name = name_or_uuid.to_owned();
+        self.change(|store| async move { store.delete_now(&name, true).await }).await
+    }
+
+    async fn delete_now(&self, name_or_uuid: &str, with_snapshots: bool) -> Result<()> {
         let core = &self.core;
         let reclaimer = Arc::clone(&core.writer()?.reclaimer);
         let found = self.find_vdi(name_or_uuid).await?;
         self.refuse_attached(&found, "delete").await?;
+        let live = found.head.snapshots.live;
+        if live > 0 && !with_snapshots {
+            return Err(StoreError::new(
+                StoreErrorKind::InUse,
+                found.object(),
+                format!(
+                    "it has {live} snapshots; delete them first, or with it: 'ballast vdi delete --with-snapshots'"
+                ),
+            ));
+        }
+        self.refuse_cloned(&found, None).await?;
         let head = &found.head;
         let swap = core.records.swap(&core.io, &found.view, head.clone().buried()).await?;
         swap.done(|| found.object())?;
@@ -319,7 +360,7 @@ impl Store {
         Ok(())
     }
 
-    async fn refuse_attached(&self, found: &Found, verb: &str) -> Result<()> {
+    pub(super) async fn refuse_attached(&self, found: &Found, verb: &str) -> Result<()> {
         if found.head.owner.is_none() {
             return Ok(());
         }

@@ -7,7 +7,8 @@
 
 use crate::device::sim::{SimDevice, SimOptions};
 use crate::testing::{
-    HOST, LOG, MIB, Model, attach, batch, check_blocks, format, host, open, write, zero,
+    HOST, LOG, MIB, Model, attach, batch, check_blocks, cut_batch, format, host, open, snapshots,
+    write, zero,
 };
 use crate::{AttachOptions, Change, Store, StoreErrorKind};
 use std::cell::RefCell;
@@ -45,7 +46,14 @@ async fn workload(sim: &SimDevice, history: &RefCell<History>) {
         let mut model = history.borrow().submitted.last().cloned().unwrap_or_default();
         model.apply(&changes(lsn), lsn);
         history.borrow_mut().submitted.push(model);
-        vdi.commit(batch(lsn, changes(lsn))).await.expect("commit");
+        // Some commits end with a snapshot, some go on after one.
+        let parts = match lsn {
+            4 | 9 => continue,
+            5 | 10 => vec![(lsn - 1, changes(lsn - 1)), (lsn, changes(lsn))],
+            7 => vec![(lsn, changes(lsn)), (lsn, Vec::new())],
+            _ => vec![(lsn, changes(lsn))],
+        };
+        vdi.commit(cut_batch(parts)).await.expect("commit");
         history.borrow_mut().acknowledged = lsn as usize;
         if lsn == 5 {
             store.create_vdi("short-lived", MIB).await.expect("create");
@@ -75,6 +83,7 @@ async fn judge(sim: &SimDevice, history: &History, when: &str) {
     let mut model = lsn.checked_sub(1).map_or(Model::default(), |n| history.submitted[n].clone());
     model.check(&store, "d").await;
     check_blocks(&store).await;
+    check_snapshots(&store, history, lsn as u64, when).await;
 
     // The store goes on, without harm to what was there.
     let vdi = store.attach(info.uuid, AttachOptions { log_id: LOG }).await.expect("attach");
@@ -85,7 +94,21 @@ async fn judge(sim: &SimDevice, history: &History, when: &str) {
     }
     model.check(&store, "d").await;
     check_blocks(&store).await;
+    check_snapshots(&store, history, lsn as u64, when).await;
     store.close().await.expect("close");
+}
+
+/// Exactly the snapshots up to `lsn` are there, each as the disk was then (P5).
+async fn check_snapshots(store: &Store, history: &History, lsn: u64, when: &str) {
+    let found = snapshots(store, "d").await;
+    let lsns: Vec<u64> = found.iter().map(|snapshot| snapshot.lsn.0).collect();
+    let expected: Vec<u64> = [4, 7, 9].into_iter().filter(|cut| *cut <= lsn).collect();
+    assert_eq!(lsns, expected, "{when}, at LSN {lsn}");
+    let disk = store.scan_vdis().await.expect("registry")[0].1.record().cloned().expect("disk");
+    for snapshot in &found {
+        let model = &history.submitted[snapshot.lsn.0 as usize - 1];
+        model.check_snapshot(store, &disk, snapshot).await;
+    }
 }
 
 /// Runs `work` until it ends or the session's host dies; true if it died.

@@ -4,6 +4,7 @@
 //! milliseconds, LSNs count from 1 per disk (0: nothing written yet).
 
 pub mod loss;
+pub mod snapshots;
 
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -292,11 +293,34 @@ pub struct Status {
 pub struct CreateRequest {
     /// Unique in the store.
     pub name: String,
-    /// Bytes.
-    pub size: u64,
+    /// Bytes; not with `from`.
+    #[serde(default)]
+    pub size: Option<u64>,
+    /// The snapshot that it begins as; else it is empty.
+    #[serde(default)]
+    pub from: Option<Origin>,
     /// What becomes of requests that cannot go on without the store: `stall`, or `fail-after=` and a time.
     #[serde(default)]
     pub when_offline: Option<String>,
+}
+
+/// A snapshot to begin a disk as.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// The disk: name or UUID.
+    pub vdi: String,
+    /// LSN or label.
+    pub snapshot: String,
+}
+
+/// Body of `vdi delete`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeleteRequest {
+    /// With all of its snapshots.
+    #[serde(default)]
+    pub with_snapshots: bool,
 }
 
 /// Answer of `vdi create` and `vdi resize`.

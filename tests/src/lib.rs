@@ -4,5 +4,6 @@ pub mod client;
 pub mod demo;
 pub mod guest;
 pub mod netns;
+pub mod single;
 pub mod targets;
 pub mod tracked;

@@ -7,8 +7,8 @@ use super::VdiCommand;
 use super::output::Output;
 use super::tables;
 use crate::api::{
-    Attached, CacheStatus, CreateRequest, Created, DetachRequest, Done, DrainRequest, Drained,
-    Pinned, ResizeRequest, Set, SetRequest, Status, Vdi, VdiInfo,
+    Attached, CacheStatus, CreateRequest, Created, DeleteRequest, DetachRequest, Done,
+    DrainRequest, Drained, Pinned, ResizeRequest, Set, SetRequest, Status, Vdi, VdiInfo,
 };
 use crate::control::client::Client;
 use crate::error::{Failure, Kind, Result};
@@ -29,10 +29,10 @@ pub(super) fn at(name: &str, action: &str) -> Result<String> {
 pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()> {
     let client = Client::new(run_dir);
     match command {
-        VdiCommand::Create { name, size, when_offline } => {
+        VdiCommand::Create { name, size, from, when_offline } => {
             check_vdi_name(&name).map_err(|words| Failure::new(Kind::Usage, words))?;
             let when_offline = when_offline.map(|policy| policy.to_string());
-            let request = CreateRequest { name, size, when_offline };
+            let request = CreateRequest { name, size, from, when_offline };
             let created: Created = client.post("/v1/vdis", &request).await?;
             out.print(&created, |c| format!("created {} ({})", c.name, format_size(c.size)))
         }
@@ -75,8 +75,9 @@ pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()>
             let done: Done = client.post(&at(&name, "/detach")?, &DetachRequest { force }).await?;
             out.print(&done, |done| format!("detached {}", done.name))
         }
-        VdiCommand::Delete { name } => {
-            let done: Done = client.delete(&at(&name, "")?).await?;
+        VdiCommand::Delete { name, with_snapshots } => {
+            let request = DeleteRequest { with_snapshots };
+            let done: Done = client.post(&at(&name, "/delete")?, &request).await?;
             out.print(&done, |done| format!("deleted {}", done.name))
         }
         VdiCommand::Rollback { name, accept_loss } => {

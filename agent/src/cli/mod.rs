@@ -11,9 +11,11 @@ mod drill;
 mod hydrate;
 mod loss;
 mod output;
+mod snap;
 mod store_commands;
 mod tables;
 
+use crate::api::Origin;
 use crate::config::{AgentArgs, DeviceArgs, RUN_DIR_DEFAULT};
 use crate::error::{EXIT_CODES, ErrorBody, Failure, Kind, Result};
 use crate::machine::MACHINE_ID_FILE;
@@ -50,6 +52,9 @@ enum Command {
     /// Manage virtual disks
     #[command(subcommand, arg_required_else_help = true)]
     Vdi(VdiCommand),
+    /// Take and manage snapshots
+    #[command(subcommand, arg_required_else_help = true)]
+    Snap(snap::SnapCommand),
     /// Examine and drain the local cache
     #[command(subcommand, arg_required_else_help = true)]
     Cache(CacheCommand),
@@ -100,11 +105,11 @@ enum StoreCommand {
         #[arg(long)]
         data: bool,
     },
-    /// Write the committed image of a disk to a sparse file
+    /// Write the committed image of a disk, or a snapshot, to a sparse file
     Export {
         #[command(flatten)]
         store: StoreArgs,
-        /// The disk: name or UUID
+        /// The disk: name or UUID; or one of its snapshots: VDI@LSN or VDI@LABEL
         vdi: String,
         /// The file to write; must not exist
         outfile: PathBuf,
@@ -116,13 +121,16 @@ enum StoreCommand {
 
 #[derive(Debug, Subcommand)]
 enum VdiCommand {
-    /// Create a disk: empty, thin
+    /// Create a disk: empty and thin, or as a clone of a snapshot
     Create {
         /// Its name: unique in the store
         name: String,
         /// What the guest sees: 4GiB, 512MiB, 1T or plain bytes
-        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-        size: u64,
+        #[arg(long, value_name = "SIZE", value_parser = parse_size, required_unless_present = "from")]
+        size: Option<u64>,
+        /// Begin as this snapshot of another disk: LSN or label, see 'snap list'
+        #[arg(long, value_name = "VDI@SNAP", value_parser = parse_origin, conflicts_with = "size")]
+        from: Option<Origin>,
         /// Requests that cannot go on while the store is away: stall, or fail-after=TIME [default: stall]
         #[arg(long, value_name = "POLICY")]
         when_offline: Option<WhenOffline>,
@@ -180,6 +188,9 @@ enum VdiCommand {
     Delete {
         /// The disk: name or UUID
         name: String,
+        /// With all of its snapshots; else a disk that has any is not deleted
+        #[arg(long)]
+        with_snapshots: bool,
     },
     /// Give up the lost log of a disk: it goes back to what is committed in the store, and is detached
     Rollback {
@@ -274,6 +285,16 @@ enum OutageCommand {
     },
 }
 
+/// `VDI@SNAP`.
+fn parse_origin(text: &str) -> Result<Origin, String> {
+    let parts =
+        text.split_once('@').filter(|(vdi, snapshot)| !vdi.is_empty() && !snapshot.is_empty());
+    let (vdi, snapshot) = parts.ok_or(
+        "give a disk, '@' and a snapshot's LSN or label, such as db@1834: see 'ballast snap list'",
+    )?;
+    Ok(Origin { vdi: vdi.into(), snapshot: snapshot.into() })
+}
+
 /// Runs the command of this process's arguments.
 #[must_use]
 pub fn run() -> ExitCode {
@@ -337,6 +358,7 @@ fn execute(cli: Cli) -> Result<()> {
             [new] => block_on(cache_replace::online(new, rate, &run_dir(), out)),
             _ => block_on(cache_replace::cancel(&run_dir(), out)),
         },
+        Command::Snap(command) => block_on(snap::run(command, &run_dir(), out)),
         Command::Vdi(command) => block_on(agent_commands::vdi(command, &run_dir(), out)),
         Command::Cache(CacheCommand::Status) => {
             block_on(agent_commands::cache_status(&run_dir(), out))

@@ -132,7 +132,11 @@ async fn copy_out(store: &Store, vdi: &str, partial: &Path) -> Result<blockstore
         // Anew each time: what an earlier attempt wrote may be a hole now.
         let file = File::create(partial).map_err(|error| write_failed(partial, &error))?;
         let mut sink = |offset: u64, block: &[u8]| file.write_all_at(block, offset);
-        match store.export_vdi(vdi, &mut sink).await {
+        let exported = match vdi.split_once('@') {
+            Some((vdi, snapshot)) => store.export_snapshot(vdi, snapshot, &mut sink).await,
+            None => store.export_vdi(vdi, &mut sink).await,
+        };
+        match exported {
             Ok(report) => {
                 let done = file.set_len(report.size_bytes).and_then(|()| file.sync_all());
                 return done.map(|()| report).map_err(|error| write_failed(partial, &error));

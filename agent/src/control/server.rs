@@ -6,9 +6,10 @@
 
 use super::REQUEST_BYTES_MAX;
 use crate::api::loss::RollbackRequest;
+use crate::api::snapshots::{SnapDeleteRequest, SnapLabelRequest, SnapListRequest, SnapRequest};
 use crate::api::{
-    CreateRequest, DetachRequest, DrainRequest, DrillRequest, HydrateRequest, ReplaceRequest,
-    ResizeRequest, SetRequest,
+    CreateRequest, DeleteRequest, DetachRequest, DrainRequest, DrillRequest, HydrateRequest,
+    ReplaceRequest, ResizeRequest, SetRequest,
 };
 use crate::error::{ErrorBody, Failure, Kind, Result};
 use crate::host::Host;
@@ -117,7 +118,12 @@ fn router(gate: Gate) -> Router {
         .route("/v1/cache/quarantine/{name}", axum::routing::delete(discard_quarantine))
         .route("/v1/cache/replace", get(replacement).post(replace).delete(cancel_replacement))
         .route("/v1/vdis", get(list).post(create))
-        .route("/v1/vdis/{name}", get(info).delete(delete))
+        .route("/v1/vdis/{name}", get(info))
+        .route("/v1/vdis/{name}/delete", post(delete))
+        .route("/v1/vdis/{name}/snapshots", post(snap))
+        .route("/v1/vdis/{name}/snapshots/list", post(snapshots))
+        .route("/v1/vdis/{name}/snapshots/label", post(label_snapshot))
+        .route("/v1/vdis/{name}/snapshots/delete", post(delete_snapshots))
         .route("/v1/vdis/{name}/attach", post(attach))
         .route("/v1/vdis/{name}/detach", post(detach))
         .route("/v1/vdis/{name}/resize", post(resize))
@@ -205,19 +211,76 @@ async fn info(State(gate): Gated, name: Name) -> Response {
 async fn create(State(gate): Gated, body: Body) -> Response {
     answer(
         async {
-            let CreateRequest { name, size, when_offline } = parse(body)?;
+            let CreateRequest { name, size, from, when_offline } = parse(body)?;
             let host = gate.host()?;
-            to_the_end(async move { host.create(&name, size, when_offline.as_deref()).await }).await
+            to_the_end(async move {
+                let policy = when_offline.as_deref();
+                match (size, from) {
+                    (Some(size), None) => host.create(&name, size, policy).await,
+                    (None, Some(from)) => host.create_from(&name, &from, policy).await,
+                    _ => Err(Failure::new(
+                        Kind::Usage,
+                        format!(
+                            "disk '{name}': give either its size or the snapshot that it begins as"
+                        ),
+                    )),
+                }
+            })
+            .await
         }
         .await,
     )
 }
 
-async fn delete(State(gate): Gated, name: Name) -> Response {
+async fn snap(State(gate): Gated, name: Name, body: Body) -> Response {
     answer(
         async {
+            let request: SnapRequest = parse_or_default(body)?;
             let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.delete(&name).await }).await
+            to_the_end(async move { host.snap(&name, request).await }).await
+        }
+        .await,
+    )
+}
+
+async fn snapshots(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let request: SnapListRequest = parse_or_default(body)?;
+            gate.host()?.snapshots(&name_of(name)?, request).await
+        }
+        .await,
+    )
+}
+
+async fn label_snapshot(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let request: SnapLabelRequest = parse(body)?;
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.label_snapshot(&name, request).await }).await
+        }
+        .await,
+    )
+}
+
+async fn delete_snapshots(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let SnapDeleteRequest { snapshots } = parse(body)?;
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.delete_snapshots(&name, snapshots).await }).await
+        }
+        .await,
+    )
+}
+
+async fn delete(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let DeleteRequest { with_snapshots } = parse_or_default(body)?;
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.delete(&name, with_snapshots).await }).await
         }
         .await,
     )

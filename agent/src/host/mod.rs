@@ -21,6 +21,7 @@ mod report;
 mod requests;
 mod seat;
 mod served;
+mod snapshots;
 pub mod store;
 mod watch;
 

@@ -37,8 +37,8 @@ impl Host {
         Ok(Created { name: info.name, uuid: info.uuid, size: info.size_bytes })
     }
 
-    /// Deletes a disk that is not attached.
-    pub async fn delete(&self, name: &str) -> Result<Done> {
+    /// Deletes a disk that is not attached, with its snapshots or only if it has none.
+    pub async fn delete(&self, name: &str, with_snapshots: bool) -> Result<Done> {
         if let Some(disk) = self.find_served(name) {
             return Err(Failure::new(
                 Kind::Conflict,
@@ -48,8 +48,14 @@ impl Host {
                 ),
             ));
         }
-        let info = self.parts.store.get()?.lookup_vdi(name).await?;
-        self.parts.store.get()?.delete_vdi(&info.uuid.to_string()).await?;
+        let store = self.parts.store.get()?;
+        let info = store.lookup_vdi(name).await?;
+        let uuid = info.uuid.to_string();
+        if with_snapshots {
+            store.delete_vdi_and_snapshots(&uuid).await?;
+        } else {
+            store.delete_vdi(&uuid).await?;
+        }
         Ok(Done { name: info.name, uuid: info.uuid })
     }
 
@@ -256,6 +262,6 @@ impl Host {
     }
 }
 
-fn policy_of(text: &str) -> Result<WhenOffline> {
+pub(super) fn policy_of(text: &str) -> Result<WhenOffline> {
     text.parse().map_err(|words: String| Failure::new(Kind::Usage, words))
 }

@@ -343,6 +343,25 @@ impl Store {
         }
     }
 
+    /// Copies a snapshot of a disk, by LSN or label, as [`export_vdi`](Self::export_vdi) does.
+    ///
+    /// # Errors
+    /// As [`export_vdi`](Self::export_vdi).
+    pub async fn export_snapshot(
+        &self,
+        name_or_uuid: &str,
+        snapshot: &str,
+        sink: &mut (dyn FnMut(u64, &[u8]) -> io::Result<()> + Send),
+    ) -> Result<ExportReport> {
+        let found = self.find_vdi(name_or_uuid).await?;
+        let snapshot = self.find_snapshot(&found.head.uuid.to_string(), snapshot).await?;
+        let head = snapshot.as_head(&found.head);
+        let mut report =
+            ExportReport { size_bytes: head.size_bytes, lsn: head.committed, blocks: 0 };
+        self.copy_out(&found, &head, sink, &mut report.blocks).await?;
+        Ok(report)
+    }
+
     async fn copy_out(
         &self,
         found: &Found,

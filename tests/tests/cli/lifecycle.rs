@@ -158,7 +158,7 @@ fn a_kill_amid_a_change_leaves_it_made_or_not_made() {
         ("POST /v1/vdis/cut/attach", ""),
         ("POST /v1/vdis/cut/resize", r#"{"size":33554432}"#),
         ("POST /v1/vdis/cut/detach", ""),
-        ("DELETE /v1/vdis/cut", ""),
+        ("POST /v1/vdis/cut/delete", ""),
     ];
     for round in 0..30 {
         let (line, body) = steps[round as usize % steps.len()];

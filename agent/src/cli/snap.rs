@@ -1,0 +1,113 @@
+//! `snap`: snapshots of a disk.
+
+use super::agent_commands::at;
+use super::output::{Output, Table};
+use crate::api::snapshots::{
+    SnapDeleteRequest, SnapDeleted, SnapLabelRequest, SnapListRequest, SnapRequest, Snapped,
+    SnapshotPlace, Snapshots,
+};
+use crate::control::client::Client;
+use crate::error::Result;
+use clap::Subcommand;
+use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
+
+#[derive(Debug, Subcommand)]
+pub enum SnapCommand {
+    /// Take a snapshot of an attached disk, exact at one point of its writes; also while the store is away
+    Create {
+        /// The disk: name or UUID
+        vdi: String,
+        /// For people, at most 64 bytes
+        #[arg(long, value_name = "LABEL", default_value = "")]
+        label: String,
+    },
+    /// List a disk's snapshots, newest first
+    List {
+        /// The disk: name or UUID
+        vdi: String,
+        /// At most so many [default: 1000]
+        #[arg(long, value_name = "N")]
+        limit: Option<usize>,
+        /// Only those beyond this LSN, in the order of the list: the last of a page begins the next one
+        #[arg(long, value_name = "LSN")]
+        beyond: Option<u64>,
+        /// From the oldest on
+        #[arg(long)]
+        oldest_first: bool,
+    },
+    /// Give a snapshot another label
+    Label {
+        /// The disk: name or UUID
+        vdi: String,
+        /// The snapshot: LSN or label
+        snapshot: String,
+        /// The new label; empty for none
+        label: String,
+    },
+    /// Delete snapshots, all that are named or none
+    Delete {
+        /// The disk: name or UUID
+        vdi: String,
+        /// The snapshots: LSNs or labels
+        #[arg(required = true)]
+        snapshots: Vec<String>,
+    },
+}
+
+pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()> {
+    let client = Client::new(run_dir);
+    match command {
+        SnapCommand::Create { vdi, label } => {
+            let path = at(&vdi, "/snapshots")?;
+            let taken: Snapped = client.post(&path, &SnapRequest { label }).await?;
+            out.print(&taken, |taken| format!("{}@{}", taken.name, taken.snapshot.lsn))
+        }
+        SnapCommand::List { vdi, limit, beyond, oldest_first } => {
+            let limit = limit.unwrap_or_default();
+            let request = SnapListRequest { oldest_first, beyond, limit };
+            let list: Snapshots = client.post(&at(&vdi, "/snapshots/list")?, &request).await?;
+            out.print(&list, table)
+        }
+        SnapCommand::Label { vdi, snapshot, label } => {
+            let request = SnapLabelRequest { snapshot, label };
+            let done: Snapped = client.post(&at(&vdi, "/snapshots/label")?, &request).await?;
+            out.print(&done, |done| {
+                format!("{}@{} is labelled '{}'", done.name, done.snapshot.lsn, done.snapshot.label)
+            })
+        }
+        SnapCommand::Delete { vdi, snapshots } => {
+            let request = SnapDeleteRequest { snapshots };
+            let done: SnapDeleted = client.post(&at(&vdi, "/snapshots/delete")?, &request).await?;
+            out.print(&done, |done| {
+                let lsns: Vec<_> =
+                    done.deleted.iter().map(|lsn| format!("{}@{lsn}", done.name)).collect();
+                format!("deleted {}", lsns.join(", "))
+            })
+        }
+    }
+}
+
+fn table(list: &Snapshots) -> String {
+    let mut table = Table::new(&["SNAPSHOT", "TIME", "PLACE", "LABEL"]);
+    for snapshot in &list.snapshots {
+        let time = UNIX_EPOCH + Duration::from_millis(snapshot.time);
+        table.row([
+            format!("{}@{}", list.name, snapshot.lsn),
+            humantime::format_rfc3339_millis(time).to_string(),
+            match snapshot.place {
+                SnapshotPlace::Log => "log".into(),
+                SnapshotPlace::Store => "store".into(),
+            },
+            snapshot.label.clone(),
+        ]);
+    }
+    let mut text = table.render();
+    if list.store_away {
+        text.push_str("the store is away: only what is in this host's log is listed\n");
+    }
+    if let Some(last) = list.snapshots.last().filter(|_| list.more) {
+        text.push_str(&format!("there are more: --beyond {}\n", last.lsn));
+    }
+    text
+}

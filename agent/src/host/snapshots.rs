@@ -1,0 +1,183 @@
+//! Snapshots and clones.
+//!
+//! A snapshot is taken in the log of a served disk, store or not. All else is about snapshots in the store: one that is still
+//! in the log is drained there first.
+
+use super::Host;
+use super::requests::policy_of;
+use super::served::Served;
+use crate::api::snapshots::{
+    SnapDeleted, SnapLabelRequest, SnapListRequest, SnapRequest, Snapped, Snapshot, SnapshotPlace,
+    Snapshots,
+};
+use crate::api::{Created, Origin};
+use crate::error::{Failure, Kind, Result};
+use crate::names::check_vdi_name;
+use blockstore::snapshots::{PAGE_MAX, Page};
+use blockstore::types::Lsn;
+use blockstore::{SnapshotLabel, WhenOffline};
+use std::sync::Arc;
+
+/// Snapshots in a page if nothing was said.
+const PAGE: usize = 1000;
+
+impl Host {
+    /// Takes a snapshot of a served disk; it is durable in the local log when this returns.
+    pub async fn snap(&self, name: &str, request: SnapRequest) -> Result<Snapped> {
+        let label = label_of(request.label)?;
+        let disk = self.served_or_reason(name).await?;
+        let text = label.as_str().to_owned();
+        let taken = self.parts.cache.snapshot(disk.uuid, label).await.map_err(|error| {
+            Failure::from(error).within(format_args!("disk '{}' cannot be cut", disk.name))
+        })?;
+        let snapshot = Snapshot {
+            lsn: taken.lsn.0,
+            time: taken.time_ms,
+            label: text,
+            place: SnapshotPlace::Log,
+            size: None,
+        };
+        Ok(Snapped { name: disk.name.clone(), uuid: disk.uuid, snapshot })
+    }
+
+    /// A page of a disk's snapshots, those that are still in the log among them.
+    pub async fn snapshots(&self, name: &str, request: SnapListRequest) -> Result<Snapshots> {
+        let SnapListRequest { oldest_first, beyond, limit } = request;
+        let limit = if limit == 0 { PAGE } else { limit.min(PAGE_MAX) };
+        let served = self.find_served(name);
+        let in_log: Vec<Snapshot> = served.iter().flat_map(|disk| self.in_log(disk)).collect();
+        let page = Page { newest_first: !oldest_first, beyond: beyond.map(Lsn), limit: limit + 1 };
+        let stored = match self.stored(name, page).await {
+            // What the log has is known all the same.
+            Err(failure) if failure.kind == Kind::Unavailable && served.is_some() => None,
+            stored => Some(stored?),
+        };
+        let store_away = stored.is_none();
+        let (name, uuid, stored) = match (stored, &served) {
+            (Some(found), _) => found,
+            (None, Some(disk)) => (disk.name.clone(), disk.uuid, Vec::new()),
+            (None, None) => return Err(Failure::new(Kind::Unavailable, "the store is away")),
+        };
+        let is_beyond = |lsn: u64| {
+            beyond.is_none_or(|beyond| if oldest_first { lsn > beyond } else { lsn < beyond })
+        };
+        // One that was committed meanwhile is in both.
+        let new = |snapshot: &Snapshot| !stored.iter().any(|stored| stored.lsn == snapshot.lsn);
+        let pending: Vec<_> = in_log.into_iter().filter(|s| is_beyond(s.lsn) && new(s)).collect();
+        let mut snapshots: Vec<_> = stored.into_iter().chain(pending).collect();
+        snapshots.sort_unstable_by_key(|snapshot| snapshot.lsn);
+        if !oldest_first {
+            snapshots.reverse();
+        }
+        let more = snapshots.len() > limit;
+        snapshots.truncate(limit);
+        Ok(Snapshots { name, uuid, snapshots, more, store_away })
+    }
+
+    async fn stored(&self, name: &str, page: Page) -> Result<(String, uuid::Uuid, Vec<Snapshot>)> {
+        let store = self.parts.store.get()?;
+        let info = store.lookup_vdi(name).await?;
+        let list = store.snapshots(&info.uuid.to_string(), page).await?;
+        Ok((info.name, info.uuid, list.iter().map(in_store).collect()))
+    }
+
+    fn in_log(&self, disk: &Served) -> Vec<Snapshot> {
+        let pending = self.parts.cache.pending_snapshots(disk.uuid).into_iter();
+        pending
+            .map(|pending| Snapshot {
+                lsn: pending.lsn.0,
+                time: pending.time_ms,
+                label: pending.label.into(),
+                place: SnapshotPlace::Log,
+                size: None,
+            })
+            .collect()
+    }
+
+    /// Deletes snapshots, all or none.
+    pub async fn delete_snapshots(&self, name: &str, which: Vec<String>) -> Result<SnapDeleted> {
+        if which.is_empty() {
+            return Err(Failure::new(Kind::Usage, "no snapshot was named: give LSNs or labels"));
+        }
+        let store = self.parts.store.get()?;
+        let info = store.lookup_vdi(name).await?;
+        let vdi = info.uuid.to_string();
+        let mut lsns = Vec::new();
+        for snapshot in &which {
+            lsns.push(self.find_stored(&vdi, snapshot).await?.lsn);
+        }
+        store.delete_snapshots(&vdi, lsns.clone()).await?;
+        let deleted = lsns.iter().map(|lsn| lsn.0).collect();
+        Ok(SnapDeleted { name: info.name, uuid: info.uuid, deleted })
+    }
+
+    /// Gives a snapshot another label.
+    pub async fn label_snapshot(&self, name: &str, request: SnapLabelRequest) -> Result<Snapped> {
+        let label = label_of(request.label)?;
+        let store = self.parts.store.get()?;
+        let info = store.lookup_vdi(name).await?;
+        let vdi = info.uuid.to_string();
+        let found = self.find_stored(&vdi, &request.snapshot).await?;
+        store.label_snapshot(&vdi, found.lsn, label.clone()).await?;
+        let snapshot = Snapshot { label: label.into(), ..in_store(&found) };
+        Ok(Snapped { name: info.name, uuid: info.uuid, snapshot })
+    }
+
+    /// Creates a disk that begins as a snapshot of another.
+    pub async fn create_from(
+        &self,
+        name: &str,
+        from: &Origin,
+        when_offline: Option<&str>,
+    ) -> Result<Created> {
+        check_vdi_name(name).map_err(|words| Failure::new(Kind::Usage, words))?;
+        let policy = when_offline.map_or(Ok(WhenOffline::default()), policy_of)?;
+        let store = self.parts.store.get()?;
+        let source = store.lookup_vdi(&from.vdi).await?.uuid.to_string();
+        let lsn = self.find_stored(&source, &from.snapshot).await?.lsn;
+        let info = store.clone_vdi(name, &source, lsn, policy).await?;
+        Ok(Created { name: info.name, uuid: info.uuid, size: info.size_bytes })
+    }
+
+    /// A snapshot in the store; one that is still in this host's log is drained there first.
+    async fn find_stored(
+        &self,
+        vdi: &str,
+        snapshot: &str,
+    ) -> Result<blockstore::format::snapshot::Snapshot> {
+        let named =
+            |pending: &Snapshot| pending.lsn.to_string() == snapshot || pending.label == snapshot;
+        if let Some(disk) = self.find_served(vdi)
+            && self.in_log(&disk).iter().any(named)
+        {
+            let what =
+                format!("snapshot '{snapshot}' of disk '{}' is not in the store yet", disk.name);
+            self.parts.refuse_while_down(&what)?;
+            self.drained(&disk).await.map_err(|failure| failure.within(what))?;
+        }
+        Ok(self.parts.store.get()?.find_snapshot(vdi, snapshot).await?)
+    }
+
+    async fn drained(&self, disk: &Arc<Served>) -> Result<()> {
+        if disk.drill.until_ms().is_some() {
+            let words =
+                format!("its outage drill goes on: 'ballast outage end {}' first", disk.name);
+            return Err(Failure::new(Kind::Conflict, words));
+        }
+        disk.drain(&self.parts).await.map(drop)
+    }
+}
+
+fn label_of(label: String) -> Result<SnapshotLabel> {
+    SnapshotLabel::new(label).map_err(|words| Failure::new(Kind::Usage, words))
+}
+
+fn in_store(snapshot: &blockstore::format::snapshot::Snapshot) -> Snapshot {
+    Snapshot {
+        lsn: snapshot.lsn.0,
+        time: snapshot.time_ms,
+        label: snapshot.label.as_str().to_owned(),
+        place: SnapshotPlace::Store,
+        size: Some(snapshot.size_bytes),
+    }
+}

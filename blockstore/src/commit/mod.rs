@@ -36,6 +36,11 @@ impl Batch {
     pub const fn new(lsn: Lsn, changes: Vec<Change>) -> Self {
         Self { lsn, cuts: Vec::new(), changes }
     }
+
+    /// What changes up to each cut, then what changes after the last: to be applied one after the other.
+    pub fn parts(&self) -> impl Iterator<Item = &[Change]> {
+        self.cuts.iter().map(|cut| &cut.changes[..]).chain([&self.changes[..]])
+    }
 }
 
 /// A snapshot: the disk as of one point of the guest's write order, which is also its name.

@@ -5,6 +5,7 @@
 mod durable;
 mod hydrate;
 mod replacing;
+mod snapshots;
 mod through;
 
 use crate::backing::{Backing, BackingError, Batch, Change};
@@ -38,6 +39,8 @@ const TURNS_MAX: u32 = 100_000;
 #[derive(Debug, Default)]
 struct Store {
     image: Mutex<(Lsn, BTreeMap<u64, u8>)>,
+    snapshots: Mutex<Vec<(Lsn, BTreeMap<u64, u8>)>>,
+    commits: Mutex<u32>,
 }
 
 #[async_trait]
@@ -54,10 +57,17 @@ impl Backing for Store {
 
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
         let mut image = self.image.lock();
-        for change in &batch.changes {
-            let Change::Write { lba, data, .. } = change else { continue };
-            image.1.insert(lba.0, data[0]);
+        let mut snapshots = batch.cuts.iter().map(|cut| cut.lsn);
+        for changes in batch.parts() {
+            for change in changes {
+                let Change::Write { lba, data, .. } = change else { continue };
+                image.1.insert(lba.0, data[0]);
+            }
+            if let Some(lsn) = snapshots.next() {
+                self.snapshots.lock().push((lsn, image.1.clone()));
+            }
         }
+        *self.commits.lock() += 1;
         image.0 = batch.lsn;
         Ok(())
     }
@@ -359,7 +369,8 @@ async fn left_behind(dir: &TempDir) -> (Arc<Cache>, Arc<Store>) {
     guest.write(0..300, 1).await;
     guest.drain(&cache).await;
     guest.write(300..400, 2).await;
-    let store = Arc::new(Store { image: Mutex::new(store_as_of(&guest.store)) });
+    let store =
+        Arc::new(Store { image: Mutex::new(store_as_of(&guest.store)), ..Store::default() });
     drop(guest);
     cache.close().await;
     drop(cache);

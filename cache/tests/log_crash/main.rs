@@ -1,6 +1,7 @@
 //! Goal: whatever a guest did and whenever the power or the agent failed, the recovered disk is a prefix of the log that
 //! holds everything a completed flush covered (P1, P2), and, if only the agent died, everything acknowledged (rule L1); the
-//! image that the flusher commits is at every LSN exactly the disk as it was then. On two legs all of this holds although
+//! image that the flusher commits is at every LSN, and at every snapshot, exactly the disk as it was then; a snapshot that was
+//! answered is in the recovered log (P5). On two legs all of this holds although
 //! one of them is lost, damaged or left behind at any moment (rule L5, `legs.rs`), and while another takes its place
 //! (`replacing.rs`).
 //! Method: the real `Disk`, recovery and flusher on simulated devices whose unflushed writes get lost, torn and
@@ -8,6 +9,7 @@
 
 mod legs;
 mod replacing;
+mod snapshots;
 
 use async_trait::async_trait;
 use blockstore::crc::crc32c;
@@ -51,6 +53,7 @@ struct Done {
 #[derive(Debug, Default)]
 struct Store {
     image: Mutex<(Image, u64)>,
+    snapshots: Mutex<BTreeMap<u64, Image>>,
 }
 
 #[derive(Debug)]
@@ -69,27 +72,32 @@ impl Backing for StoreHandle {
 
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
         let mut image = self.0.image.lock().unwrap();
-        let mut next = 0;
-        for change in &batch.changes {
-            let (lba, blocks) = match change {
-                Change::Write { lba, crc, data } => {
-                    assert_eq!(crc32c(data), *crc, "the checksum of a change is that of its data");
-                    for (n, sector) in data.chunks_exact(SECTOR_SIZE).enumerate() {
-                        image.0[lba.0 as usize * 8 + n] = stamp_of(sector, lba.0 * 8 + n as u64);
-                    }
-                    (lba.0, 1)
-                }
-                Change::Zero { lba, blocks } => {
-                    image.0[lba.0 as usize * 8..(lba.0 + blocks) as usize * 8].fill(0);
-                    (lba.0, *blocks)
-                }
-            };
-            assert!(lba >= next, "changes are sorted and disjoint");
-            next = lba + blocks;
-        }
+        let cuts = snapshots::images_at_cuts(&batch, &mut image.0, apply);
+        self.0.snapshots.lock().unwrap().extend(cuts);
         assert!(batch.lsn.0 > image.1, "commits go forward");
         image.1 = batch.lsn.0;
         Ok(())
+    }
+}
+
+fn apply(image: &mut Image, changes: &[Change]) {
+    let mut next = 0;
+    for change in changes {
+        let (lba, blocks) = match change {
+            Change::Write { lba, crc, data } => {
+                assert_eq!(crc32c(data), *crc, "the checksum of a change is that of its data");
+                for (n, sector) in data.chunks_exact(SECTOR_SIZE).enumerate() {
+                    image[lba.0 as usize * 8 + n] = stamp_of(sector, lba.0 * 8 + n as u64);
+                }
+                (lba.0, 1)
+            }
+            Change::Zero { lba, blocks } => {
+                image[lba.0 as usize * 8..(lba.0 + blocks) as usize * 8].fill(0);
+                (lba.0, *blocks)
+            }
+        };
+        assert!(lba >= next, "changes are sorted and disjoint");
+        next = lba + blocks;
     }
 }
 
@@ -142,6 +150,7 @@ struct Rig {
     through: bool,
     stalled: u32,
     evicting: BTreeSet<SegmentId>,
+    snapshots: snapshots::Snapshots,
 }
 
 impl Rig {
@@ -149,7 +158,10 @@ impl Rig {
         let mut rng = SmallRng::seed_from_u64(seed);
         let sims: Vec<_> = (0..legs).map(|_| SimDevice::new(16 << 20, rng.random())).collect();
         let local = Arc::new(Local::make_legs(legs::named(&sims)).await.unwrap());
-        let store = Arc::new(Store { image: Mutex::new((vec![0; SECTORS as usize], 0)) });
+        let store = Arc::new(Store {
+            image: Mutex::new((vec![0; SECTORS as usize], 0)),
+            snapshots: Mutex::default(),
+        });
         let slot = SlotVdi {
             uuid: VDI,
             log_id: LOG_ID,
@@ -198,6 +210,7 @@ impl Rig {
             through: false,
             stalled: 0,
             evicting: BTreeSet::new(),
+            snapshots: snapshots::Snapshots::default(),
         };
         rig.feed();
         rig
@@ -216,6 +229,7 @@ impl Rig {
 
     fn guest(&mut self) {
         let tag = self.next_tag;
+        self.staged_snapshots(0);
         let before = self.disk.staged_lsn().0;
         match self.rng.random_range(0..100) {
             0..70 => {
@@ -263,7 +277,8 @@ impl Rig {
                 let parts = if staged == Staged::All { vec![range] } else { vec![] };
                 self.staged(before, parts, 0, tag, staged);
             }
-            80..98 => {
+            80..83 => self.snapshot(),
+            83..98 => {
                 self.next_tag += 1;
                 self.open.insert(tag, (before, true));
                 self.disk.flush(tag);
@@ -286,6 +301,8 @@ impl Rig {
     ) {
         self.next_tag += 1;
         let after = self.disk.staged_lsn().0;
+        self.staged_snapshots(parts.len() as u64);
+        let before = before.max(self.log.len() as u64);
         assert_eq!(after - before, parts.len() as u64, "INV-LOG-1: one LSN for each part");
         self.log.extend(parts.into_iter().map(|sectors| Done { sectors, stamp }));
         if staged == Staged::All {
@@ -306,6 +323,7 @@ impl Rig {
     fn poll(&mut self) {
         let mut actions = Vec::new();
         self.disk.poll(&mut actions);
+        self.staged_snapshots(0);
         for action in actions {
             match action {
                 Action::Send(message) => self.told(message),
@@ -357,6 +375,7 @@ impl Rig {
                 self.pool.disk_joined(VDI, Some(id), Some(&sealed));
             }
             FromDisk::LegFailed { leg, joining, .. } => self.leg_failed(leg, joining),
+            FromDisk::SnapshotTaken { id, result } => self.snapshot_taken(id, result),
             FromDisk::Failed { reason } => panic!("{reason}"),
             _ => {}
         }
@@ -417,6 +436,7 @@ impl Rig {
         let lsn = flusher::commit(VDI, &backing, drafted).await.unwrap();
         let image = self.store.image.lock().unwrap().0.clone();
         assert_eq!(image, self.image_at(lsn.0), "P2: the store's image is the disk at LSN {lsn}");
+        self.check_cuts(committed, lsn.0, &self.store.snapshots.lock().unwrap());
         // Sometimes the news reaches nobody before the crash.
         if self.rng.random_bool(0.9) {
             self.slot.committed = lsn;
@@ -555,6 +575,7 @@ impl Rig {
         assert!(last >= self.flushed, "P1: LSN {last} recovered, {} was flushed", self.flushed);
         assert!(power || last >= self.acked, "L1: LSN {last} recovered, {} was acked", self.acked);
         self.log.truncate(last as usize);
+        self.check_recovered_snapshots(&recovered);
         self.slot.epoch += 1;
         self.slot.first_lsn = Lsn(last + 1);
         self.slot.durable = Lsn(last);
@@ -622,6 +643,7 @@ impl Rig {
         }
         assert!(self.disk.is_quiet(), "without new requests the log comes to rest");
         assert!(self.open.is_empty(), "every request was answered");
+        self.assert_snapshots_answered();
     }
 }
 

@@ -73,13 +73,13 @@ impl Backing for MemoryBacking {
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
         self.reach().await;
         let mut image = self.image.lock().unwrap();
-        for change in batch.changes {
+        for change in batch.parts().flatten() {
             match change {
                 Change::Write { lba, data, .. } => {
-                    image.1.insert(lba.0, Bytes::copy_from_slice(&data));
+                    image.1.insert(lba.0, Bytes::copy_from_slice(data));
                 }
                 Change::Zero { lba, blocks } => {
-                    (0..blocks).for_each(|n| drop(image.1.remove(&(lba.0 + n))));
+                    (0..*blocks).for_each(|n| drop(image.1.remove(&(lba.0 + n))));
                 }
             }
         }

@@ -48,7 +48,7 @@ impl Witness for Memory {
 
 impl Guest {
     /// From now on nothing can be written to the cache's device.
-    fn lose_the_device(&mut self, dir: &TempDir) {
+    pub(super) fn lose_the_device(&mut self, dir: &TempDir) {
         let file = Arc::new(File::open(dir.path().join("cache")).unwrap());
         self.attached.legs.iter_mut().for_each(|leg| *leg = Arc::clone(&file));
     }

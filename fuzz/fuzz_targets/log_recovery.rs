@@ -8,10 +8,13 @@
 #![no_main]
 
 use ballast_fuzz::{Script, put_crc};
+use blockstore::SnapshotLabel;
 use blockstore::crc::{crc32c, crc32c_keyed};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use cache::disk::plan::SegmentId;
-use cache::format::record::{ENTRIES_MAX, Entries, Kind, RecordHeader, WHOLE, push_descriptor};
+use cache::format::record::{
+    ENTRIES_MAX, Entries, Kind, RecordHeader, WHOLE, push_descriptor, push_snapshot,
+};
 use cache::format::segment::SegmentHeader;
 use cache::format::slot::SlotVdi;
 use cache::format::summary::{Summary, blocks_for};
@@ -58,6 +61,7 @@ fn check_found(found: &Found, header: &SegmentHeader, blocks: u32) {
         let entry = entry.expect("checked");
         lsns += entry.lsns();
         assert!(entry.blocks > 0);
+        let _ = (entry.label(), entry.time_ms());
         if entry.kind.has_payload() {
             assert!(u32::from(entry.payload) + entry.blocks <= found.used_blocks);
         }
@@ -112,6 +116,13 @@ impl Writer {
         let mut lsns = 0;
         for _ in 0..=flags & 3 {
             let shape = script.byte();
+            if shape >= 0xf8 {
+                let text: String = (8..shape & 7 | 8).map(|n| (b'a' + n) as char).collect();
+                let label = SnapshotLabel::new(text).expect("it is short");
+                push_snapshot(&mut entries, script.number(6), &label);
+                lsns += 1;
+                continue;
+            }
             let kind = [Kind::Write, Kind::Zero, Kind::Fill, Kind::Hole][usize::from(shape & 3)];
             let wide = shape & 4 != 0;
             let lba = Lba(if wide { script.number(6) } else { script.number(1) });
@@ -221,6 +232,11 @@ fn check_recovered(recovered: &Recovered, geometry: &Geometry, store: Lsn) {
         assert_eq!(last.last_lsn, recovered.last_lsn);
     }
     assert!(recovered.last_lsn >= store);
+    let mut snapshot = store;
+    for pending in recovered.snapshots.iter() {
+        assert!(pending.lsn > snapshot && pending.lsn <= recovered.last_lsn);
+        snapshot = pending.lsn;
+    }
     let check = |slot: u32| {
         assert!(slot < geometry.segments * geometry.segment_blocks());
         let id = geometry.segment_of(slot);

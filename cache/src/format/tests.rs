@@ -1,7 +1,7 @@
 //! Goal: every structure reads back as written, its bytes never change unnoticed, and no bytes whatever panic.
 //! Method: round trips, one golden block each, and property tests over arbitrary and over mutated bytes.
 
-use super::record::{Entries, Kind, RecordHeader, WHOLE, push_descriptor};
+use super::record::{Entries, Kind, RecordHeader, WHOLE, push_descriptor, push_snapshot};
 use super::segment::SegmentHeader;
 use super::slot::{LeftBehind, SlotVdi, VdiSlot};
 use super::summary::{Summary, blocks_for};
@@ -9,9 +9,9 @@ use super::superblock::Machine;
 use super::superblock::Superblock;
 use super::{FormatError, Geometry, LegSet, Membership};
 use crate::disk::plan::SegmentId;
-use blockstore::WhenOffline;
 use blockstore::crc::crc32c;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
+use blockstore::{SnapshotLabel, WhenOffline};
 use proptest::prelude::*;
 use uuid::Uuid;
 
@@ -166,6 +166,56 @@ fn bytes_on_the_device_do_not_change_unnoticed() {
 }
 
 #[test]
+fn snapshots_stand_between_other_entries() {
+    let label = |text: &str| SnapshotLabel::new(text).unwrap();
+    let mut bytes = entries();
+    let longest = "é".repeat(32);
+    let all = [(0, ""), (1_700_000_000_123, "nightly"), (u64::MAX, "eins"), (7, &longest)];
+    for (time_ms, text) in all {
+        push_snapshot(&mut bytes, time_ms, &label(text));
+    }
+    bytes.extend(entries());
+    let decoded: Vec<_> = Entries::new(&bytes, 512).map(Result::unwrap).collect();
+    assert_eq!(decoded.len(), 8);
+    for ((time_ms, text), entry) in all.iter().zip(&decoded[2..6]) {
+        assert_eq!((entry.kind, entry.lsns(), entry.payload_blocks()), (Kind::Snapshot, 1, 0));
+        assert_eq!((entry.time_ms(), entry.label()), ((*time_ms).min((1 << 48) - 1), label(text)));
+    }
+    assert_eq!(crc32c(&bytes), GOLDEN_SNAPSHOTS, "{:#010x}", crc32c(&bytes));
+}
+
+#[test]
+fn snapshots_with_unsound_labels_are_refused() {
+    let mut good = Vec::new();
+    push_snapshot(&mut good, 7, &SnapshotLabel::new("nightly").unwrap());
+    let decode = |bytes: &[u8]| Entries::new(bytes, 512).next().expect("one").map(drop);
+    assert_eq!(decode(&good), Ok(()));
+    let with = |at: usize, byte: u8| {
+        let mut bytes = good.clone();
+        bytes[at] = byte;
+        decode(&bytes)
+    };
+    for (at, byte, why) in [
+        (16, b'\n', "a control character"),
+        (16, 0xff, "not UTF-8"),
+        (23, 1, "padding"),
+        (12, 6, "a letter in the padding"),
+        (12, 9, "cut off"),
+        (13, 1, "longer than labels are"),
+        (7, 1, "sectors"),
+        (8, 2, "blocks"),
+        (15, 1, "reserved"),
+    ] {
+        assert!(with(at, byte).is_err(), "{why}");
+    }
+    assert!(decode(&good[..20]).is_err());
+    let mut long = Vec::new();
+    push_descriptor(&mut long, Kind::Snapshot, Lba(7), 1, 65, (WHOLE, WHOLE));
+    long.extend([b'x'; 68]);
+    assert!(decode(&long).is_err(), "65 bytes");
+}
+
+#[test]
 fn a_structure_elsewhere_or_under_another_key_is_not_accepted() {
     let (_, block) = record();
     assert!(matches!(RecordHeader::decode(&block, 11, 78, 1), Err(FormatError::Checksum { .. })));
@@ -269,6 +319,7 @@ proptest! {
             for n in 0..entry.payload_blocks() {
                 let _ = (entry.crc(n), entry.mask(n));
             }
+            let _ = (entry.label(), entry.time_ms());
         }
     }
 
@@ -287,5 +338,6 @@ proptest! {
     }
 }
 
+const GOLDEN_SNAPSHOTS: u32 = 0x79a9_f527;
 const GOLDEN_MIRRORED: u32 = 0x79fe_8632;
 const GOLDEN: [u32; 5] = [0x5533_f898, 0x956b_1f81, 0x8bad_76c0, 0x742c_b702, 0x0768_b9d0];

@@ -9,3 +9,4 @@ mod offline;
 mod replay;
 mod rig;
 mod sessions;
+mod snapshots;

@@ -2,14 +2,14 @@
 
 use async_trait::async_trait;
 use ballast_vhost::{DiskServer, ServerOptions};
-use blockstore::WhenOffline;
 use blockstore::types::{Lba, Lsn};
+use blockstore::{SnapshotLabel, WhenOffline};
 use bytes::Bytes;
 use cache::backing::{Backing, BackingError, Batch, Change};
 use cache::disk::AttachedDisk;
 use cache::flusher::FlushOptions;
 use cache::local::Terms;
-use cache::{Cache, CacheOptions, VdiIdentity};
+use cache::{Cache, CacheError, CacheOptions, SnapshotTaken, VdiIdentity};
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -23,17 +23,26 @@ use uuid::Uuid;
 
 pub const BLOCK: usize = 4096;
 
+/// Blocks by their address.
+pub type Image = HashMap<u64, Bytes>;
+
 /// The shared store's place: a map of blocks behind a cable.
 #[derive(Debug)]
 pub struct MemoryBacking {
-    image: Mutex<(Lsn, HashMap<u64, Bytes>)>,
+    image: Mutex<(Lsn, Image)>,
+    cuts: Mutex<Vec<(Lsn, Image)>>,
     plugged: watch::Sender<bool>,
     away: Mutex<Option<u64>>,
 }
 
 impl MemoryBacking {
     fn new() -> Self {
-        Self { image: Mutex::default(), plugged: watch::Sender::new(true), away: Mutex::default() }
+        Self {
+            image: Mutex::default(),
+            cuts: Mutex::default(),
+            plugged: watch::Sender::new(true),
+            away: Mutex::default(),
+        }
     }
 
     /// Connects or disconnects the store: while it is away, reads and commits wait.
@@ -44,6 +53,11 @@ impl MemoryBacking {
     /// What the store says of itself: the outage that goes on, if one does. Without, a store that is not plugged is slow.
     pub fn say_away(&self, outage: Option<u64>) {
         *self.away.lock().unwrap() = outage;
+    }
+
+    /// The image at each snapshot.
+    pub fn cuts(&self) -> Vec<(Lsn, Image)> {
+        self.cuts.lock().unwrap().clone()
     }
 
     /// Puts a block into the committed image.
@@ -73,15 +87,20 @@ impl Backing for MemoryBacking {
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
         self.reach().await;
         let mut image = self.image.lock().unwrap();
-        for change in batch.parts().flatten() {
-            match change {
-                Change::Write { lba, data, .. } => {
-                    image.1.insert(lba.0, Bytes::copy_from_slice(data));
-                }
-                Change::Zero { lba, blocks } => {
-                    (0..*blocks).for_each(|n| drop(image.1.remove(&(lba.0 + n))));
+        let mut cuts = batch.cuts.iter();
+        for changes in batch.parts() {
+            for change in changes {
+                match change {
+                    Change::Write { lba, data, .. } => {
+                        image.1.insert(lba.0, Bytes::copy_from_slice(data));
+                    }
+                    Change::Zero { lba, blocks } => {
+                        (0..*blocks).for_each(|n| drop(image.1.remove(&(lba.0 + n))));
+                    }
                 }
             }
+            let cut = cuts.next().map(|cut| (cut.lsn, image.1.clone()));
+            self.cuts.lock().unwrap().extend(cut);
         }
         image.0 = batch.lsn;
         Ok(())
@@ -184,6 +203,13 @@ impl Rig {
     /// Returns when everything acknowledged is in the backing's image.
     pub fn drain(&self) {
         self.runtime.block_on(self.cache.drain(self.vdi.uuid)).unwrap();
+    }
+
+    /// Takes a snapshot, from any thread.
+    pub fn snapshotter(&self) -> impl Fn() -> Result<SnapshotTaken, CacheError> + Send + 'static {
+        let (cache, vdi) = (Arc::clone(&self.cache), self.vdi.uuid);
+        let runtime = self.runtime.handle().clone();
+        move || runtime.block_on(cache.snapshot(vdi, SnapshotLabel::default()))
     }
 
     /// Last LSN given out, and last LSN that is durable.

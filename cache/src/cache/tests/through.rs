@@ -579,3 +579,20 @@ async fn nothing_that_the_log_may_not_have_is_committed_before_that_is_noted() {
     let slot = cache.ground.local.read_slots().await.unwrap().swap_remove(0);
     assert_eq!(slot.vdi.unwrap().left_behind, Some(noted), "the asynchronous side can write still");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_segment_with_far_more_entries_than_blocks_reaches_the_store_from_memory() {
+    const ZEROS: u64 = 1000;
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut guest = Guest::new(&cache, 1).await;
+    guest.lose_the_device(&dir);
+    assert_eq!(guest.stage(0, 1), Staged::All);
+    guest.completes(1).await;
+    for lba in 0..ZEROS {
+        guest.tag += 1;
+        assert_eq!(guest.attached.disk.zero(guest.tag, lba * 16, 8, false), Staged::All);
+    }
+    guest.completes(ZEROS as usize).await;
+    assert_eq!(guest.store.committed(), Lsn(ZEROS + 1));
+}

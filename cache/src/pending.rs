@@ -45,9 +45,11 @@ impl PendingSnapshots {
 
     /// The store has everything up to `committed`.
     pub fn retire(&mut self, committed: Lsn) {
-        while let Some(first) = self.places.pop_front_if(|first| first.lsn <= committed) {
+        while let Some(first) = self.places.front().copied().filter(|first| first.lsn <= committed)
+        {
             self.labels.drain(..(first.labels - self.gone) as usize);
             self.gone = first.labels;
+            self.places.pop_front();
         }
         if self.places.is_empty() {
             // A backlog's memory is not kept once it is gone.

@@ -28,7 +28,7 @@ fn snapshots_under_load_are_exact() {
             }
             taken
         });
-        let mut finish = |guest: &mut Guest| {
+        let finish = |guest: &mut Guest| {
             assert_eq!(guest.queues[0].next_used().2, OK);
             completed.fetch_add(1, Ordering::Relaxed);
         };

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use bench::agent::find_binary;
 use serde_json::Value;
 use tests::agent_rig::AgentRig;
-use tests::single::{CHUNK, Disk, San, control};
+use tests::single::{CHUNK, Disk, San, control, until};
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 8 * MIB;
@@ -48,7 +48,7 @@ impl Written {
 }
 
 fn listed(rig: &AgentRig, what: &str) -> Result<Vec<(u64, String)>> {
-    let list = control(rig, &format!("snap list db {what}"))?;
+    let list = control(rig, format!("snap list db {what}").trim())?;
     let row = |row: &Value| Some((row["lsn"].as_u64()?, row["place"].as_str()?.to_owned()));
     let rows = list["snapshots"].as_array().context("a list")?;
     rows.iter().map(|snapshot| row(snapshot).context("a row")).collect()
@@ -105,6 +105,7 @@ fn snapshots_are_exact_with_the_store_there_away_and_after_a_kill() -> Result<()
     db.write()?;
     db.cut(&rig, "")?;
     san.restore();
+    until(&rig, "back", |status| status["store"]["reachable"] == true)?;
     // A clone of one that is in the log waits for it to reach the store.
     control(&rig, "vdi create late --from db@offline")?;
     rig.agent()?.drain()?;

@@ -320,8 +320,10 @@ fn refuse_usage(error: &clap::Error, json: bool) -> ExitCode {
         return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Kind::Usage.exit_code()));
     }
     let text = error.to_string();
-    let first = text.lines().next().unwrap_or_default();
-    let failure = Failure::new(Kind::Usage, first.strip_prefix("error: ").unwrap_or(first));
+    // What is missing, or possible, stands in the lines that follow.
+    let first: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+    let first = first.join(" ");
+    let failure = Failure::new(Kind::Usage, first.strip_prefix("error: ").unwrap_or(&first));
     report(&failure, json);
     failure.exit_code()
 }

@@ -17,6 +17,7 @@ use blockstore::snapshots::{PAGE_MAX, Page};
 use blockstore::types::Lsn;
 use blockstore::{SnapshotLabel, WhenOffline};
 use std::sync::Arc;
+use uuid::Uuid;
 
 /// Snapshots in a page if nothing was said.
 const PAGE: usize = 1000;
@@ -74,7 +75,7 @@ impl Host {
         Ok(Snapshots { name, uuid, snapshots, more, store_away })
     }
 
-    async fn stored(&self, name: &str, page: Page) -> Result<(String, uuid::Uuid, Vec<Snapshot>)> {
+    async fn stored(&self, name: &str, page: Page) -> Result<(String, Uuid, Vec<Snapshot>)> {
         let store = self.parts.store.get()?;
         let info = store.lookup_vdi(name).await?;
         let list = store.snapshots(&info.uuid.to_string(), page).await?;
@@ -99,28 +100,26 @@ impl Host {
         if which.is_empty() {
             return Err(Failure::new(Kind::Usage, "no snapshot was named: give LSNs or labels"));
         }
-        let store = self.parts.store.get()?;
-        let info = store.lookup_vdi(name).await?;
-        let vdi = info.uuid.to_string();
+        let (name, uuid) = self.named(name).await?;
+        let vdi = uuid.to_string();
         let mut lsns = Vec::new();
         for snapshot in &which {
             lsns.push(self.find_stored(&vdi, snapshot).await?.lsn);
         }
-        store.delete_snapshots(&vdi, lsns.clone()).await?;
+        self.parts.store.get()?.delete_snapshots(&vdi, lsns.clone()).await?;
         let deleted = lsns.iter().map(|lsn| lsn.0).collect();
-        Ok(SnapDeleted { name: info.name, uuid: info.uuid, deleted })
+        Ok(SnapDeleted { name, uuid, deleted })
     }
 
     /// Gives a snapshot another label.
     pub async fn label_snapshot(&self, name: &str, request: SnapLabelRequest) -> Result<Snapped> {
         let label = label_of(request.label)?;
-        let store = self.parts.store.get()?;
-        let info = store.lookup_vdi(name).await?;
-        let vdi = info.uuid.to_string();
+        let (name, uuid) = self.named(name).await?;
+        let vdi = uuid.to_string();
         let found = self.find_stored(&vdi, &request.snapshot).await?;
-        store.label_snapshot(&vdi, found.lsn, label.clone()).await?;
+        self.parts.store.get()?.label_snapshot(&vdi, found.lsn, label.clone()).await?;
         let snapshot = Snapshot { label: label.into(), ..in_store(&found) };
-        Ok(Snapped { name: info.name, uuid: info.uuid, snapshot })
+        Ok(Snapped { name, uuid, snapshot })
     }
 
     /// Creates a disk that begins as a snapshot of another.
@@ -132,11 +131,19 @@ impl Host {
     ) -> Result<Created> {
         check_vdi_name(name).map_err(|words| Failure::new(Kind::Usage, words))?;
         let policy = when_offline.map_or(Ok(WhenOffline::default()), policy_of)?;
-        let store = self.parts.store.get()?;
-        let source = store.lookup_vdi(&from.vdi).await?.uuid.to_string();
+        let source = self.named(&from.vdi).await?.1.to_string();
         let lsn = self.find_stored(&source, &from.snapshot).await?.lsn;
-        let info = store.clone_vdi(name, &source, lsn, policy).await?;
+        let info = self.parts.store.get()?.clone_vdi(name, &source, lsn, policy).await?;
         Ok(Created { name: info.name, uuid: info.uuid, size: info.size_bytes })
+    }
+
+    /// A disk's name and identity; of one that is served here without asking the store.
+    async fn named(&self, name: &str) -> Result<(String, Uuid)> {
+        if let Some(disk) = self.find_served(name) {
+            return Ok((disk.name.clone(), disk.uuid));
+        }
+        let info = self.parts.store.get()?.lookup_vdi(name).await?;
+        Ok((info.name, info.uuid))
     }
 
     /// A snapshot in the store; one that is still in this host's log is drained there first.

@@ -200,10 +200,10 @@ pub async fn check_blocks(store: &Store) -> std::collections::BTreeSet<u64> {
                     continue;
                 }
                 // Snapshots, clones and what they were made from may share what is not a disk's own.
-                if !pointer.is_exclusive(last_snapshot) {
-                    if used.contains(&pointer.gba.0) || !shared.insert(pointer.gba.0) {
-                        continue;
-                    }
+                if !pointer.is_exclusive(last_snapshot)
+                    && (used.contains(&pointer.gba.0) || !shared.insert(pointer.gba.0))
+                {
+                    continue;
                 }
                 let kind = if level == 0 { ExtentType::Data } else { ExtentType::Metadata };
                 blocks.push((pointer, kind));

@@ -4,7 +4,7 @@
 //! its place empty, and what becomes empty becomes a hole. So the newest are found without reading the others, a page of a
 //! million costs what the page costs, and nothing grows with what was deleted. Blocks of this tree belong to the disk
 //! alone and are replaced like the disk's own (rule C3): a change is written to fresh blocks, and counts with the head that
-//! names the new root. See docs/decisions/0015-snapshots-in-a-tree.md for why this is no log.
+//! names the new root. See docs/decisions/0016-snapshots-in-a-tree.md for why this is no log.
 //!
 //! Here: reading. `edit.rs`: the tree's changes; `change.rs`: deleting and labelling. Snapshots are made by commits.
 

@@ -85,3 +85,14 @@ fn more_snapshots_than_may_wait_are_refused_and_the_others_are_answered() {
     let expected: Vec<_> = (0..most).map(|id| (id, Some(Lsn(id + 1)))).collect();
     assert_eq!(answers[1..], expected);
 }
+
+#[test]
+fn a_snapshot_that_waited_for_the_store_needs_no_other_request_to_go_on() {
+    let (mut disk, _) = without_legs(Some(libc::EIO));
+    snapshot(&mut disk, 10);
+    disk.on_message(ToDisk::WriteThrough { lsn: Lsn(1) });
+    let (_, said) = poll(&mut disk);
+    assert!(said.iter().any(|s| matches!(s, FromDisk::Sealed(s) if s.last_lsn == Lsn(2))));
+    disk.on_message(ToDisk::Committed { lsn: Lsn(2) });
+    assert_eq!(taken(&poll(&mut disk).1), [(10, Some(Lsn(2)))]);
+}

@@ -81,6 +81,9 @@ pub struct VdiInfo {
     pub dirty_bytes: u64,
     /// Age of the oldest of them.
     pub oldest_dirty_ms: Option<u64>,
+    /// Snapshots in the local log that the store does not have yet.
+    #[serde(default)]
+    pub snapshots_in_log: u64,
     /// The last trouble with this disk, if it still matters.
     pub last_error: Option<String>,
     /// A virtual machine is connected.

@@ -7,8 +7,12 @@ use blockstore::device::sim::SimDevice;
 use blockstore::format::bitmap::{BitmapKind, BitmapPage};
 use blockstore::format::head::Head;
 use blockstore::format::vdi::VdiHead;
-use blockstore::types::{Gba, Lba, Lsn};
-use blockstore::{AttachOptions, Batch, Change, FormatOptions, OpenOptions, Result, Store, Vdi};
+use blockstore::snapshots::Page;
+use blockstore::types::{Birth, Gba, Lba, Lsn};
+use blockstore::{
+    AttachOptions, Batch, Change, Cut, FormatOptions, OpenOptions, Result, SnapshotLabel, Store,
+    Vdi,
+};
 use bytes::Bytes;
 use gc::{CheckOptions, Report, check};
 use std::sync::Arc;
@@ -122,6 +126,51 @@ async fn shared_blocks_of_snapshots_are_no_problem() {
     .await;
     let report = report(&sim).await;
     assert!(report.is_sound(), "{report:#?}");
+}
+
+/// Snapshots of "a" at LSNs 2 to 4, with a block written before each, and another after them.
+async fn cut(vdi: &Vdi) {
+    let cuts = (2..=4).map(|lsn| Cut {
+        changes: vec![write(64 * lsn)],
+        lsn: Lsn(lsn),
+        time_ms: 0,
+        label: SnapshotLabel::default(),
+    });
+    let batch = Batch { lsn: Lsn(5), cuts: cuts.collect(), changes: vec![write(64)] };
+    vdi.commit(batch).await.expect("commit");
+}
+
+#[tokio::test]
+async fn snapshots_are_walked_and_damage_in_them_is_found() {
+    let (sim, store, vdis) = store().await.expect("store");
+    cut(&vdis[0]).await;
+    let sound = report(&sim).await;
+    assert!(sound.is_sound(), "{sound:#?}");
+    assert_eq!(sound.snapshots, 3);
+    let page = Page { newest_first: false, beyond: None, limit: 9 };
+    let listed = store.snapshots("a", page).await.expect("snapshots");
+    // A node that only one snapshot has.
+    sim.corrupt(listed[1].root.gba.byte_offset() + 9, 1);
+    finds(&sim, &["VDI 'a'", "snapshot 3", "map from block 0 on is damaged"]).await;
+    sim.corrupt(listed[1].root.gba.byte_offset() + 9, 1);
+    // The list.
+    let head = store.read_vdi_slot(0).await.expect("read").record().cloned().expect("a head");
+    sim.corrupt(head.snapshots.root.gba.byte_offset() + 9, 1);
+    let report = report(&sim).await;
+    assert!(report.problems[0].contains("its list of snapshots is damaged"), "{report:#?}");
+    assert!(report.problems[1].contains("has 3 snapshots, and lists 0"), "{report:#?}");
+}
+
+#[tokio::test]
+async fn a_disk_that_takes_a_snapshot_for_its_own_is_found() {
+    let (sim, store, vdis) = store().await.expect("store");
+    cut(&vdis[0]).await;
+    // What only the disk may hold is what was born after the last snapshot.
+    change_head(&sim, &store, 0, |head| head.last_snapshot_birth = Birth(0)).await;
+    let report = report(&sim).await;
+    let says = |words: &str| report.problems.iter().any(|problem| problem.contains(words));
+    assert!(says("which something else uses too"), "{report:#?}");
+    assert!(says("younger than the last one that its disk knows of"), "{report:#?}");
 }
 
 #[tokio::test]

@@ -55,6 +55,7 @@ pub fn vdi_info(info: &VdiInfo) -> String {
         ),
         ("committed LSN", vdi.committed_lsn.to_string()),
         ("not in the store yet", dirty(info)),
+        ("snapshots only in the log", info.snapshots_in_log.to_string()),
         ("writes", rate(info.outlook.write_rate)),
         ("runway without the store", runway(&info.outlook)),
         ("drain takes", drain_time(&info.outlook)),

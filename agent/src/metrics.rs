@@ -225,6 +225,7 @@ mod tests {
             write_through: true,
             dirty_bytes: 4096,
             oldest_dirty_ms: Some(2500),
+            snapshots_in_log: 0,
             last_error: None,
             front_end_connected: true,
             waiting: Default::default(),

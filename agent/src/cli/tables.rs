@@ -478,12 +478,13 @@ pub fn store_report(report: &gc::Report) -> String {
         ("store", report.url.clone()),
         ("uuid", report.store.to_string()),
         ("disks", report.vdis.to_string()),
+        ("snapshots", report.snapshots.to_string()),
         ("nodes checked", report.nodes.to_string()),
         ("data blocks checked", report.data_blocks_checked.to_string()),
         (
             "blocks",
             format!(
-                "{} allocated, {} in use, {} claimed or left by a crash",
+                "{} allocated, {} in use, {} claimed, left by a crash, or only of deleted snapshots",
                 report.blocks_allocated, report.blocks_reachable, report.blocks_leaked
             ),
         ),

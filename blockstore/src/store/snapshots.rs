@@ -48,13 +48,14 @@ impl Store {
     /// As [`snapshots`](Self::snapshots); `NotFound` if there is none.
     pub async fn find_snapshot(&self, name_or_uuid: &str, snapshot: &str) -> Result<Snapshot> {
         let found = self.read_snapshots(name_or_uuid, &Wanted::Named(snapshot)).await?;
-        found.into_iter().next().ok_or_else(|| {
-            StoreError::new(
-                StoreErrorKind::NotFound,
-                format!("VDI '{name_or_uuid}', snapshot '{snapshot}'"),
-                "there is no snapshot with that LSN or label in the store; 'ballast snap list' shows those that are",
-            )
-        })
+        if let Some(found) = found.into_iter().next() {
+            return Ok(found);
+        }
+        Err(StoreError::new(
+            StoreErrorKind::NotFound,
+            format!("{}, snapshot '{snapshot}'", self.find_vdi(name_or_uuid).await?.object()),
+            "there is no snapshot with that LSN or label in the store; 'ballast snap list' shows those that are",
+        ))
     }
 
     /// Reads snapshots of a disk that its owner may change meanwhile: then once more.

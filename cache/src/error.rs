@@ -148,7 +148,9 @@ pub enum CacheError {
     )]
     NeverServed { name: String, vdi: Uuid },
     /// A snapshot is not known to be durable.
-    #[error("the snapshot of VDI {vdi} failed: {why}")]
+    #[error(
+        "the snapshot of VDI {vdi} failed: {why}; 'ballast vdi info' shows how the disk is, 'ballast snap list' whether it was taken after all"
+    )]
     Snapshot { vdi: Uuid, why: String },
     /// The log could not be committed.
     #[error("VDI {vdi}: {why}")]

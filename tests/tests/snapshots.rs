@@ -168,6 +168,7 @@ fn what_cannot_be_done_is_said_and_nothing_is_done() -> Result<()> {
     let lsn = control(&rig, "snap create db --label one")?["lsn"].as_u64().context("LSN")?;
     refused("snap delete db 77", "no snapshot with that LSN or label")?;
     refused("snap delete db one two", "no snapshot with that LSN or label")?;
+    refused("snap create db --label 1834", "is a number")?;
     refused("snap list nix", "no such disk")?;
     refused("snap label db two three", "no snapshot")?;
     refused("vdi create db --from db@one", "taken")?;
@@ -176,7 +177,11 @@ fn what_cannot_be_done_is_said_and_nothing_is_done() -> Result<()> {
     refused("vdi create a --from db@", "such as db@1834")?;
     refused("vdi create a --from db@one --size 8MiB", "cannot be used with")?;
     refused("vdi create a", "--size")?;
+    // Of two with one label none is chosen to be deleted.
+    control(&rig, "snap create db --label one")?;
+    refused("snap delete db one", "both have that label")?;
     control(&rig, &format!("snap label db {lsn} two"))?;
+    control(&rig, "snap delete db one")?;
     control(&rig, "vdi create a --from db@two")?;
     control(&rig, "vdi detach db")?;
     refused("vdi delete db", "--with-snapshots")?;

@@ -12,6 +12,9 @@ use clap::Subcommand;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
+/// From here on years have five digits.
+const YEAR_10000_MS: u64 = 253_402_300_800_000;
+
 #[derive(Debug, Subcommand)]
 pub enum SnapCommand {
     /// Take a snapshot of an attached disk, exact at one point of its writes; also while the store is away
@@ -88,13 +91,20 @@ pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()
     }
 }
 
+/// A time of day, or the bare number if no calendar has it.
+fn time_of(ms: u64) -> String {
+    if ms >= YEAR_10000_MS {
+        return format!("{ms} ms");
+    }
+    humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(ms)).to_string()
+}
+
 fn table(list: &Snapshots) -> String {
     let mut table = Table::new(&["SNAPSHOT", "TIME", "PLACE", "LABEL"]);
     for snapshot in &list.snapshots {
-        let time = UNIX_EPOCH + Duration::from_millis(snapshot.time);
         table.row([
             format!("{}@{}", list.name, snapshot.lsn),
-            humantime::format_rfc3339_millis(time).to_string(),
+            time_of(snapshot.time),
             match snapshot.place {
                 SnapshotPlace::Log => "log".into(),
                 SnapshotPlace::Store => "store".into(),

@@ -16,9 +16,9 @@ use crate::error::{Failure, Kind, Result};
 use crate::names::socket_path;
 use ballast_vhost::{DiskServer, Listening, NotServed, ServerOptions, Stats};
 use blockstore::types::Lsn;
-use blockstore::{AttachOptions, Vdi, WhenOffline};
+use blockstore::{AttachOptions, SnapshotLabel, Vdi, WhenOffline};
 use cache::disk::AttachedDisk;
-use cache::{CacheError, VdiIdentity};
+use cache::{CacheError, SnapshotTaken, VdiIdentity};
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -522,6 +522,16 @@ impl Served {
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Takes a snapshot; waits for a transition under way.
+    pub async fn snapshot(&self, parts: &Parts, label: SnapshotLabel) -> Result<SnapshotTaken> {
+        drop(self.handle.lock().await);
+        if parts.cache.vdi_status(self.uuid).is_none() || self.unserved.lock().is_some() {
+            self.refuse_gone()?;
+            return Err(self.log_not_open());
+        }
+        Ok(parts.cache.snapshot(self.uuid, label).await?)
     }
 
     fn set(&self, state: VdiState, error: Option<String>) {

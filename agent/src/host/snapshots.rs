@@ -16,9 +16,12 @@ use crate::names::check_vdi_name;
 use blockstore::snapshots::{PAGE_MAX, Page};
 use blockstore::types::Lsn;
 use blockstore::{SnapshotLabel, WhenOffline};
+use std::collections::HashSet;
 use std::sync::Arc;
 use uuid::Uuid;
 
+/// Most snapshots that one request deletes: each is looked for in the store.
+const DELETE_MAX: usize = 256;
 /// Snapshots in a page if nothing was said.
 const PAGE: usize = 1000;
 
@@ -28,8 +31,8 @@ impl Host {
         let label = label_of(request.label)?;
         let disk = self.served_or_reason(name).await?;
         let text = label.as_str().to_owned();
-        let taken = self.parts.cache.snapshot(disk.uuid, label).await.map_err(|error| {
-            Failure::from(error).within(format_args!("disk '{}' cannot be cut", disk.name))
+        let taken = disk.snapshot(&self.parts, label).await.map_err(|failure| {
+            failure.within(format_args!("no snapshot of disk '{}' is known to be taken", disk.name))
         })?;
         let snapshot = Snapshot {
             lsn: taken.lsn.0,
@@ -44,7 +47,7 @@ impl Host {
     /// A page of a disk's snapshots, those that are still in the log among them.
     pub async fn snapshots(&self, name: &str, request: SnapListRequest) -> Result<Snapshots> {
         let SnapListRequest { oldest_first, beyond, limit } = request;
-        let limit = if limit == 0 { PAGE } else { limit.min(PAGE_MAX) };
+        let limit = if limit == 0 { PAGE } else { limit.min(PAGE_MAX - 1) };
         let served = self.find_served(name);
         let in_log: Vec<Snapshot> = served.iter().flat_map(|disk| self.in_log(disk)).collect();
         let page = Page { newest_first: !oldest_first, beyond: beyond.map(Lsn), limit: limit + 1 };
@@ -63,7 +66,8 @@ impl Host {
             beyond.is_none_or(|beyond| if oldest_first { lsn > beyond } else { lsn < beyond })
         };
         // One that was committed meanwhile is in both.
-        let new = |snapshot: &Snapshot| !stored.iter().any(|stored| stored.lsn == snapshot.lsn);
+        let known: HashSet<u64> = stored.iter().map(|stored| stored.lsn).collect();
+        let new = |snapshot: &Snapshot| !known.contains(&snapshot.lsn);
         let pending: Vec<_> = in_log.into_iter().filter(|s| is_beyond(s.lsn) && new(s)).collect();
         let mut snapshots: Vec<_> = stored.into_iter().chain(pending).collect();
         snapshots.sort_unstable_by_key(|snapshot| snapshot.lsn);
@@ -100,12 +104,23 @@ impl Host {
         if which.is_empty() {
             return Err(Failure::new(Kind::Usage, "no snapshot was named: give LSNs or labels"));
         }
+        if which.len() > DELETE_MAX {
+            let words = format!(
+                "{} snapshots were named: delete at most {DELETE_MAX} at once",
+                which.len()
+            );
+            return Err(Failure::new(Kind::Usage, words));
+        }
         let (name, uuid) = self.named(name).await?;
         let vdi = uuid.to_string();
+        let wanted: Vec<&str> = which.iter().map(String::as_str).collect();
+        self.bring_to_store(&vdi, &wanted).await?;
         let mut lsns = Vec::new();
-        for snapshot in &which {
-            lsns.push(self.find_stored(&vdi, snapshot).await?.lsn);
+        for snapshot in wanted {
+            lsns.push(self.parts.store.get()?.find_only_snapshot(&vdi, snapshot).await?.lsn);
         }
+        lsns.sort_unstable();
+        lsns.dedup();
         self.parts.store.get()?.delete_snapshots(&vdi, lsns.clone()).await?;
         let deleted = lsns.iter().map(|lsn| lsn.0).collect();
         Ok(SnapDeleted { name, uuid, deleted })
@@ -152,17 +167,28 @@ impl Host {
         vdi: &str,
         snapshot: &str,
     ) -> Result<blockstore::format::snapshot::Snapshot> {
-        let named =
-            |pending: &Snapshot| pending.lsn.to_string() == snapshot || pending.label == snapshot;
-        if let Some(disk) = self.find_served(vdi)
-            && self.in_log(&disk).iter().any(named)
-        {
-            let what =
-                format!("snapshot '{snapshot}' of disk '{}' is not in the store yet", disk.name);
-            self.parts.refuse_while_down(&what)?;
-            self.drained(&disk).await.map_err(|failure| failure.within(what))?;
-        }
+        self.bring_to_store(vdi, &[snapshot]).await?;
         Ok(self.parts.store.get()?.find_snapshot(vdi, snapshot).await?)
+    }
+
+    /// Sees to it that none of these is only in this host's log.
+    async fn bring_to_store(&self, vdi: &str, wanted: &[&str]) -> Result<()> {
+        if wanted.contains(&"") {
+            return Err(Failure::new(
+                Kind::Usage,
+                "a snapshot's name is empty: give an LSN or a label",
+            ));
+        }
+        let Some(disk) = self.find_served(vdi) else { return Ok(()) };
+        let lsns: HashSet<u64> = wanted.iter().filter_map(|name| name.parse().ok()).collect();
+        let is_wanted = |pending: &Snapshot| {
+            lsns.contains(&pending.lsn) || wanted.contains(&pending.label.as_str())
+        };
+        let Some(pending) = self.in_log(&disk).into_iter().find(is_wanted) else { return Ok(()) };
+        let what =
+            format!("snapshot {} of disk '{}' is not in the store yet", pending.lsn, disk.name);
+        self.parts.refuse_while_down(&what)?;
+        self.drained(&disk).await.map_err(|failure| failure.within(what))
     }
 
     async fn drained(&self, disk: &Arc<Served>) -> Result<()> {

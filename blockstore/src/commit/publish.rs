@@ -82,6 +82,17 @@ struct Image {
 }
 
 impl Image {
+    /// Begins as it is.
+    fn of(head: &VdiHead) -> Self {
+        Self {
+            head: head.clone(),
+            nodes: Vec::new(),
+            snapshots: None,
+            garbage: Garbage::default(),
+            pointers: Vec::new(),
+        }
+    }
+
     /// Everything that is written before the head.
     fn writes(&self) -> Vec<Write> {
         let mut writes = gather_nodes(&self.nodes);
@@ -160,7 +171,11 @@ impl VdiInner {
             }
             let started = std::time::Instant::now();
             let known = control.last_leaf.take();
-            let mut image = self.build_image(head, &prepared, known.as_ref()).await?;
+            let mut image = Image::of(head);
+            if let Err(error) = self.build_image(&mut image, &prepared, known.as_ref()).await {
+                self.core.allocator()?.free(image.blocks());
+                return Err(error);
+            }
             if sabotage::on(Bug::FreeBeforeHead) {
                 self.core.allocator()?.free(std::mem::take(&mut image.garbage.blocks));
             }
@@ -186,19 +201,14 @@ impl VdiInner {
     }
 
     /// Step 2, without the writes: part after part, with a snapshot after each that ends in one (rule C4).
+    /// Should it fail, nothing was written to the blocks that `image` has by then.
     async fn build_image(
         &self,
-        base: &VdiHead,
+        image: &mut Image,
         prepared: &Prepared,
         known: Option<&KnownLeaf>,
-    ) -> Result<Image> {
-        let mut image = Image {
-            head: base.clone(),
-            nodes: Vec::new(),
-            snapshots: None,
-            garbage: Garbage::default(),
-            pointers: Vec::new(),
-        };
+    ) -> Result<()> {
+        let (committed, listed) = (image.head.committed, image.head.snapshots);
         let purpose = if prepared.writes.is_empty() { Purpose::GivesBack } else { Purpose::Normal };
         let mut unwritten = HashMap::new();
         let mut taken = Vec::new();
@@ -217,7 +227,7 @@ impl VdiInner {
             (image.head.root, image.head.birth) = (tree.root, birth);
             // A batch that was committed in part, before a crash, has its first cuts already.
             if let Some((lsn, time_ms, label)) = &part.cut
-                && *lsn > base.committed
+                && *lsn > committed
             {
                 let head = &image.head;
                 taken.push(Snapshot {
@@ -233,16 +243,16 @@ impl VdiInner {
             }
         }
         if !taken.is_empty() {
-            let ground = self.snapshot_ground(Purpose::Normal)?;
+            let ground = self.snapshot_ground(purpose)?;
             let birth = image.head.birth;
-            let mut edited = ground.append(base.snapshots, taken, birth, known).await?;
+            let mut edited = ground.append(listed, taken, birth, known).await?;
             image.head.snapshots = edited.index;
             image.garbage.blocks.append(&mut edited.replaced);
             image.snapshots = Some(edited);
         }
         image.head.committed = prepared.lsn;
         image.head.committed_ms = now_ms();
-        Ok(image)
+        Ok(())
     }
 
     /// The tree after one part of a batch. Nodes of the parts before it are `unwritten`.

@@ -17,7 +17,7 @@ pub const HEAD_SIZE: usize = 512;
 pub const BODY_SIZE: usize = 460;
 /// First bytes of every record.
 pub const MAGIC: [u8; 8] = *b"BALLAST\x01";
-/// Version of the record layouts written here.
+/// Version of the record layouts, but for records that say more than it knows.
 pub const RECORD_VERSION: u16 = 1;
 
 /// A record's body as bytes.
@@ -113,6 +113,12 @@ impl fmt::Display for Damage {
 pub trait Record: Sized + Clone + fmt::Debug + PartialEq {
     /// Its kind.
     const KIND: RecordKind;
+    /// The newest version of its layout that is read.
+    const NEWEST: u16 = RECORD_VERSION;
+    /// The oldest version that says all of it: programs of before do not take it for what it is not.
+    fn version(&self) -> u16 {
+        RECORD_VERSION
+    }
     /// The body's bytes.
     fn encode_body(&self) -> Body;
     /// Checks a body.
@@ -139,7 +145,7 @@ impl<T: Record> Head<T> {
     pub fn encode(&self, address: Gba) -> [u8; HEAD_SIZE] {
         let mut raw = RawHead {
             magic: MAGIC,
-            version: U16::new(RECORD_VERSION),
+            version: U16::new(self.record.version()),
             kind: U16::new(T::KIND as u16),
             reserved: U32::ZERO,
             address: U64::new(address.0),
@@ -175,11 +181,11 @@ impl<T: Record> Head<T> {
         if found != raw.crc.get() {
             return Err(Damage::Crc { expected: raw.crc.get(), found });
         }
-        if raw.version.get() > RECORD_VERSION {
-            return Err(Damage::Newer(raw.version.get()));
-        }
         if raw.kind.get() != T::KIND as u16 {
             return Err(Damage::Kind(raw.kind.get()));
+        }
+        if raw.version.get() > T::NEWEST {
+            return Err(Damage::Newer(raw.version.get()));
         }
         if raw.address.get() != address.0 {
             return Err(Damage::Address(raw.address.get()));

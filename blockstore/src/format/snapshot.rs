@@ -19,7 +19,7 @@ use crate::format::head::Damage;
 use crate::format::node::{HEIGHT_MAX, NODE_SHIFT, tree_span};
 use crate::format::pointer::{POINTER_SIZE, Pointer};
 use crate::format::text;
-use crate::format::vdi::VDI_SIZE_MAX;
+use crate::format::vdi::{COMMITTED_LSN_MAX, VDI_SIZE_MAX};
 use crate::types::{BLOCK_SIZE, Birth, Lsn};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -62,7 +62,8 @@ struct Raw {
 
 const _: () = assert!(size_of::<Raw>() == SNAPSHOT_SIZE);
 
-/// A snapshot's label: at most [`LABEL_MAX`] bytes of UTF-8 without control characters; may be empty.
+/// A snapshot's label: at most [`LABEL_MAX`] bytes of UTF-8 without control characters that is no
+/// number; may be empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct SnapshotLabel(String);
@@ -77,6 +78,11 @@ impl SnapshotLabel {
         if label.len() > LABEL_MAX {
             let long = label.len();
             return Err(format!("a label may have {LABEL_MAX} bytes, this one has {long}"));
+        }
+        if label.parse::<u64>().is_ok() {
+            return Err(format!(
+                "the label '{label}' is a number, as the LSNs are that name snapshots: choose another"
+            ));
         }
         if label.chars().any(char::is_control) {
             return Err("a label may not have control characters".into());
@@ -176,6 +182,9 @@ impl Snapshot {
         {
             return Err(Damage::Field("snapshot size"));
         }
+        if raw.lsn.get() > COMMITTED_LSN_MAX {
+            return Err(Damage::Field("snapshot LSN"));
+        }
         let root = Pointer::decode(raw.root)?;
         if raw.birth.get() >> 48 != 0 || root.birth.0 > raw.birth.get() {
             return Err(Damage::Field("snapshot birth"));
@@ -227,6 +236,7 @@ mod tests {
     fn labels_that_do_not_fit_are_refused() {
         assert!(SnapshotLabel::new("x".repeat(LABEL_MAX + 1)).is_err());
         assert!(SnapshotLabel::new("two\nlines").is_err());
+        assert!(SnapshotLabel::new("1834").is_err(), "it would pass for an LSN");
         assert!(SnapshotLabel::new("").is_ok());
     }
 

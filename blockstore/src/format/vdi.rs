@@ -1,6 +1,6 @@
 //! VDI record head: one virtual disk's present state. The only thing a commit changes in place.
 
-use crate::format::head::{BODY_SIZE, Body, Damage, Record, RecordKind};
+use crate::format::head::{BODY_SIZE, Body, Damage, RECORD_VERSION, Record, RecordKind};
 use crate::format::node::{HEIGHT_MAX, tree_span};
 use crate::format::pointer::{POINTER_SIZE, Pointer};
 use crate::format::snapshot::{SNAPSHOTS_HEIGHT_MAX, snapshots_span};
@@ -145,6 +145,9 @@ pub struct VdiHead {
     pub last_log: Option<Uuid>,
 }
 
+/// Version of a head that knows of snapshots or an origin: a program of before would lose them.
+const VERSION_WITH_SNAPSHOTS: u16 = 2;
+
 /// Stands for the log of an attachment that ended by a rollback: no log goes on from there.
 pub const GIVEN_UP: Uuid = Uuid::max();
 
@@ -158,6 +161,15 @@ impl VdiHead {
 
 impl Record for VdiHead {
     const KIND: RecordKind = RecordKind::Vdi;
+    const NEWEST: u16 = VERSION_WITH_SNAPSHOTS;
+
+    fn version(&self) -> u16 {
+        if self.snapshots == SnapshotIndex::default() && self.origin.is_none() {
+            RECORD_VERSION
+        } else {
+            VERSION_WITH_SNAPSHOTS
+        }
+    }
 
     fn encode_body(&self) -> Body {
         let raw = RawVdi {

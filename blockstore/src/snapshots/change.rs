@@ -4,10 +4,11 @@ use crate::alloc::Purpose;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::snapshot::{Snapshot, SnapshotLabel};
 use crate::format::vdi::VdiHead;
-use crate::io::Write;
+use crate::io::{Io, Patience, Write};
 use crate::root::{Garbage, Root};
 use crate::snapshots::Page;
 use crate::snapshots::edit::{Edited, Edits, Ground};
+use crate::tree::Reader;
 use crate::types::Lsn;
 use crate::vdi::{Vdi, VdiInner};
 use std::sync::Arc;
@@ -86,18 +87,33 @@ impl Vdi {
         list.map_err(|error| inner.named(error))
     }
 
-    pub(crate) async fn change_snapshots(&self, change: Change) -> Result<()> {
-        self.unstoppable(|inner| async move { inner.change_snapshots(&change).await }).await
+    /// As long as `io` is patient: a commit that waits for space must not make the operator's commands wait with it.
+    pub(crate) async fn change_snapshots(&self, change: Change, io: Io) -> Result<()> {
+        self.unstoppable(move |inner| async move { inner.change_snapshots(&change, &io).await })
+            .await
     }
 }
 
 impl VdiInner {
-    async fn change_snapshots(&self, change: &Change) -> Result<()> {
-        let mut control = self.control.lock().await;
+    async fn change_snapshots(&self, change: &Change, io: &Io) -> Result<()> {
+        let mut control = match io.patience() {
+            Patience::Forever => self.control.lock().await,
+            Patience::Limited(limit) => {
+                let lock = tokio::time::timeout(limit, self.control.lock()).await;
+                lock.map_err(|_| {
+                    StoreError::new(
+                        StoreErrorKind::Unreachable,
+                        self.object(),
+                        "a commit of it waits, for the device or for space: nothing was changed; see 'ballast status', try again later",
+                    )
+                })?
+            }
+        };
         control.check(self)?;
         loop {
             let base = self.root.load_full();
-            let ground = self.snapshot_ground(change.purpose())?;
+            let reader = &Reader { io: io.clone(), ..self.core.reader.clone() };
+            let ground = Ground { io, reader, ..self.snapshot_ground(change.purpose())? };
             let (next, edited) = change.apply(&ground, &self.object(), &base.head).await?;
             self.core.io.write_durable(&writes(&edited)).await?;
             control.last_leaf = None;

@@ -179,6 +179,44 @@ async fn what_cannot_be_done_is_refused_and_changes_nothing() {
     );
 }
 
+/// A head that has, or ever had, snapshots or an origin is refused by programs that would lose them.
+#[tokio::test(start_paused = true)]
+async fn only_heads_without_snapshots_have_the_former_version() {
+    let sim = sim(64 * MIB, 6);
+    let (store, vdi) = store_with_disk(&sim, 16 * MIB).await;
+    let version = async |slot: u32| {
+        let address = store.superblock().geometry.vdi_slot(slot);
+        let block = sim.device().read(address.byte_offset(), 4096).await.expect("read");
+        u16::from_le_bytes([block[8], block[9]])
+    };
+    assert_eq!(version(0).await, 1);
+    cut_at(&vdi, [5].into_iter()).await;
+    store.clone_vdi("c", "d", Lsn(5), WhenOffline::default()).await.expect("clone");
+    assert_eq!((version(0).await, version(1).await), (2, 2));
+    store.delete_vdi("c").await.expect("delete");
+    store.delete_snapshots("d", vec![Lsn(5)]).await.expect("delete");
+    assert_eq!((version(0).await, version(1).await), (2, 1));
+}
+
+/// An empty name is none, though most snapshots have no label.
+#[tokio::test(start_paused = true)]
+async fn no_snapshot_is_found_by_an_empty_name_and_none_is_chosen_of_two() {
+    let sim = sim(64 * MIB, 7);
+    let (store, vdi) = store_with_disk(&sim, 16 * MIB).await;
+    cut_at(&vdi, [5, 9].into_iter()).await;
+    for lsn in [5, 9] {
+        store.label_snapshot("d", Lsn(lsn), SnapshotLabel::default()).await.expect("label");
+    }
+    assert_eq!(store.find_snapshot("d", "").await.unwrap_err().kind, StoreErrorKind::NotFound);
+    for lsn in [5, 9] {
+        let label = SnapshotLabel::new("nightly").expect("label");
+        store.label_snapshot("d", Lsn(lsn), label).await.expect("label");
+    }
+    assert_eq!(store.find_snapshot("d", "nightly").await.expect("newest").lsn, Lsn(9));
+    let several = store.find_only_snapshot("d", "nightly").await.unwrap_err();
+    assert!(several.to_string().contains("snapshots 9 and 5 both"), "{several}");
+}
+
 /// A batch that was committed in part before a crash: its first snapshots are there and are not made again.
 #[tokio::test(start_paused = true)]
 async fn a_batch_that_is_replayed_repeats_no_snapshot() {

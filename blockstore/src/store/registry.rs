@@ -44,7 +44,8 @@ impl VdiHead {
             owner: None,
             log_id: None,
             root: Pointer::SPARSE,
-            snapshots: SnapshotIndex { root: Pointer::SPARSE, live: 0, ..self.snapshots },
+            snapshots: SnapshotIndex::default(),
+            origin: None,
             meta: Pointer::SPARSE,
             ..self
         }

@@ -29,7 +29,7 @@ const LIST_ATTEMPTS: u32 = 5;
 enum Wanted<'a> {
     Page(Page),
     At(Lsn),
-    /// By LSN, else by label, the newest.
+    /// By LSN, else by label: the newest, and another if there is one.
     Named(&'a str),
 }
 
@@ -51,7 +51,32 @@ impl Store {
         if let Some(found) = found.into_iter().next() {
             return Ok(found);
         }
-        Err(StoreError::new(
+        Err(self.no_snapshot_named(name_or_uuid, snapshot).await?)
+    }
+
+    /// As [`find_snapshot`](Self::find_snapshot), but no choice is made between several of one label.
+    ///
+    /// # Errors
+    /// As [`find_snapshot`](Self::find_snapshot); `Invalid` naming two of them.
+    pub async fn find_only_snapshot(&self, name_or_uuid: &str, snapshot: &str) -> Result<Snapshot> {
+        let found = self.read_snapshots(name_or_uuid, &Wanted::Named(snapshot)).await?;
+        let mut found = found.into_iter();
+        match (found.next(), found.next()) {
+            (Some(found), None) => Ok(found),
+            (Some(newer), Some(older)) => Err(StoreError::new(
+                StoreErrorKind::Invalid,
+                format!("VDI '{name_or_uuid}', snapshot '{snapshot}'"),
+                format!(
+                    "snapshots {} and {} both have that label; name one by its LSN",
+                    newer.lsn, older.lsn
+                ),
+            )),
+            (None, _) => Err(self.no_snapshot_named(name_or_uuid, snapshot).await?),
+        }
+    }
+
+    async fn no_snapshot_named(&self, name_or_uuid: &str, snapshot: &str) -> Result<StoreError> {
+        Ok(StoreError::new(
             StoreErrorKind::NotFound,
             format!("{}, snapshot '{snapshot}'", self.find_vdi(name_or_uuid).await?.object()),
             "there is no snapshot with that LSN or label in the store; 'ballast snap list' shows those that are",
@@ -107,13 +132,18 @@ impl Store {
         {
             return Ok(vec![found]);
         }
+        let mut named = Vec::new();
+        if name.is_empty() {
+            return Ok(named);
+        }
         let mut page = Page { newest_first: true, beyond: None, limit: 1024 };
         loop {
             let list = reader.snapshot_page(index, page).await?;
-            let Some(last) = list.last() else { return Ok(Vec::new()) };
+            let Some(last) = list.last() else { return Ok(named) };
             page.beyond = Some(last.lsn);
-            if let Some(found) = list.into_iter().find(|found| found.label.as_str() == name) {
-                return Ok(vec![found]);
+            named.extend(list.into_iter().filter(|found| found.label.as_str() == name));
+            if named.len() >= 2 {
+                return Ok(named);
             }
         }
     }
@@ -158,7 +188,7 @@ impl Store {
         if let Some(inner) = self.attached_here(found.head.uuid)
             && found.head.owner.is_some()
         {
-            return Vdi { inner }.change_snapshots(change).await;
+            return Vdi { inner }.change_snapshots(change, self.control_io.clone()).await;
         }
         self.refuse_attached(&found, "change its snapshots").await?;
         let (allocator, purpose) = (reclaimer.allocator(), change.purpose());

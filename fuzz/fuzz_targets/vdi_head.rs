@@ -17,7 +17,7 @@ use blockstore::format::meta::VdiMeta;
 use blockstore::format::node::tree_span;
 use blockstore::format::pointer::Pointer;
 use blockstore::format::superblock::Superblock;
-use blockstore::format::vdi::{Owner, VdiHead, VdiState, SnapshotIndex};
+use blockstore::format::vdi::{Owner, SnapshotIndex, VdiHead, VdiState};
 use blockstore::types::{Birth, Gba, Generation, Lsn};
 use libfuzzer_sys::fuzz_target;
 use uuid::Uuid;
@@ -60,7 +60,7 @@ fn vdi() -> VdiHead {
         birth: Birth(3),
         last_snapshot_birth: Birth(1),
         snapshots: SnapshotIndex::default(),
-            origin: None,
+        origin: None,
         meta: pointer(301),
         created_ms: 0x88,
         committed_ms: 0x99,

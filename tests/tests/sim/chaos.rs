@@ -121,10 +121,10 @@ impl Chaos {
         self.san_pace.set(self.rng.random_range(0..60), self.rng.random_range(1..12));
         self.san_pace.set_late(self.rng.random_range(0..30), self.rng.random_range(1..15_000));
         let is_late = self.rng.random_bool(self.profile.late_reads);
-        let late_reads = if is_late { 50..400 } else { 0..1 };
+        let late_reads = if is_late { self.profile.late_of_1000.clone() } else { 0..1 };
         self.san_pace.late_reads.store(self.rng.random_range(late_reads), Ordering::Relaxed);
         for pace in self.paces.clone() {
-            pace.set(self.rng.random_range(0..60), self.rng.random_range(1..4));
+            self.usual(&pace);
             pace.set_late(self.rng.random_range(0..4), self.rng.random_range(1..4_000));
             pace.breaks.store(0, Ordering::Relaxed);
         }
@@ -237,6 +237,15 @@ impl Chaos {
         self.san.set_rates(FaultRates::default());
         self.san_pace.set(self.rng.random_range(0..60), self.rng.random_range(1..12));
         for pace in self.paces.clone() {
+            self.usual(&pace);
+        }
+    }
+
+    /// How fast a leg is while nothing ails it.
+    fn usual(&mut self, pace: &Pace) {
+        if self.profile.slow_legs {
+            pace.set(100, self.rng.random_range(5..60));
+        } else {
             pace.set(self.rng.random_range(0..60), self.rng.random_range(1..4));
         }
     }

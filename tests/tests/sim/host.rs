@@ -57,7 +57,12 @@ pub async fn live(world: &mut World, last: bool) -> End {
     if !last {
         if world.rng.random_bool(0.4) {
             let leg = world.rng.random_range(0..legs.len());
-            legs[leg].crash_after(few(&mut world.rng, 3000));
+            // Short lives end amid their writes, others as often while they come up.
+            let after = match world.profile.life_requests {
+                Some(_) => world.rng.random_range(40..300),
+                None => few(&mut world.rng, 3000),
+            };
+            legs[leg].crash_after(after);
         } else if world.rng.random_bool(0.3) {
             san.crash_after(few(&mut world.rng, 1000));
         }
@@ -160,7 +165,8 @@ async fn bring_up_and_use(
     };
     world.served.set(true);
     let count = disks.len() as u64;
-    let share = if last { world.left } else { world.rng.random_range(0..=world.left / 2 + 1) };
+    let most = world.profile.life_requests.unwrap_or(u64::MAX).min(world.left / 2 + 1);
+    let share = if last { world.left } else { world.rng.random_range(0..=most) };
     let mut workers = Vec::new();
     for (attached, model) in disks.into_iter().zip(&agent.models) {
         let rng = SmallRng::seed_from_u64(world.rng.random());

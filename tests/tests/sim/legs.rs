@@ -196,6 +196,7 @@ impl Legs {
             }
         }
         let mut degraded = false;
+        let left_behind = self.victim_is_out();
         loop {
             let mut named: Vec<_> = (0..devices.len()).map(way).collect();
             if self.absent {
@@ -204,7 +205,11 @@ impl Legs {
                 named.reverse();
             }
             match Local::on_devices(named, degraded).await {
-                Ok(local) => return Ok(local),
+                Ok(local) => {
+                    let counts = local.members().contains(self.victim as u8);
+                    assert!(!left_behind || !counts, "L5: a leg that was left behind counts again");
+                    return Ok(local);
+                }
                 // Nobody hears of it.
                 Err(_) if self.sims.iter().any(SimDevice::is_dead) => {
                     std::future::pending::<()>().await

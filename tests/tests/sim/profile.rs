@@ -5,6 +5,7 @@ use blockstore::device::sim::FaultRates;
 use cache::flusher::FlushOptions;
 use rand::Rng;
 use rand::rngs::SmallRng;
+use std::ops::Range;
 
 /// Drawn from the seed, before anything else.
 #[derive(Clone, Debug)]
@@ -17,10 +18,18 @@ pub struct Profile {
     pub image_bytes: usize,
     /// Lives of the agent before the last one, which ends in peace.
     pub lives: u32,
+    /// Guest requests in each of them at most, if there is a limit.
+    pub life_requests: Option<u64>,
+    /// Of the requests that guests make otherwise, they make one in so many.
+    pub fewer: u64,
+    /// The cache device is slow all the time, so that much is under way at once.
+    pub slow_legs: bool,
     /// Outages last up to this long, milliseconds.
     pub outage_ms: u64,
     /// Share of lives in which replies to reads from the store come late.
     pub late_reads: f64,
+    /// So many of 1000 replies are late then.
+    pub late_of_1000: Range<u64>,
     /// Faults of the store's device while the chaos has its turn.
     pub san: FaultRates,
     /// The cache device, or one leg of a mirrored one, fails in some lives.
@@ -39,21 +48,28 @@ pub struct Profile {
     pub looks_ahead: bool,
 }
 
-/// What guests do most.
+/// What most goes on in a run: a rare bug needs much of one kind of trouble rather than a little of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Manner {
+enum Theme {
     Mixed,
-    /// They zero most of what they write.
+    /// Guests zero most of what they write.
     Zeroes,
     /// They read much that the log does not hold, while the same blocks are written, committed and evicted quickly.
     Reads,
+    /// They change parts of few blocks, which the log forgets as soon as they are committed, while replies to reads of the
+    /// store are under way.
+    LateReads,
+    /// One short life after the other.
+    Restarts,
 }
 
-impl Manner {
+impl Theme {
     fn draw(rng: &mut SmallRng) -> Self {
         match rng.random_range(0..20) {
             0..3 => Self::Zeroes,
-            3..7 => Self::Reads,
+            3..6 => Self::Reads,
+            6..9 => Self::LateReads,
+            9..13 => Self::Restarts,
             _ => Self::Mixed,
         }
     }
@@ -61,30 +77,54 @@ impl Manner {
 
 impl Profile {
     pub fn draw(rng: &mut SmallRng) -> Self {
-        let manner = Manner::draw(rng);
-        let smallest = if manner == Manner::Reads { 300 } else { 32 };
-        let disks =
-            (0..rng.random_range(1..=3)).map(|_| rng.random_range(smallest..=400)).collect();
-        let reads = match manner {
-            Manner::Mixed => rng.random_range(5..60),
-            Manner::Zeroes => rng.random_range(5..40),
-            Manner::Reads => rng.random_range(50..70),
+        let theme = Theme::draw(rng);
+        let blocks = match theme {
+            Theme::Reads => 300..=400,
+            Theme::LateReads => 48..=128,
+            _ => 32..=400,
         };
-        let zeros = match manner {
-            Manner::Mixed => rng.random_range(0..10),
-            Manner::Zeroes => rng.random_range(15..40),
-            Manner::Reads => 2,
+        let disks_max = if matches!(theme, Theme::LateReads | Theme::Restarts) { 1 } else { 3 };
+        let disks = (0..rng.random_range(1..=disks_max))
+            .map(|_| rng.random_range(blocks.clone()))
+            .collect();
+        let reads = match theme {
+            Theme::Mixed => rng.random_range(5..60),
+            Theme::Zeroes => rng.random_range(5..40),
+            Theme::Reads => rng.random_range(50..70),
+            Theme::LateReads => rng.random_range(60..80),
+            Theme::Restarts => rng.random_range(5..20),
         };
-        let flushes = rng.random_range(1..if manner == Manner::Reads { 4 } else { 20 });
-        let hurried = manner == Manner::Reads;
+        let zeros = match theme {
+            Theme::Mixed | Theme::Restarts => rng.random_range(0..10),
+            Theme::Zeroes => rng.random_range(15..40),
+            Theme::Reads | Theme::LateReads => 2,
+        };
+        let read_heavy = matches!(theme, Theme::Reads | Theme::LateReads);
+        let restarts = theme == Theme::Restarts;
+        let flushes = rng.random_range(1..if read_heavy || restarts { 4 } else { 20 });
         let habits = Habits {
-            think_ms: rng.random_range(0..if hurried { 10 } else { 60 }),
+            think_ms: match theme {
+                Theme::Reads => rng.random_range(0..10),
+                Theme::LateReads => rng.random_range(50..300),
+                _ => rng.random_range(0..60),
+            },
             burst: rng.random_range(1..12),
             mix: [100 - reads - zeros - flushes, zeros, flushes],
-            large: if hurried || rng.random_bool(0.4) { 2000 } else { 160 },
+            large: match theme {
+                Theme::Reads | Theme::Restarts => 2000,
+                Theme::LateReads => 24,
+                _ if rng.random_bool(0.4) => 2000,
+                _ => 160,
+            },
+            larges: if restarts { 6 } else { 3 },
+            parts: if theme == Theme::LateReads { 14 } else { 5 },
         };
         let flush = FlushOptions {
-            max_age_ms: rng.random_range(50..if hurried { 500 } else { 4000 }),
+            max_age_ms: match theme {
+                Theme::Reads => rng.random_range(50..500),
+                Theme::LateReads => rng.random_range(50..300),
+                _ => rng.random_range(50..4000),
+            },
             start_fill: rng.random_range(0.05..0.6),
             full_speed_fill: 0.6,
             batch_bytes: rng.random_range(1..8) << 20,
@@ -112,9 +152,14 @@ impl Profile {
             habits,
             flush,
             image_bytes: rng.random_range(1..12) << 20,
-            lives: rng.random_range(2..12),
+            lives: if restarts { rng.random_range(20..50) } else { rng.random_range(2..12) },
+            life_requests: restarts.then(|| rng.random_range(10..80)),
+            fewer: if restarts { 4 } else { 1 },
+            slow_legs: restarts,
             outage_ms,
-            late_reads: if hurried { 0.8 } else { 0.3 },
+            late_reads: if read_heavy { 0.9 } else { 0.3 },
+            // Few: what a commit reads is late, too, and must be there long before.
+            late_of_1000: if theme == Theme::LateReads { 3..40 } else { 50..400 },
             san,
             local_fails: rng.random_bool(if legs > 1 { 0.8 } else { 0.4 }),
             legs,

@@ -1,7 +1,7 @@
-//! The simulator bites: each of a list of deliberate bugs is found within the seeds of an ordinary run, most within a hundred. With a bug, anything may happen
-//! to the code under test; any panic of a run counts as found, and so does a run that does not end.
+//! The simulator bites: each of a list of deliberate bugs is found within the first hundred seeds of an ordinary run. With a bug,
+//! anything may happen to the code under test; any panic of a run counts as found, and so does a run that does not end.
 //!
-//! `SIM_BUG=Name` tries one of them.
+//! `SIM_BUG=Name,Name` tries some of them. `SIM_COUNT=1` tries all hundred seeds and tells how many find the bug.
 
 use crate::{variable, words_of, world};
 use blockstore::sabotage::{ALL, Bug, set};
@@ -9,12 +9,20 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 
 /// Seeds within which a bug must be found.
-const SEEDS_MAX: u64 = 1000;
+const SEEDS_MAX: u64 = 100;
 /// Requests per seed.
 const REQUESTS: u64 = 10_000;
 
-/// The first seed that finds the bug, with what it says. It must be clean without the bug.
-fn hunt(bug: Bug) -> Option<(u64, String)> {
+/// What the seeds say of a bug.
+#[derive(Debug, Default)]
+struct Found {
+    /// The first seed that finds it and is clean without it, and its words.
+    first: Option<(u64, String)>,
+    /// Seeds that find it, of those that were run.
+    seeds: u32,
+}
+
+fn hunt(bug: Bug, count: bool) -> Found {
     let requests = variable("SIM_REQUESTS", REQUESTS);
     let run = |seed: u64, bug: Option<Bug>| {
         set(bug);
@@ -22,17 +30,29 @@ fn hunt(bug: Bug) -> Option<(u64, String)> {
         set(None);
         outcome.err().map(|panic| words_of(&*panic))
     };
-    (1..=SEEDS_MAX).find_map(|seed| {
-        let words = run(seed, Some(bug))?;
-        run(seed, None).is_none().then_some((seed, words))
-    })
+    let mut found = Found::default();
+    for seed in 1..=SEEDS_MAX {
+        let Some(words) = run(seed, Some(bug)) else { continue };
+        found.seeds += 1;
+        if found.first.is_none() && run(seed, None).is_none() {
+            found.first = Some((seed, words));
+        }
+        if found.first.is_some() && !count {
+            break;
+        }
+    }
+    found
 }
 
 #[test]
 fn every_deliberate_bug_is_found() {
     let wanted = std::env::var("SIM_BUG").ok();
-    let bugs =
-        ALL.into_iter().filter(|bug| wanted.as_ref().is_none_or(|w| *w == format!("{bug:?}")));
+    let is_wanted = |bug: &Bug| {
+        let name = format!("{bug:?}");
+        wanted.as_ref().is_none_or(|wanted| wanted.split(',').any(|w| w == name))
+    };
+    let count = variable("SIM_COUNT", 0) > 0;
+    let bugs = ALL.into_iter().filter(is_wanted);
     let bugs = Mutex::new(bugs);
     let missed = Mutex::new(Vec::new());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -44,12 +64,17 @@ fn every_deliberate_bug_is_found() {
                     let next = bugs.lock().expect("no one panics with it").next();
                     let Some(bug) = next else { return };
                     let began = std::time::Instant::now();
-                    let found = hunt(bug);
+                    let Found { first, seeds } = hunt(bug, count);
                     let took = began.elapsed().as_secs_f64();
-                    match found {
+                    match first {
                         Some((seed, words)) => {
                             let words: String = words.chars().take(140).collect();
-                            eprintln!("{bug:?}: seed {seed}, {took:.1} s: {words}");
+                            let of = if count {
+                                format!(", {seeds} of {SEEDS_MAX}")
+                            } else {
+                                String::new()
+                            };
+                            eprintln!("{bug:?}: seed {seed}{of}, {took:.1} s: {words}");
                         }
                         None => {
                             eprintln!("{bug:?}: NOT FOUND, {took:.1} s");

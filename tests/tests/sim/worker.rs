@@ -79,6 +79,9 @@ pub struct Habits {
     pub mix: [u32; 3],
     /// Sectors in a large write at most.
     pub large: u64,
+    /// Of 20 writes and reads: those that are large, and those of less than a block. The others are of one block.
+    pub larges: u32,
+    pub parts: u32,
 }
 
 /// What all workers of a life share.
@@ -361,10 +364,11 @@ impl Worker {
     fn imagine(&mut self) -> Request {
         let total = self.model.lock().sectors();
         let rng = &mut self.rng;
+        let Habits { larges, parts, .. } = self.habits;
         let length = |rng: &mut SmallRng, large: u64| match rng.random_range(0..20) {
-            0..12 => PER_BLOCK,
-            12..17 => rng.random_range(1..PER_BLOCK),
-            _ => rng.random_range(1..=large),
+            kind if kind < larges => rng.random_range(1..=large),
+            kind if kind < larges + parts => rng.random_range(1..PER_BLOCK),
+            _ => PER_BLOCK,
         };
         let place = |rng: &mut SmallRng, len: u64| {
             let at = rng.random_range(0..=total - len);

@@ -129,6 +129,7 @@ impl World {
             Local::make_legs(legs.named()).await.expect("a new cache");
             Store::format(san.device(), FormatOptions::default()).await.expect("a new store");
         });
+        let requests = requests / profile.fewer;
         Self {
             asked: requests,
             left: requests,

@@ -322,6 +322,8 @@ impl Worker {
                     if matches!(other, ToDisk::Tick) {
                         self.look_at_legs();
                     }
+                    // What is kept now is to be sealed, too: whoever takes the disk back would do that on a real file.
+                    self.rolled &= !matches!(other, ToDisk::Keep { .. });
                     self.attached.disk.on_message(other);
                 }
             }

@@ -121,8 +121,10 @@ impl Chaos {
         self.san_pace.set(self.rng.random_range(0..60), self.rng.random_range(1..12));
         self.san_pace.set_late(self.rng.random_range(0..30), self.rng.random_range(1..15_000));
         let is_late = self.rng.random_bool(self.profile.late_reads);
-        let late_reads = if is_late { self.profile.late_of_1000.clone() } else { 0..1 };
-        self.san_pace.late_reads.store(self.rng.random_range(late_reads), Ordering::Relaxed);
+        let late = self.rng.random_range(if is_late { 50..400 } else { 0..1 });
+        let (reads, fetches) = if self.profile.only_fetches { (0, late) } else { (late, 0) };
+        self.san_pace.late_reads.store(reads, Ordering::Relaxed);
+        self.san_pace.late_fetches.store(fetches, Ordering::Relaxed);
         for pace in self.paces.clone() {
             self.usual(&pace);
             pace.set_late(self.rng.random_range(0..4), self.rng.random_range(1..4_000));

@@ -82,7 +82,8 @@ impl Agent {
         };
         self.models[n].lock().attached_at(Backing::committed(&*vdi).0);
         let model = Arc::clone(&self.models[n]);
-        let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model });
+        let san = Arc::clone(&self.san);
+        let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model, san });
         while let Err(error) = self.cache.join(record.vdi, Arc::<Checked>::clone(&backing)).await {
             again("joining the store", &error, lenient).await?;
         }

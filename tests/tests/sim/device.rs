@@ -32,6 +32,8 @@ pub struct Pace {
     pub late_ms: AtomicU64,
     /// Of 1000 replies to reads, so many come later still, by up to [`LATE_READ_MS`].
     pub late_reads: AtomicU64,
+    /// Of 1000 answers to guests' reads of the store, so many come as late. Commits, which read the store as well, do not.
+    pub late_fetches: AtomicU64,
     /// Of 1000 flushes, so many fail, and with one of them the device for good: an agent that goes on with it could be told
     /// anything.
     pub breaks: AtomicU64,
@@ -73,6 +75,19 @@ impl Timed {
     /// With another device of the same host.
     pub fn with_twin(self, twin: Option<SimDevice>) -> Self {
         Self { twin, ..self }
+    }
+
+    /// What a guest reads was read from the store: its answer may be late.
+    pub async fn answer_fetch(&self) {
+        let share = self.pace.late_fetches.load(Ordering::Relaxed);
+        let ms = {
+            let mut rng = self.rng.lock();
+            let late = share > 0 && rng.random_range(0..1000) < share;
+            if late { rng.random_range(1..=LATE_READ_MS) } else { 0 }
+        };
+        if ms > 0 {
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+        }
     }
 
     async fn wait(&self) {

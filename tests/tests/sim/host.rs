@@ -130,6 +130,7 @@ fn heal(world: &World) {
     world.san_pace.set(20, 5);
     world.san_pace.set_late(0, 0);
     world.san_pace.late_reads.store(0, Ordering::Relaxed);
+    world.san_pace.late_fetches.store(0, Ordering::Relaxed);
 }
 
 async fn bring_up_and_use(
@@ -228,6 +229,7 @@ async fn bring_up_and_use(
 pub struct Checked {
     pub vdi: Arc<Vdi>,
     pub model: Arc<Mutex<Model>>,
+    pub san: Arc<Timed>,
 }
 
 #[async_trait]
@@ -237,7 +239,9 @@ impl Backing for Checked {
     }
 
     async fn read(&self, lba: Lba, blocks: u32) -> Result<Vec<Option<Bytes>>, BackingError> {
-        Backing::read(&*self.vdi, lba, blocks).await
+        let read = Backing::read(&*self.vdi, lba, blocks).await;
+        self.san.answer_fetch().await;
+        read
     }
 
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
@@ -252,7 +256,7 @@ impl Backing for Checked {
 /// What a running agent holds.
 pub struct Agent {
     pub cache: Arc<Cache>,
-    san: Arc<Timed>,
+    pub san: Arc<Timed>,
     store: Mutex<Option<Arc<Store>>>,
     pub vdis: Mutex<Vec<Arc<Vdi>>>,
     pub models: Vec<Arc<Mutex<Model>>>,
@@ -376,7 +380,8 @@ impl Agent {
             }
         };
         let model = &self.models[n];
-        let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model: Arc::clone(model) });
+        let san = Arc::clone(&self.san);
+        let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model: Arc::clone(model), san });
         let stated = self.stated(self.cache.identity().await.cache, uuid, log_id.as_u128());
         loop {
             match self.cache.attach(&identity, Arc::<Checked>::clone(&backing)).await {

@@ -5,7 +5,6 @@ use blockstore::device::sim::FaultRates;
 use cache::flusher::FlushOptions;
 use rand::Rng;
 use rand::rngs::SmallRng;
-use std::ops::Range;
 
 /// Drawn from the seed, before anything else.
 #[derive(Clone, Debug)]
@@ -28,8 +27,8 @@ pub struct Profile {
     pub outage_ms: u64,
     /// Share of lives in which replies to reads from the store come late.
     pub late_reads: f64,
-    /// So many of 1000 replies are late then.
-    pub late_of_1000: Range<u64>,
+    /// Only those are late that guests wait for, while commits go on.
+    pub only_fetches: bool,
     /// Faults of the store's device while the chaos has its turn.
     pub san: FaultRates,
     /// The cache device, or one leg of a mirrored one, fails in some lives.
@@ -57,7 +56,7 @@ enum Theme {
     /// They read much that the log does not hold, while the same blocks are written, committed and evicted quickly.
     Reads,
     /// They change parts of few blocks, which the log forgets as soon as they are committed, while replies to reads of the
-    /// store are under way.
+    /// store are under way and commits are quick.
     LateReads,
     /// One short life after the other.
     Restarts,
@@ -158,8 +157,7 @@ impl Profile {
             slow_legs: restarts,
             outage_ms,
             late_reads: if read_heavy { 0.9 } else { 0.3 },
-            // Few: what a commit reads is late, too, and must be there long before.
-            late_of_1000: if theme == Theme::LateReads { 3..40 } else { 50..400 },
+            only_fetches: theme == Theme::LateReads,
             san,
             local_fails: rng.random_bool(if legs > 1 { 0.8 } else { 0.4 }),
             legs,

@@ -1,7 +1,9 @@
-//! The simulator bites: each of a list of deliberate bugs is found within the first hundred seeds of an ordinary run. With a bug,
-//! anything may happen to the code under test; any panic of a run counts as found, and so does a run that does not end.
+//! The simulator bites: each of a list of deliberate bugs is found within the first hundred seeds of an ordinary run, but for
+//! those in [`RARE`]. With a bug, anything may happen to the code under test; any panic of a run counts as found, and so does
+//! a run that does not end.
 //!
-//! `SIM_BUG=Name,Name` tries some of them. `SIM_COUNT=1` tries all hundred seeds and tells how many find the bug.
+//! `SIM_BUG=Name,Name` tries some of them, `SIM_FIRST_SEED=F` begins there. `SIM_COUNT=1` tries all those seeds and tells how
+//! many find the bug.
 
 use crate::{variable, words_of, world};
 use blockstore::sabotage::{ALL, Bug, set};
@@ -10,6 +12,9 @@ use std::sync::Mutex;
 
 /// Seeds within which a bug must be found.
 const SEEDS_MAX: u64 = 100;
+/// Bugs that take more, and how many seeds they may take: a block must be changed, committed and forgotten while one late reply
+/// to a read of it is under way, and then be read once more before anything else happens to it.
+const RARE: [(Bug, u64); 1] = [(Bug::StaleFill, 1000)];
 /// Requests per seed.
 const REQUESTS: u64 = 10_000;
 
@@ -22,6 +27,11 @@ struct Found {
     seeds: u32,
 }
 
+/// Seeds within which this bug must be found.
+fn seeds_max(bug: Bug) -> u64 {
+    RARE.iter().find(|(rare, _)| *rare == bug).map_or(SEEDS_MAX, |(_, seeds)| *seeds)
+}
+
 fn hunt(bug: Bug, count: bool) -> Found {
     let requests = variable("SIM_REQUESTS", REQUESTS);
     let run = |seed: u64, bug: Option<Bug>| {
@@ -31,7 +41,7 @@ fn hunt(bug: Bug, count: bool) -> Found {
         outcome.err().map(|panic| words_of(&*panic))
     };
     let mut found = Found::default();
-    for seed in 1..=SEEDS_MAX {
+    for seed in variable("SIM_FIRST_SEED", 1)..=seeds_max(bug) {
         let Some(words) = run(seed, Some(bug)) else { continue };
         found.seeds += 1;
         if found.first.is_none() && run(seed, None).is_none() {
@@ -70,7 +80,7 @@ fn every_deliberate_bug_is_found() {
                         Some((seed, words)) => {
                             let words: String = words.chars().take(140).collect();
                             let of = if count {
-                                format!(", {seeds} of {SEEDS_MAX}")
+                                format!(", {seeds} of {}", seeds_max(bug))
                             } else {
                                 String::new()
                             };
@@ -87,5 +97,5 @@ fn every_deliberate_bug_is_found() {
     });
     let _ = std::panic::take_hook();
     let missed = missed.into_inner().expect("all threads are done");
-    assert!(missed.is_empty(), "not found within {SEEDS_MAX} seeds: {missed:?}");
+    assert!(missed.is_empty(), "not found in time: {missed:?}");
 }

@@ -12,9 +12,10 @@ use std::sync::Mutex;
 
 /// Seeds within which a bug must be found.
 const SEEDS_MAX: u64 = 100;
-/// Bugs that take more, and how many seeds they may take: a block must be changed, committed and forgotten while one late reply
-/// to a read of it is under way, and then be read once more before anything else happens to it.
-const RARE: [(Bug, u64); 1] = [(Bug::StaleFill, 1000)];
+/// Bugs that take more, and how many seeds they may take. `StaleFill`: a block must be changed, committed and forgotten while one
+/// late reply to a read of it is under way, and then be read once more before anything else happens to it. `SkipTailMend`: the
+/// end of the log must differ between the legs, and the one that has more be lost before anything covers that end.
+const RARE: [(Bug, u64); 2] = [(Bug::StaleFill, 1000), (Bug::SkipTailMend, 200)];
 /// Requests per seed.
 const REQUESTS: u64 = 10_000;
 

@@ -206,8 +206,11 @@ fn forge(mut bytes: [u8; 512], offset: usize, value: &[u8]) -> [u8; 512] {
 
 #[test]
 fn newer_versions_are_told_from_damage() {
-    let newer = forge(encode(&vdi()), 8, &[2]);
-    assert_eq!(Head::<VdiHead>::decode(&newer, Gba(0x21)), Err(Damage::Newer(2)));
+    // A disk's head has version 2 once there are snapshots; all other records have 1.
+    let newer = forge(encode(&vdi()), 8, &[3]);
+    assert_eq!(Head::<VdiHead>::decode(&newer, Gba(0x21)), Err(Damage::Newer(3)));
+    let newer = forge(encode(&host()), 8, &[2]);
+    assert_eq!(Head::<HostRecord>::decode(&newer, Gba(0x21)), Err(Damage::Newer(2)));
     let newer = forge(encode(&superblock()), 48, &[2, 0]);
     assert_eq!(Head::<Superblock>::decode(&newer, Gba(0x21)), Err(Damage::Newer(2)));
     let feature = forge(encode(&superblock()), 48 + 8, &[1]);

@@ -79,6 +79,12 @@ fn step(script: &mut Script<'_>) {
         8 => "/v1/cache/drain".to_owned(),
         9 => "/v1/status".to_owned(),
         10 => "/v1/metrics".to_owned(),
+        11 => format!("/v1/vdis/{name}/delete"),
+        12 => format!("/v1/vdis/{name}/snapshots"),
+        13 => {
+            let what = ["list", "label", "delete"][usize::from(script.byte()) % 3];
+            format!("/v1/vdis/{name}/snapshots/{what}")
+        }
         _ => {
             let len = usize::from(script.byte() & 31);
             let tail = script.bytes(len).escape_ascii().to_string().replace([' ', '\\'], "%");
@@ -92,6 +98,7 @@ fn step(script: &mut Script<'_>) {
         3 => format!(r#"{{"size":{number}}}"#).into_bytes(),
         4 => format!(r#"{{"time_ms":{number}}}"#).into_bytes(),
         5 => format!(r#"{{"force":{}}}"#, number & 1 == 0).into_bytes(),
+        6 => format!(r#"{{"label":"{name}","snapshots":["{number}","{name}"]}}"#).into_bytes(),
         _ => {
             let len = script.number(2) as usize;
             script.bytes(len).to_vec()
@@ -110,8 +117,9 @@ fn clear() {
     for uuid in answer.split(r#""uuid":""#).skip(1).filter_map(|rest| rest.get(..36)) {
         request("DELETE", &format!("/v1/vdis/{uuid}/drill"), b"");
         request("POST", &format!("/v1/vdis/{uuid}/detach"), br#"{"force":true}"#);
-        let gone = String::from_utf8_lossy(&request("DELETE", &format!("/v1/vdis/{uuid}"), b""))
-            .into_owned();
+        let path = format!("/v1/vdis/{uuid}/delete");
+        let gone = request("POST", &path, br#"{"with_snapshots":true}"#);
+        let gone = String::from_utf8_lossy(&gone);
         assert!(gone.starts_with("HTTP/1.1 200"), "a disk cannot be deleted: {gone}");
     }
 }

@@ -102,13 +102,21 @@ impl Disk {
         Ok(self.0.next(Duration::ZERO)? == Event::TimedOut)
     }
 
+    /// Asks for the chunk at `at` to be written full of `byte`.
+    ///
+    /// # Errors
+    /// When the ring does not take it.
+    pub fn begin_write(&mut self, at: u64, byte: u8) -> Result<()> {
+        self.0.buffer(0)[..CHUNK].fill(byte);
+        self.submit(Request::Write { sector: at / SECTOR as u64, sectors: sectors() })
+    }
+
     /// Writes the chunk at `at` full of `byte`.
     ///
     /// # Errors
     /// When the disk does not answer, or with an error.
     pub fn write(&mut self, at: u64, byte: u8) -> Result<()> {
-        self.0.buffer(0)[..CHUNK].fill(byte);
-        self.submit(Request::Write { sector: at / SECTOR as u64, sectors: sectors() })?;
+        self.begin_write(at, byte)?;
         ensure!(self.answer()?, "the write at {at} failed");
         Ok(())
     }

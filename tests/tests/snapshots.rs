@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bench::agent::find_binary;
@@ -199,4 +200,41 @@ fn what_cannot_be_done_is_said_and_nothing_is_done() -> Result<()> {
         .output()?;
     ensure!(!done.status.success() && !out.exists());
     Ok(())
+}
+
+#[test]
+fn one_that_a_full_log_has_no_room_for_is_answered_after_its_wait() -> Result<()> {
+    let san = San::new()?;
+    let mut rig = san.rig(64 * MIB)?;
+    rig.start()?;
+    control(&rig, "vdi create db --size 64MiB")?;
+    let socket = rig.agent()?.attach("db")?;
+    let mut disk = Disk::connect(&mut rig, &socket)?;
+    san.cut();
+    let mut at = 0;
+    let is_full = |status: &Value| status["vdis"][0]["waiting"]["writes"] != 0;
+    'full: loop {
+        disk.begin_write(at, 7)?;
+        at = (at + CHUNK as u64) % (64 * MIB);
+        let begun = Instant::now();
+        while disk.is_waiting()? {
+            // Slowed down, or stuck.
+            if begun.elapsed() > Duration::from_secs(5) && is_full(&control(&rig, "status")?) {
+                break 'full;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    let said = control(&rig, "snap create db --label late --wait 1s").unwrap_err().to_string();
+    ensure!(said.contains("not durable in the log after 1s"), "{said}");
+    ensure!(said.contains("it may be taken yet"), "{said}");
+    san.restore();
+    ensure!(disk.answer()?, "the write that waited failed");
+    rig.agent()?.drain()?;
+    control(&rig, "snap create db --label after")?;
+    let labels = control(&rig, "snap list db")?.to_string();
+    ensure!(labels.contains("late"), "taken yet: {labels}");
+    drop(disk);
+    rig.shut_down()?;
+    rig.check_store()
 }

@@ -35,6 +35,9 @@ pub struct SnapRequest {
     /// For people.
     #[serde(default)]
     pub label: String,
+    /// How long to wait until it is durable, milliseconds; none: half a minute.
+    #[serde(default)]
+    pub wait_ms: Option<u64>,
 }
 
 /// Answer of `snap create` and `snap label`.

@@ -8,6 +8,7 @@ use crate::api::snapshots::{
 };
 use crate::control::client::Client;
 use crate::error::Result;
+use crate::units::parse_duration;
 use clap::Subcommand;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
@@ -24,6 +25,9 @@ pub enum SnapCommand {
         /// For people, at most 64 bytes
         #[arg(long, value_name = "LABEL", default_value = "")]
         label: String,
+        /// Wait at most so long until it is durable; it may be taken all the same [default: 30s]
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        wait: Option<Duration>,
     },
     /// List a disk's snapshots, newest first
     List {
@@ -61,9 +65,10 @@ pub enum SnapCommand {
 pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()> {
     let client = Client::new(run_dir);
     match command {
-        SnapCommand::Create { vdi, label } => {
+        SnapCommand::Create { vdi, label, wait } => {
+            let wait_ms = wait.map(|wait| wait.as_millis() as u64);
             let path = at(&vdi, "/snapshots")?;
-            let taken: Snapped = client.post(&path, &SnapRequest { label }).await?;
+            let taken: Snapped = client.post(&path, &SnapRequest { label, wait_ms }).await?;
             out.print(&taken, |taken| format!("{}@{}", taken.name, taken.snapshot.lsn))
         }
         SnapCommand::List { vdi, limit, beyond, oldest_first } => {

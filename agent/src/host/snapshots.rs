@@ -18,10 +18,14 @@ use blockstore::types::Lsn;
 use blockstore::{SnapshotLabel, WhenOffline};
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 use uuid::Uuid;
 
 /// Most snapshots that one request deletes: each is looked for in the store.
 const DELETE_MAX: usize = 256;
+/// How long a caller waits for a snapshot if nothing was said, and at most.
+const WAIT: Duration = Duration::from_secs(30);
+const WAIT_MAX: Duration = Duration::from_secs(3600);
 /// Snapshots in a page if nothing was said.
 const PAGE: usize = 1000;
 
@@ -31,7 +35,17 @@ impl Host {
         let label = label_of(request.label)?;
         let disk = self.served_or_reason(name).await?;
         let text = label.as_str().to_owned();
-        let taken = disk.snapshot(&self.parts, label).await.map_err(|failure| {
+        // A log without room may stay so for hours: callers that wait for it must not use up the control socket.
+        let wait = request.wait_ms.map_or(WAIT, Duration::from_millis).min(WAIT_MAX);
+        let taken = tokio::time::timeout(wait, disk.snapshot(&self.parts, label)).await;
+        let taken = taken.unwrap_or_else(|_| {
+            let words = format!(
+                "it is not durable in the log after {wait:?}, which may have no room; it may be taken yet: \
+                 'ballast status' shows the ring, 'ballast snap list' the snapshots"
+            );
+            Err(Failure::new(Kind::Unavailable, words))
+        });
+        let taken = taken.map_err(|failure| {
             failure.within(format_args!("no snapshot of disk '{}' is known to be taken", disk.name))
         })?;
         let snapshot = Snapshot {

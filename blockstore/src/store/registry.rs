@@ -32,6 +32,30 @@ pub struct AttachOptions {
 }
 
 impl VdiHead {
+    /// An empty disk that nobody has.
+    pub(crate) fn new_disk(size_bytes: u64) -> Self {
+        Self {
+            uuid: Uuid::new_v4(),
+            state: VdiState::Active,
+            owner: None,
+            attachment: Generation(0),
+            attached_ms: 0,
+            root: Pointer::SPARSE,
+            height: height_for(size_bytes / BLOCK_SIZE as u64),
+            size_bytes,
+            committed: Lsn(0),
+            log_id: None,
+            birth: Birth(0),
+            last_snapshot_birth: Birth(0),
+            snapshots: SnapshotIndex::default(),
+            origin: None,
+            meta: Pointer::SPARSE,
+            created_ms: now_ms(),
+            committed_ms: 0,
+            last_log: None,
+        }
+    }
+
     /// The immutable block of this disk under that name and policy.
     pub(crate) fn meta_block(&self, name: String, when_offline: WhenOffline) -> VdiMeta {
         VdiMeta { uuid: self.uuid, name, when_offline, created_ms: self.created_ms }
@@ -97,27 +121,7 @@ impl Store {
     ) -> Result<VdiInfo> {
         self.core.writer()?;
         self.refuse_taken_name(name, None).await?;
-        let head = VdiHead {
-            uuid: Uuid::new_v4(),
-            state: VdiState::Active,
-            owner: None,
-            attachment: Generation(0),
-            attached_ms: 0,
-            root: Pointer::SPARSE,
-            height: height_for(size_bytes / BLOCK_SIZE as u64),
-            size_bytes,
-            committed: Lsn(0),
-            log_id: None,
-            birth: Birth(0),
-            last_snapshot_birth: Birth(0),
-            snapshots: SnapshotIndex::default(),
-            origin: None,
-            meta: Pointer::SPARSE,
-            created_ms: now_ms(),
-            committed_ms: 0,
-            last_log: None,
-        };
-        self.enrol(name, when_offline, head).await
+        self.enrol(name, when_offline, VdiHead::new_disk(size_bytes)).await
     }
 
     /// Gives a new disk a place in the registry under its name. From its first moment there it is a root, but no disk yet;

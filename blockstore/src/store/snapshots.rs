@@ -5,10 +5,8 @@
 //! (rule G3): a snapshot that was deleted meanwhile ends it, and one that is deleted afterwards takes nothing from it.
 
 use crate::error::{Result, StoreError, StoreErrorKind};
-use crate::format::pointer::Pointer;
 use crate::format::snapshot::{Snapshot, SnapshotLabel};
-use crate::format::vdi::{Origin, SnapshotIndex, VdiHead, VdiState};
-use crate::io::now_ms;
+use crate::format::vdi::{Origin, SnapshotIndex, VdiHead};
 use crate::name::check_name;
 use crate::policy::WhenOffline;
 use crate::root::{Garbage, GarbageSink};
@@ -17,10 +15,9 @@ use crate::snapshots::change::{Change, no_snapshot, writes};
 use crate::snapshots::edit::Ground;
 use crate::store::registry::Found;
 use crate::store::{Store, VdiInfo};
-use crate::types::{Generation, Lsn};
+use crate::types::Lsn;
 use crate::vdi::Vdi;
 use std::sync::Arc;
-use uuid::Uuid;
 
 /// How often a listing starts over when the disk's owner changes it meanwhile.
 const LIST_ATTEMPTS: u32 = 5;
@@ -264,24 +261,12 @@ impl Store {
         let snapshot = self.snapshot_of(origin).await?;
         let birth = source.head.birth.max(snapshot.birth);
         let head = VdiHead {
-            uuid: Uuid::new_v4(),
-            state: VdiState::Active,
-            owner: None,
-            attachment: Generation(0),
-            attached_ms: 0,
             root: snapshot.root,
             height: snapshot.height,
-            size_bytes: snapshot.size_bytes,
-            committed: Lsn(0),
-            log_id: None,
             birth,
             last_snapshot_birth: birth,
-            snapshots: SnapshotIndex::default(),
             origin: Some(origin),
-            meta: Pointer::SPARSE,
-            created_ms: now_ms(),
-            committed_ms: 0,
-            last_log: None,
+            ..VdiHead::new_disk(snapshot.size_bytes)
         };
         self.enrol(name, when_offline, head).await
     }

@@ -7,9 +7,12 @@
 //! Method: the real `Disk`, recovery and flusher on simulated devices whose unflushed writes get lost, torn and
 //! reordered at a crash; a seeded guest; a model that keeps the log of what the guest did. `CACHE_SEEDS=N` runs more.
 
+mod content;
 mod legs;
 mod replacing;
+mod restart;
 mod snapshots;
+mod store;
 
 use async_trait::async_trait;
 use blockstore::crc::crc32c;
@@ -29,8 +32,10 @@ use cache::pool::Pool;
 use cache::recovery;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use restart::{joined, start};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
+use store::{Store, StoreHandle, block_of, sector, stamp_of};
 use uuid::Uuid;
 
 /// Blocks of the disk under test: few, so that everything is overwritten often.
@@ -48,79 +53,6 @@ struct Done {
     sectors: std::ops::Range<u64>,
     /// Stamp, 0 for zeroing.
     stamp: u32,
-}
-
-#[derive(Debug, Default)]
-struct Store {
-    image: Mutex<(Image, u64)>,
-    snapshots: Mutex<BTreeMap<u64, Image>>,
-}
-
-#[derive(Debug)]
-struct StoreHandle(Arc<Store>);
-
-#[async_trait]
-impl Backing for StoreHandle {
-    fn committed(&self) -> Lsn {
-        Lsn(self.0.image.lock().unwrap().1)
-    }
-
-    async fn read(&self, lba: Lba, blocks: u32) -> Result<Vec<Option<Bytes>>, BackingError> {
-        let image = self.0.image.lock().unwrap();
-        Ok((0..u64::from(blocks)).map(|n| Some(block_of(&image.0, lba.0 + n).into())).collect())
-    }
-
-    async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
-        let mut image = self.0.image.lock().unwrap();
-        let cuts = snapshots::images_at_cuts(&batch, &mut image.0, apply);
-        self.0.snapshots.lock().unwrap().extend(cuts);
-        assert!(batch.lsn.0 > image.1, "commits go forward");
-        image.1 = batch.lsn.0;
-        Ok(())
-    }
-}
-
-fn apply(image: &mut Image, changes: &[Change]) {
-    let mut next = 0;
-    for change in changes {
-        let (lba, blocks) = match change {
-            Change::Write { lba, crc, data } => {
-                assert_eq!(crc32c(data), *crc, "the checksum of a change is that of its data");
-                for (n, sector) in data.chunks_exact(SECTOR_SIZE).enumerate() {
-                    image[lba.0 as usize * 8 + n] = stamp_of(sector, lba.0 * 8 + n as u64);
-                }
-                (lba.0, 1)
-            }
-            Change::Zero { lba, blocks } => {
-                image[lba.0 as usize * 8..(lba.0 + blocks) as usize * 8].fill(0);
-                (lba.0, *blocks)
-            }
-        };
-        assert!(lba >= next, "changes are sorted and disjoint");
-        next = lba + blocks;
-    }
-}
-
-/// A sector that names itself and the operation that wrote it.
-fn sector(stamp: u32, sector: u64) -> [u8; SECTOR_SIZE] {
-    let mut bytes = [0u8; SECTOR_SIZE];
-    if stamp != 0 {
-        for chunk in bytes.chunks_exact_mut(16) {
-            chunk[..4].copy_from_slice(&stamp.to_le_bytes());
-            chunk[4..12].copy_from_slice(&sector.to_le_bytes());
-        }
-    }
-    bytes
-}
-
-fn stamp_of(bytes: &[u8], at: u64) -> u32 {
-    let stamp = u32::from_le_bytes(bytes[..4].try_into().unwrap());
-    assert_eq!(bytes, sector(stamp, at), "sector {at} is torn or misdirected");
-    stamp
-}
-
-fn block_of(image: &Image, lba: u64) -> Vec<u8> {
-    (lba * 8..lba * 8 + 8).flat_map(|at| sector(image[at as usize], at)).collect()
 }
 
 struct Rig {
@@ -459,178 +391,6 @@ impl Rig {
         self.poll();
     }
 
-    /// The disk as it was at `lsn`.
-    fn image_at(&self, lsn: u64) -> Image {
-        let mut image = vec![0; SECTORS as usize];
-        for done in self.log.iter().take(lsn as usize) {
-            image[done.sectors.start as usize..done.sectors.end as usize].fill(done.stamp);
-        }
-        image
-    }
-
-    /// Reads the whole disk through the index. Blocks on their way come from memory.
-    fn read_all(&mut self) -> Image {
-        let mut out = vec![0; SECTORS as usize];
-        let store = self.store.image.lock().unwrap().0.clone();
-        let mut plan = ReadPlan::default();
-        let mut at = 0;
-        while at < SECTORS {
-            let len = self.rng.random_range(1..=SECTORS - at);
-            self.disk.read(at, len, &mut plan);
-            let mut bytes = Vec::new();
-            for piece in &plan.pieces {
-                match piece {
-                    Piece::Local { block, blocks, offset } => {
-                        for n in 0..*blocks {
-                            let crc = plan.crcs[(block + n) as usize];
-                            let at = offset + u64::from(n) * BLOCK_SIZE as u64;
-                            bytes.extend(self.block_at(at, crc));
-                        }
-                    }
-                    Piece::Memory { blocks, image, start, .. } => {
-                        bytes.extend(image.bytes(*start, *blocks as usize * BLOCK_SIZE));
-                    }
-                    Piece::Zero { blocks, .. } => {
-                        bytes.extend(vec![0; *blocks as usize * BLOCK_SIZE])
-                    }
-                    Piece::Miss { block, blocks } => {
-                        for n in 0..*blocks {
-                            bytes.extend(block_of(&store, plan.lba.0 + u64::from(block + n)));
-                        }
-                    }
-                    Piece::Patched { block, patched } => {
-                        let lba = plan.lba.0 + u64::from(*block);
-                        let mut result = self.source(&patched.base, &store, lba);
-                        for overlay in &patched.overlays {
-                            let over = self.source(&overlay.source, &store, lba);
-                            for n in (0..8).filter(|n| overlay.sectors & (1 << n) != 0) {
-                                let range = n * SECTOR_SIZE..(n + 1) * SECTOR_SIZE;
-                                result[range.clone()].copy_from_slice(&over[range]);
-                            }
-                        }
-                        bytes.extend(result);
-                    }
-                }
-            }
-            self.disk.release(&mut plan);
-            for n in 0..len {
-                let from = ((at + n) - plan.lba.0 * 8) as usize * SECTOR_SIZE;
-                out[(at + n) as usize] = stamp_of(&bytes[from..from + SECTOR_SIZE], at + n);
-            }
-            at += len;
-        }
-        out
-    }
-
-    fn source(&self, source: &BlockSource, store: &Image, lba: u64) -> Vec<u8> {
-        match source {
-            BlockSource::Local { offset, crc } => self.block_at(*offset, *crc),
-            BlockSource::Memory { image, start } => image.bytes(*start, BLOCK_SIZE).to_vec(),
-            BlockSource::Zero => vec![0; BLOCK_SIZE],
-            BlockSource::Miss => block_of(store, lba),
-        }
-    }
-
-    /// The host loses power, or only the agent dies; then recovery, also cut short now and then.
-    async fn crash(&mut self) {
-        self.replacing.stop();
-        let mut power = self.rng.random_bool(0.5);
-        if power {
-            self.sims.iter().for_each(SimDevice::crash);
-        } else {
-            // What was submitted goes through or not, what was acknowledged has.
-            for action in std::mem::take(&mut self.pending) {
-                if let Action::Write { leg, offset, image, start, len, .. } = action
-                    && self.rng.random_bool(0.5)
-                {
-                    let data = vec![image.slice(start, len)];
-                    let result = self.sims[usize::from(leg)].write(offset, data).await;
-                    let _ = self.result(leg, result);
-                }
-            }
-            // Nobody owns the legs again before the rest has landed, or never will.
-            self.sims.iter().for_each(SimDevice::kill_host);
-        }
-        let recovered = loop {
-            self.open_again().await;
-            self.rot().await;
-            let mut headers = self.local.read_headers().await.unwrap();
-            headers.retain(|h| h.log_id == LOG_ID && h.seq >= self.slot.evicted_below);
-            headers.sort_by_key(|h| h.seq);
-            let store = Lsn(self.store.image.lock().unwrap().1);
-            let recovered =
-                recovery::recover(&self.local, &self.slot, store, &headers).await.unwrap();
-            if self.rng.random_bool(0.3) {
-                let polls = self.rng.random_range(0..40);
-                legs::cut_short(recovery::settle(&self.local, &recovered), polls).await;
-                self.sims.iter().for_each(SimDevice::crash);
-                power = true;
-            } else {
-                recovery::settle(&self.local, &recovered).await.unwrap();
-                break recovered;
-            }
-        };
-        self.recovered();
-        let last = recovered.last_lsn.0;
-        assert!(last >= self.flushed, "P1: LSN {last} recovered, {} was flushed", self.flushed);
-        assert!(power || last >= self.acked, "L1: LSN {last} recovered, {} was acked", self.acked);
-        self.log.truncate(last as usize);
-        self.check_recovered_snapshots(&recovered);
-        self.slot.epoch += 1;
-        self.slot.first_lsn = Lsn(last + 1);
-        self.slot.durable = Lsn(last);
-        self.restart(recovered);
-        let image = self.read_all();
-        let expected = self.image_at(last);
-        assert_eq!(image, expected, "P2: the recovered disk is the disk at LSN {last}");
-    }
-
-    fn restart(&mut self, recovered: recovery::Recovered) {
-        let store = Lsn(self.store.image.lock().unwrap().1);
-        self.slot.committed = store;
-        let live: BTreeSet<SegmentId> = recovered.live.iter().map(|l| l.id).collect();
-        let used = self.pool.counts().free as usize + self.sealed.len() + 8;
-        self.sealed = recovered
-            .live
-            .iter()
-            .map(|live| SealedSegment {
-                id: live.id,
-                seq: live.seq,
-                first_lsn: live.first_lsn,
-                last_lsn: live.last_lsn,
-                used_blocks: live.used_blocks,
-                image: None,
-            })
-            .collect();
-        let segments = (used as u32).min(self.local.geometry.segments);
-        let free = (0..segments).map(SegmentId).filter(|id| !live.contains(id)).collect();
-        self.pool = Arc::new(Pool::new(self.local.geometry, free, self.pool.next_seq()));
-        self.pool.adopt(VDI, live.into_iter());
-        let sealed = recovered.live.iter().map(|l| (l.id, l.last_lsn)).collect();
-        let (link, members) = joined(&self.local);
-        self.link = link;
-        let start = start(
-            &self.local,
-            &self.slot,
-            &self.images,
-            recovered.last_lsn,
-            store,
-            recovered.index,
-            sealed,
-            vec![],
-        );
-        self.disk = Disk::on_legs(start, members);
-        self.pending.clear();
-        self.done_ops.clear();
-        self.open.clear();
-        self.evicting.clear();
-        self.acked = recovered.last_lsn.0;
-        self.flushed = recovered.last_lsn.0;
-        self.through = false;
-        self.wants = true;
-        self.feed();
-    }
-
     /// Everything that waits gets done.
     async fn settle(&mut self) {
         for _ in 0..1000 {
@@ -644,43 +404,6 @@ impl Rig {
         assert!(self.disk.is_quiet(), "without new requests the log comes to rest");
         assert!(self.open.is_empty(), "every request was answered");
         self.assert_snapshots_answered();
-    }
-}
-
-/// A link over which the cache tells of changes of its legs, and the members as they are.
-fn joined(local: &Local) -> (Link, cache::format::LegSet) {
-    let (link, sender, _) = link::pair().unwrap();
-    let members = local.join(sender);
-    (link, members)
-}
-
-#[allow(clippy::too_many_arguments, reason = "one call site per case, all named alike")]
-fn start(
-    local: &Local,
-    slot: &SlotVdi,
-    images: &Arc<ImagePool>,
-    last_lsn: Lsn,
-    committed: Lsn,
-    index: cache::index::Index,
-    sealed: Vec<(SegmentId, Lsn)>,
-    grants: Vec<Grant>,
-) -> Start {
-    Start {
-        identity: Identity {
-            cache: local.cache_uuid(),
-            vdi: VDI,
-            log_id: LOG_ID,
-            epoch: slot.epoch,
-        },
-        geometry: local.geometry,
-        size_bytes: slot.size_bytes,
-        index,
-        last_lsn,
-        committed,
-        sealed,
-        grants,
-        images: Arc::clone(images),
-        progress: Arc::new(Progress::default()),
     }
 }
 

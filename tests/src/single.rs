@@ -1,5 +1,6 @@
 //! A disk used one request at a time, on a SAN that can be cut: for tests that look at single answers.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,8 @@ use crate::targets::{TcpRelay, TgtOptions, TgtTarget};
 const STORE_BYTES: u64 = 1 << 30;
 /// Bytes of a request.
 pub const CHUNK: usize = 64 << 10;
+/// The byte that each chunk of a disk is full of; those that are not named: zero.
+pub type Content = BTreeMap<u64, u8>;
 /// For what must come to an end, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(100);
 
@@ -190,4 +193,25 @@ pub fn until(rig: &AgentRig, what: &str, wanted: impl Fn(&Value) -> bool) -> Res
         ensure!(Instant::now() < end, "never {what}; the status is {status:#}\n{}", rig.log_tail());
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// What the store has of a disk or snapshot, as another process reads it.
+///
+/// # Errors
+/// The command's.
+pub fn in_the_store(rig: &AgentRig, what: &str) -> Result<Vec<u8>> {
+    Ok(std::fs::read(rig.export(what)?)?)
+}
+
+/// Compares an image with what is expected of `bytes` of it.
+///
+/// # Errors
+/// Says where it differs.
+pub fn ensure_same(found: &[u8], bytes: u64, expected: &Content, what: &str) -> Result<()> {
+    ensure!(found.len() as u64 == bytes, "{what} has {} bytes", found.len());
+    for (chunk, at) in found.chunks(CHUNK).zip((0..).step_by(CHUNK)) {
+        let byte = expected.get(&at).copied().unwrap_or_default();
+        ensure!(chunk.iter().all(|found| *found == byte), "{what} at {at}: not {byte} throughout");
+    }
+    Ok(())
 }

@@ -12,13 +12,10 @@ use anyhow::{Context, Result, ensure};
 use bench::agent::find_binary;
 use serde_json::Value;
 use tests::agent_rig::AgentRig;
-use tests::single::{CHUNK, Disk, San, control, until};
+use tests::single::{CHUNK, Content, Disk, San, control, ensure_same, in_the_store, until};
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 8 * MIB;
-
-/// The byte that each chunk is full of.
-type Content = BTreeMap<u64, u8>;
 
 /// A disk that is written and cut, and what it held at each cut.
 struct Written {
@@ -53,21 +50,6 @@ fn listed(rig: &AgentRig, what: &str) -> Result<Vec<(u64, String)>> {
     let row = |row: &Value| Some((row["lsn"].as_u64()?, row["place"].as_str()?.to_owned()));
     let rows = list["snapshots"].as_array().context("a list")?;
     rows.iter().map(|snapshot| row(snapshot).context("a row")).collect()
-}
-
-/// What the store has of a disk or snapshot.
-fn in_the_store(rig: &AgentRig, what: &str) -> Result<Vec<u8>> {
-    let image = rig.export(what)?;
-    Ok(std::fs::read(image)?)
-}
-
-fn ensure_same(found: &[u8], expected: &Content, what: &str) -> Result<()> {
-    ensure!(found.len() as u64 == DISK, "{what} has {} bytes", found.len());
-    for (chunk, at) in found.chunks(CHUNK).zip((0..).step_by(CHUNK)) {
-        let byte = expected.get(&at).copied().unwrap_or_default();
-        ensure!(chunk.iter().all(|found| *found == byte), "{what} at {at}: not {byte} throughout");
-    }
-    Ok(())
 }
 
 #[test]
@@ -116,11 +98,12 @@ fn snapshots_are_exact_with_the_store_there_away_and_after_a_kill() -> Result<()
     for (lsn, content) in &db.cuts {
         ensure_same(
             &in_the_store(&rig, &format!("db@{lsn}"))?,
+            DISK,
             content,
             &format!("snapshot {lsn}"),
         )?;
     }
-    ensure_same(&in_the_store(&rig, "late")?, &db.cuts[&offline], "the clone")?;
+    ensure_same(&in_the_store(&rig, "late")?, DISK, &db.cuts[&offline], "the clone")?;
 
     // The clone is written; the snapshots that are in nobody's way are deleted.
     let of_clone = rig.agent()?.attach("late")?;
@@ -143,9 +126,9 @@ fn snapshots_are_exact_with_the_store_there_away_and_after_a_kill() -> Result<()
     }
     rig.agent()?.drain()?;
     ensure!(listed(&rig, "")?.len() == 2);
-    ensure_same(&in_the_store(&rig, "db@base")?, &db.cuts[&first], "the first")?;
-    ensure_same(&in_the_store(&rig, "db@offline")?, &db.cuts[&offline], "the cloned one")?;
-    ensure_same(&in_the_store(&rig, "db")?, &db.now, "the disk")?;
+    ensure_same(&in_the_store(&rig, "db@base")?, DISK, &db.cuts[&first], "the first")?;
+    ensure_same(&in_the_store(&rig, "db@offline")?, DISK, &db.cuts[&offline], "the cloned one")?;
+    ensure_same(&in_the_store(&rig, "db")?, DISK, &db.now, "the disk")?;
     drop((clone, db));
     rig.shut_down()?;
     rig.check_store()

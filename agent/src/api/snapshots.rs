@@ -110,3 +110,38 @@ pub struct SnapLabelRequest {
     /// The new one.
     pub label: String,
 }
+
+/// Body of `vdi rollback --to`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RewindRequest {
+    /// The snapshot: LSN or label.
+    pub to: String,
+    /// What the disk is now is given up.
+    #[serde(default)]
+    pub discard_present: bool,
+    /// Of the snapshot of what it is now; none: one that says what it is.
+    #[serde(default)]
+    pub label: Option<String>,
+}
+
+/// Answer of `vdi rollback --to`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Rewound {
+    /// The disk.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// The snapshot that it is now.
+    pub to: u64,
+    /// Its label.
+    pub to_label: String,
+    /// Bytes that the guest sees now.
+    pub size: u64,
+    /// The snapshot of what it was; none: that was given up.
+    pub kept: Option<u64>,
+    /// Its label.
+    pub kept_label: Option<String>,
+    /// The LSN of the rollback: the next write comes after it.
+    pub committed_lsn: u64,
+}

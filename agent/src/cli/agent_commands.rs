@@ -6,6 +6,7 @@
 use super::VdiCommand;
 use super::output::Output;
 use super::tables;
+use crate::api::snapshots::RewindRequest;
 use crate::api::{
     Attached, CacheStatus, CreateRequest, Created, DeleteRequest, DetachRequest, Done,
     DrainRequest, Drained, Pinned, ResizeRequest, Set, SetRequest, Status, Vdi, VdiInfo,
@@ -80,7 +81,11 @@ pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()>
             let done: Done = client.post(&at(&name, "/delete")?, &request).await?;
             out.print(&done, |done| format!("deleted {}", done.name))
         }
-        VdiCommand::Rollback { name, accept_loss } => {
+        VdiCommand::Rollback { name, to: Some(to), discard_present, label, accept_loss: _ } => {
+            let request = RewindRequest { to, discard_present, label };
+            super::snap::rewind(&client, &name, &request, out).await
+        }
+        VdiCommand::Rollback { name, accept_loss, .. } => {
             super::loss::roll_back(&client, &name, accept_loss, out).await
         }
         VdiCommand::Resize { name, size } => {

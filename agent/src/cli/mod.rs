@@ -192,12 +192,24 @@ enum VdiCommand {
         #[arg(long)]
         with_snapshots: bool,
     },
-    /// Give up the lost log of a disk: it goes back to what is committed in the store, and is detached
+    /// Take a detached disk back to a snapshot (--to), or one whose log is lost to what is committed (--accept-loss)
+    ///
+    /// With --to the disk becomes the snapshot's content and size; what it is now is kept as a snapshot. Without, it is about
+    /// a disk whose log is lost for good: it goes back to what is committed in the store, and is detached.
     Rollback {
         /// The disk: name or UUID
         name: String,
-        /// Do it; without, only say what would be lost
-        #[arg(long)]
+        /// The snapshot: LSN or label, see 'snap list'
+        #[arg(long, value_name = "SNAP")]
+        to: Option<String>,
+        /// Label of the snapshot of what the disk is now [default: 'before rollback to LSN']
+        #[arg(long, value_name = "LABEL", requires = "to")]
+        label: Option<String>,
+        /// Do not keep what the disk is now: it is lost
+        #[arg(long, requires = "to", conflicts_with = "label")]
+        discard_present: bool,
+        /// Give up what the lost log held; without --to and this, only say what would be lost
+        #[arg(long, conflicts_with = "to")]
         accept_loss: bool,
     },
     /// Grow a disk
@@ -432,6 +444,9 @@ mod tests {
             "vdi delete db",
             "vdi rollback db",
             "--run-dir /r vdi rollback db --accept-loss --json",
+            "vdi rollback db --to 1834",
+            "vdi rollback db --to base --label wrong --json",
+            "vdi rollback db --to base --discard-present",
             "cache discard-quarantine 6b2f2d9e-0000-4000-8000-000000000001",
             "cache status",
             "cache drain",
@@ -463,6 +478,10 @@ mod tests {
             "vdi create db --size 1T --when-offline fail",
             "vdi set db",
             "vdi attach",
+            "vdi rollback db --to 7 --accept-loss",
+            "vdi rollback db --to 7 --discard-present --label x",
+            "vdi rollback db --label x",
+            "vdi rollback db --discard-present",
             "store",
             "store format",
             "agent --queues 0",

@@ -3,12 +3,12 @@
 use super::agent_commands::at;
 use super::output::{Output, Table};
 use crate::api::snapshots::{
-    SnapDeleteRequest, SnapDeleted, SnapLabelRequest, SnapListRequest, SnapRequest, Snapped,
-    SnapshotPlace, Snapshots,
+    RewindRequest, Rewound, SnapDeleteRequest, SnapDeleted, SnapLabelRequest, SnapListRequest,
+    SnapRequest, Snapped, SnapshotPlace, Snapshots,
 };
 use crate::control::client::Client;
 use crate::error::Result;
-use crate::units::parse_duration;
+use crate::units::{format_size, parse_duration};
 use clap::Subcommand;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
@@ -94,6 +94,25 @@ pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()
             })
         }
     }
+}
+
+/// `vdi rollback --to`.
+pub async fn rewind(
+    client: &Client,
+    name: &str,
+    request: &RewindRequest,
+    out: Output,
+) -> Result<()> {
+    let done: Rewound = client.post(&at(name, "/snapshots/rollback")?, request).await?;
+    out.print(&done, |done| {
+        let Rewound { name, to, .. } = done;
+        let label = if done.to_label.is_empty() { "" } else { &format!(" '{}'", done.to_label) };
+        let kept = match (&done.kept, &done.kept_label) {
+            (Some(lsn), Some(label)) => format!("what it was before is {name}@{lsn} '{label}'"),
+            _ => "what it was before is given up".to_owned(),
+        };
+        format!("{name} is {name}@{to}{label} again, {}; {kept}", format_size(done.size))
+    })
 }
 
 /// A time of day, or the bare number if no calendar has it.

@@ -6,7 +6,9 @@
 
 use super::REQUEST_BYTES_MAX;
 use crate::api::loss::RollbackRequest;
-use crate::api::snapshots::{SnapDeleteRequest, SnapLabelRequest, SnapListRequest, SnapRequest};
+use crate::api::snapshots::{
+    RewindRequest, SnapDeleteRequest, SnapLabelRequest, SnapListRequest, SnapRequest,
+};
 use crate::api::{
     CreateRequest, DeleteRequest, DetachRequest, DrainRequest, DrillRequest, HydrateRequest,
     ReplaceRequest, ResizeRequest, SetRequest,
@@ -129,6 +131,7 @@ fn router(gate: Gate) -> Router {
         .route("/v1/vdis/{name}/resize", post(resize))
         .route("/v1/vdis/{name}/set", post(set))
         .route("/v1/vdis/{name}/rollback", post(rollback))
+        .route("/v1/vdis/{name}/snapshots/rollback", post(rewind))
         .route("/v1/vdis/{name}/hydrate", post(hydrate))
         .route("/v1/vdis/{name}/pin", post(pin).delete(unpin))
         .route("/v1/vdis/{name}/drill", post(drill).delete(end_drill))
@@ -313,6 +316,17 @@ async fn rollback(State(gate): Gated, name: Name, body: Body) -> Response {
             let RollbackRequest { accept_loss } = parse_or_default(body)?;
             let (name, host) = (name_of(name)?, gate.host()?);
             to_the_end(async move { host.roll_back(&name, accept_loss).await }).await
+        }
+        .await,
+    )
+}
+
+async fn rewind(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let request: RewindRequest = parse(body)?;
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.rewind(&name, request).await }).await
         }
         .await,
     )

@@ -19,6 +19,7 @@ mod receipt;
 mod replacing;
 mod report;
 mod requests;
+mod rewind;
 mod seat;
 mod served;
 mod snapshots;

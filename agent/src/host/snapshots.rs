@@ -215,7 +215,7 @@ impl Host {
     }
 }
 
-fn label_of(label: String) -> Result<SnapshotLabel> {
+pub(super) fn label_of(label: String) -> Result<SnapshotLabel> {
     SnapshotLabel::new(label).map_err(|words| Failure::new(Kind::Usage, words))
 }
 

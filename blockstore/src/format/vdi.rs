@@ -141,14 +141,15 @@ pub struct VdiHead {
     pub created_ms: u64,
     /// When `committed` was reached, milliseconds since 1970 by its owner's clock, for people; 0: not noted.
     pub committed_ms: u64,
-    /// The log that was drained when the disk was last detached, [`GIVEN_UP`] if it was lost instead; none: not noted.
+    /// The log that was drained when the disk was last detached, [`GIVEN_UP`] if it was lost instead, or the disk rolled
+    /// back to a snapshot afterwards; none: not noted.
     pub last_log: Option<Uuid>,
 }
 
 /// Version of a head that knows of snapshots or an origin: a program of before would lose them.
 const VERSION_WITH_SNAPSHOTS: u16 = 2;
 
-/// Stands for the log of an attachment that ended by a rollback: no log goes on from there.
+/// Stands for the last log of a disk that was rolled back: none goes on from there.
 pub const GIVEN_UP: Uuid = Uuid::max();
 
 impl VdiHead {

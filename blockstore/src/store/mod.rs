@@ -5,6 +5,7 @@ mod hosts;
 mod info;
 pub(crate) mod open;
 mod registry;
+mod rewind;
 mod rollback;
 mod snapshots;
 mod verify;
@@ -14,6 +15,7 @@ pub use info::{ExportReport, HostInfo, OwnerInfo, StoreInfo, VdiInfo};
 pub use open::OpenOptions;
 pub use registry::AttachOptions;
 pub(crate) use registry::write_meta;
+pub use rewind::Rewound;
 pub use rollback::LostLog;
 
 use crate::alloc::Allocator;

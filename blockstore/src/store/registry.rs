@@ -562,7 +562,7 @@ fn check_resumable(found: &Found, log_id: Uuid) -> Result<()> {
         return Ok(());
     };
     let since = if last == GIVEN_UP {
-        "it was rolled back to its committed image since, and what this log held beyond that was given up".to_owned()
+        "it was rolled back since, to its committed image or to a snapshot, and what this log holds is given up".to_owned()
     } else {
         format!("it has been attached and detached since with log {last}")
     };

@@ -4,6 +4,7 @@ mod basics;
 mod crash;
 mod faults;
 mod model;
+mod rewind;
 mod rollback;
 mod rules;
 mod space;

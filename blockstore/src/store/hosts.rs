@@ -4,9 +4,12 @@ use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::geometry::Geometry;
 use crate::format::host::{HostRecord, HostState};
 use crate::io::{Io, now_ms};
-use crate::slot::{Content, Records, Slot, View};
+use crate::slot::{Content, Records, Slot, Swap, View};
 use crate::store::OpenOptions;
 use crate::types::Generation;
+
+/// How often a host tries to enter the table while its place there changes.
+const REGISTER_ATTEMPTS: u32 = 8;
 
 /// Every used slot of the host table.
 pub(super) async fn scan(
@@ -27,12 +30,45 @@ async fn read_table(io: &Io, records: &Records, g: &Geometry) -> Result<Vec<View
 }
 
 /// Enters this host in the table, one generation on, and returns that generation.
+///
+/// The record that is found may be one that changes once more: a command of an earlier incarnation, or of an attempt that
+/// failed, may land late, and what one that died did not flush may be gone when the target restarts. Then the table is read
+/// again and judged anew.
+///
+/// # Errors
+/// `InUse` by another host, `NoSpace`, `NotOwner` if this host was evicted; the device's.
 pub(super) async fn register(
     io: &Io,
     records: &Records,
     g: &Geometry,
     options: &OpenOptions,
 ) -> Result<Generation> {
+    let mut attempts_left = REGISTER_ATTEMPTS;
+    loop {
+        attempts_left -= 1;
+        match try_register(io, records, g, options).await? {
+            (generation, Swap::Done(_)) => return Ok(generation),
+            (_, Swap::Lost(_)) if attempts_left > 0 => {
+                tracing::info!(
+                    store = io.url(),
+                    "the host table changed meanwhile; reading it again"
+                );
+            }
+            (generation, lost) => {
+                lost.done(|| format!("{}, host record", io.url()))?;
+                return Ok(generation);
+            }
+        }
+    }
+}
+
+/// Enters this host, unless its place in the table changed since the table was read.
+async fn try_register(
+    io: &Io,
+    records: &Records,
+    g: &Geometry,
+    options: &OpenOptions,
+) -> Result<(Generation, Swap<HostRecord>)> {
     let mut table = read_table(io, records, g).await?;
     for view in &mut table {
         let Some(other) = view.record().filter(|r| r.uuid != options.host_uuid) else { continue };
@@ -79,8 +115,7 @@ pub(super) async fn register(
         name: options.host_name.clone(),
         address: options.host_address.clone(),
     };
-    records.swap(io, place, record).await?.done(|| format!("{}, host record", io.url()))?;
-    Ok(generation)
+    Ok((generation, records.swap(io, place, record).await?))
 }
 
 fn in_use(io: &Io, other: &HostRecord) -> StoreError {

@@ -14,7 +14,7 @@ use crate::format::superblock::Superblock;
 use crate::format::vdi::{Owner, VdiHead, VdiState};
 use crate::io::{Io, Patience};
 use crate::node_cache::NodeCache;
-use crate::slot::{Records, Slot, View};
+use crate::slot::{Records, Slot, Swap, View};
 use crate::store::{Background, Core, Store, Writer, hosts, scan_vdis};
 use crate::tree::Reader;
 use crate::tree::reclaim::Reclaimer;
@@ -28,6 +28,9 @@ use uuid::Uuid;
 
 /// Catalogue blocks read at once.
 const CATALOGUE_BLOCKS: u64 = 256;
+
+/// How often a disk's head is raised while it changes: each late command can do that once.
+const TAKE_UP_ATTEMPTS: u32 = 8;
 
 /// How to open a store.
 #[derive(Clone, Debug)]
@@ -141,20 +144,46 @@ async fn join(core: &Core, io: &Io, options: &OpenOptions) -> Result<Writer> {
 /// Raises the heads of this host's disks, and ends what an earlier incarnation left half done.
 async fn take_up_vdis(core: &Core, io: &Io, owner: Owner) -> Result<()> {
     for (slot, view) in scan_vdis(core, io).await? {
+        take_up_vdi(core, io, owner, slot, view).await?;
+    }
+    Ok(())
+}
+
+/// A late command of an earlier incarnation, or of an attempt that failed, may change the head once more: it is judged again.
+async fn take_up_vdi(
+    core: &Core,
+    io: &Io,
+    owner: Owner,
+    slot: u32,
+    mut view: View<VdiHead>,
+) -> Result<()> {
+    let mut attempts_left = TAKE_UP_ATTEMPTS;
+    loop {
         let Some(head) = view.record().filter(|h| h.owner.is_some_and(|o| o.host == owner.host))
         else {
-            continue;
+            return Ok(());
         };
         let next = match head.state {
             VdiState::Active => VdiHead { owner: Some(owner), ..head.clone() },
             // Never shown to anyone; what it held leaks until GC.
             VdiState::Creating | VdiState::Deleting => head.clone().buried(),
-            VdiState::Tombstone => continue,
+            VdiState::Tombstone => return Ok(()),
         };
-        let swap = core.records.swap(io, &view, next).await?;
-        swap.done(|| format!("{}, VDI slot {slot}", core.io.url()))?;
+        attempts_left -= 1;
+        match core.records.swap(io, &view, next).await? {
+            Swap::Lost(found) if attempts_left > 0 && is_of_earlier(&found, owner) => view = found,
+            swap => {
+                swap.done(|| format!("{}, VDI slot {slot}", core.io.url()))?;
+                return Ok(());
+            }
+        }
     }
-    Ok(())
+}
+
+/// The head is one that an incarnation of this host wrote, not a later one.
+fn is_of_earlier(view: &View<VdiHead>, owner: Owner) -> bool {
+    let written_by = view.record().and_then(|head| head.owner);
+    written_by.is_some_and(|by| by.host == owner.host && by.generation <= owner.generation)
 }
 
 pub(crate) async fn scan_extents(

@@ -3,6 +3,7 @@
 mod basics;
 mod crash;
 mod faults;
+mod hosts;
 mod model;
 mod rewind;
 mod rollback;

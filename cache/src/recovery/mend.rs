@@ -3,11 +3,16 @@
 //! Before a disk is served, each of its segments has a header and, if it was sealed, a summary on every member, and the
 //! records of those that were not sealed are the same on all (rule L5): whatever leg dies next, the other holds the log up
 //! to the same end. Payloads of sealed segments are mended when they are read: they were durable on all legs before the
-//! summary.
+//! summary. A member that cannot be read here, or not in time, may lack anything: it is written all of it, and is out if it
+//! does not take that.
+
+#[cfg(test)]
+mod tests;
 
 use super::scan::scan_copies;
 use super::{Live, from_summary, read_tails};
 use crate::error::CacheError;
+use crate::format::legs::LegSet;
 use crate::format::record::Entries;
 use crate::format::segment::SegmentHeader;
 use crate::format::summary;
@@ -21,6 +26,8 @@ use futures_util::{FutureExt, StreamExt};
 
 /// Segments mended at once.
 const AT_ONCE: usize = 8;
+/// Bytes written at once to a leg that could not be read: few enough for a slow one to take them in time.
+const WRITE_BYTES: usize = 1 << 20;
 
 /// Makes all members hold the same of `live`. Durable with the next flush.
 pub(super) fn mend<'a>(
@@ -68,6 +75,7 @@ async fn mend_header(local: &Local, live: &Live) -> Result<SegmentHeader, CacheE
             local.repair(*leg, offset, AlignedBuf::copy_of(good)).await?;
         }
     }
+    write_unread(local, &copies, offset, good).await?;
     Ok(header)
 }
 
@@ -86,7 +94,7 @@ async fn mend_summary(local: &Local, header: &SegmentHeader) -> Result<(), Cache
             local.repair(*leg, end - len as u64, summary).await?;
         }
     }
-    Ok(())
+    write_unread(local, &copies, end - len as u64, &bytes[from..]).await
 }
 
 async fn mend_records(
@@ -105,13 +113,32 @@ async fn mend_records(
     if found.last_lsn != live.last_lsn {
         return Err(changed(local, live));
     }
+    // The header has been mended; good records stand one behind the other.
+    let mut records = AlignedBuf::zeroed(used - BLOCK_SIZE);
     for good in good {
         let at = good.block as usize * BLOCK_SIZE;
         let right = &bytes[good.copy][at..at + BLOCK_SIZE];
+        records[at - BLOCK_SIZE..at].copy_from_slice(right);
         for (leg, bytes) in &copies {
             if bytes[at..at + BLOCK_SIZE] != *right {
                 local.repair(*leg, offset + at as u64, AlignedBuf::copy_of(right)).await?;
             }
+        }
+    }
+    write_unread(local, &copies, offset + BLOCK_SIZE as u64, &records).await
+}
+
+/// Writes what is right to the members of which there is no copy.
+async fn write_unread(
+    local: &Local,
+    copies: &[(u8, AlignedBuf)],
+    offset: u64,
+    right: &[u8],
+) -> Result<(), CacheError> {
+    let read = copies.iter().fold(LegSet::NONE, |read, (leg, _)| read.with(*leg));
+    for leg in local.members().minus(read).iter() {
+        for (part, at) in right.chunks(WRITE_BYTES).zip((offset..).step_by(WRITE_BYTES)) {
+            local.repair(leg, at, AlignedBuf::copy_of(part)).await?;
         }
     }
     Ok(())

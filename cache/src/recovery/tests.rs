@@ -32,7 +32,7 @@ fn unsealed(seq: u64, first: u64, last: u64, flushed: u64) -> Seg {
     Seg { seq, first, last, epoch: 1, sealed: false, flushed }
 }
 
-fn slot(committed: u64) -> SlotVdi {
+pub(super) fn slot(committed: u64) -> SlotVdi {
     SlotVdi {
         uuid: Uuid::nil(),
         log_id: 1,
@@ -233,7 +233,7 @@ fn a_summary_that_contradicts_itself_is_not_believed() {
 }
 
 /// A segment of two records of one block each; the second says that the first is flushed.
-fn two_records() -> (SegmentHeader, Vec<u8>) {
+pub(super) fn two_records() -> (SegmentHeader, Vec<u8>) {
     let header = SegmentHeader {
         cache: Uuid::nil(),
         vdi: Uuid::nil(),

@@ -3,6 +3,7 @@
 //! Scripts rely on these fields: they are only ever added to. Sizes are bytes, ages and times are
 //! milliseconds, LSNs count from 1 per disk (0: nothing written yet).
 
+pub mod diff;
 pub mod loss;
 pub mod snapshots;
 

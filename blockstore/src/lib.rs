@@ -56,8 +56,8 @@ pub use error::{Result, StoreError, StoreErrorKind};
 pub use io::Health;
 pub use policy::WhenOffline;
 pub use store::{
-    AttachOptions, ExportReport, FormatOptions, HostInfo, LostLog, OpenOptions, OwnerInfo, Rewound,
-    Store, StoreInfo, VdiInfo,
+    AttachOptions, CHANGES_MAX, Difference, ExportReport, FormatOptions, HostInfo, ImageInfo,
+    LostLog, OpenOptions, OwnerInfo, Rewound, Store, StoreInfo, VdiInfo,
 };
 pub use vdi::{CommittedState, Vdi};
 

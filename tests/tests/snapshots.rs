@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bench::agent::find_binary;
 use serde_json::Value;
-use tests::agent_rig::AgentRig;
+use tests::agent_rig::{AgentRig, StoreSpec};
 use tests::single::{CHUNK, Content, Disk, San, control, ensure_same, in_the_store, until};
 
 const MIB: u64 = 1 << 20;
@@ -217,6 +217,63 @@ fn one_that_a_full_log_has_no_room_for_is_answered_after_its_wait() -> Result<()
     control(&rig, "snap create db --label after")?;
     let labels = control(&rig, "snap list db")?.to_string();
     ensure!(labels.contains("late"), "taken yet: {labels}");
+    drop(disk);
+    rig.shut_down()?;
+    rig.check_store()
+}
+
+/// What `snap diff` says differs, as chunks: true where they are zeros now.
+fn differing(rig: &AgentRig, images: &str) -> Result<BTreeMap<u64, bool>> {
+    let told = control(rig, &format!("snap diff {images}"))?;
+    let mut chunks = BTreeMap::new();
+    for range in told["ranges"].as_array().context("ranges")? {
+        let number = |field: &str| range[field].as_u64().with_context(|| format!("{range}"));
+        let (first, length) = (number("offset")?, number("length")?);
+        for at in (first..first + length).step_by(CHUNK) {
+            chunks.insert(at / CHUNK as u64, range["zeros"] == true);
+        }
+    }
+    Ok(chunks)
+}
+
+#[test]
+fn a_difference_is_what_was_written_between() -> Result<()> {
+    let mut rig = AgentRig::new(&StoreSpec::file(512 * MIB), 64 * MIB)?;
+    rig.start()?;
+    control(&rig, "vdi create db --size 8MiB")?;
+    let socket = rig.agent()?.attach("db")?;
+    let mut disk = Disk::connect(&mut rig, &socket)?;
+    let chunk = |n: u64| n * CHUNK as u64;
+    for n in 0..100 {
+        disk.write(chunk(n), 1)?;
+    }
+    control(&rig, "snap create db --label one")?;
+    for n in [3, 40, 41, 120] {
+        disk.write(chunk(n), 2)?;
+    }
+    // Still in the log: it is drained for the comparison, and so is what comes after it.
+    control(&rig, "snap create db --label two")?;
+    let written = |chunks: &[u64]| chunks.iter().map(|n| (*n, false)).collect::<BTreeMap<_, _>>();
+    ensure!(differing(&rig, "db@one db@two")? == written(&[3, 40, 41, 120]));
+    disk.write(chunk(41), 3)?;
+    disk.write(chunk(77), 3)?;
+    ensure!(differing(&rig, "db@two db")? == written(&[41, 77]));
+    ensure!(differing(&rig, "db@one db")? == written(&[3, 40, 41, 77, 120]));
+    // Backwards: what was not there yet is zeros.
+    let mut back = written(&[3, 40, 41]);
+    back.insert(120, true);
+    ensure!(differing(&rig, "db@two db@one")? == back);
+    control(&rig, "vdi create test --from db@one")?;
+    ensure!(differing(&rig, "db@one test")?.is_empty());
+    ensure!(differing(&rig, "test db@two")? == written(&[3, 40, 41, 120]));
+    for (images, words) in [
+        ("db@nix db", "no snapshot with that LSN or label"),
+        ("db nix@one", "no such disk"),
+        ("db db@", "such as db@1834"),
+    ] {
+        let said = control(&rig, &format!("snap diff {images}")).unwrap_err().to_string();
+        ensure!(said.contains(words), "'{images}' says: {said}");
+    }
     drop(disk);
     rig.shut_down()?;
     rig.check_store()

@@ -7,6 +7,7 @@ mod agent_commands;
 mod cache_adopt;
 mod cache_check;
 mod cache_replace;
+mod diff;
 mod drill;
 mod hydrate;
 mod loss;
@@ -445,6 +446,8 @@ mod tests {
             "vdi rollback db",
             "--run-dir /r vdi rollback db --accept-loss --json",
             "vdi rollback db --to 1834",
+            "snap diff db@1834 db",
+            "snap diff db@base db@1834 --json",
             "vdi rollback db --to base --label wrong --json",
             "vdi rollback db --to base --discard-present",
             "cache discard-quarantine 6b2f2d9e-0000-4000-8000-000000000001",
@@ -481,6 +484,8 @@ mod tests {
             "vdi rollback db --to 7 --accept-loss",
             "vdi rollback db --to 7 --discard-present --label x",
             "vdi rollback db --label x",
+            "snap diff db",
+            "snap diff db@ db",
             "vdi rollback db --discard-present",
             "store",
             "store format",

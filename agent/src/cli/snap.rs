@@ -1,7 +1,9 @@
 //! `snap`: snapshots of a disk.
 
 use super::agent_commands::at;
+use super::diff::parse_image;
 use super::output::{Output, Table};
+use crate::api::diff::ImageName;
 use crate::api::snapshots::{
     RewindRequest, Rewound, SnapDeleteRequest, SnapDeleted, SnapLabelRequest, SnapListRequest,
     SnapRequest, Snapped, SnapshotPlace, Snapshots,
@@ -43,6 +45,18 @@ pub enum SnapCommand {
         #[arg(long)]
         oldest_first: bool,
     },
+    /// List what differs between two images of disks: offset and length in bytes, and whether it is zeros in the second
+    ///
+    /// An image is a snapshot, or a disk as it is now; of one disk, or of two, such as a clone and what it was made from. Takes as
+    /// long as there is to tell, whatever the size. What was written anew with the same bytes is listed, too.
+    Diff {
+        /// VDI@SNAP, by LSN or label; or VDI
+        #[arg(value_name = "FROM", value_parser = parse_image)]
+        from: ImageName,
+        /// VDI@SNAP, by LSN or label; or VDI
+        #[arg(value_name = "TO", value_parser = parse_image)]
+        to: ImageName,
+    },
     /// Give a snapshot another label
     Label {
         /// The disk: name or UUID
@@ -77,6 +91,7 @@ pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()
             let list: Snapshots = client.post(&at(&vdi, "/snapshots/list")?, &request).await?;
             out.print(&list, table)
         }
+        SnapCommand::Diff { from, to } => super::diff::run(&client, from, to, out).await,
         SnapCommand::Label { vdi, snapshot, label } => {
             let request = SnapLabelRequest { snapshot, label };
             let done: Snapped = client.post(&at(&vdi, "/snapshots/label")?, &request).await?;

@@ -5,6 +5,7 @@
 //! can end the daemon: what cannot be understood is answered with words.
 
 use super::REQUEST_BYTES_MAX;
+use crate::api::diff::DiffRequest;
 use crate::api::loss::RollbackRequest;
 use crate::api::snapshots::{
     RewindRequest, SnapDeleteRequest, SnapLabelRequest, SnapListRequest, SnapRequest,
@@ -119,6 +120,7 @@ fn router(gate: Gate) -> Router {
         .route("/v1/cache/drain", post(drain))
         .route("/v1/cache/quarantine/{name}", axum::routing::delete(discard_quarantine))
         .route("/v1/cache/replace", get(replacement).post(replace).delete(cancel_replacement))
+        .route("/v1/diff", post(diff))
         .route("/v1/vdis", get(list).post(create))
         .route("/v1/vdis/{name}", get(info))
         .route("/v1/vdis/{name}/delete", post(delete))
@@ -327,6 +329,16 @@ async fn rewind(State(gate): Gated, name: Name, body: Body) -> Response {
             let request: RewindRequest = parse(body)?;
             let (name, host) = (name_of(name)?, gate.host()?);
             to_the_end(async move { host.rewind(&name, request).await }).await
+        }
+        .await,
+    )
+}
+
+async fn diff(State(gate): Gated, body: Body) -> Response {
+    answer(
+        async {
+            let request: DiffRequest = parse(body)?;
+            gate.host()?.diff(request).await
         }
         .await,
     )

@@ -7,6 +7,7 @@
 //! A disk that does not come back at the start, or whose worker fails, is shown as failed; all others go on.
 
 mod ahead;
+mod diff;
 mod drill;
 mod errors;
 mod left_behind;

@@ -167,7 +167,7 @@ impl Host {
     }
 
     /// A disk's name and identity; of one that is served here without asking the store.
-    async fn named(&self, name: &str) -> Result<(String, Uuid)> {
+    pub(super) async fn named(&self, name: &str) -> Result<(String, Uuid)> {
         if let Some(disk) = self.find_served(name) {
             return Ok((disk.name.clone(), disk.uuid));
         }
@@ -186,7 +186,7 @@ impl Host {
     }
 
     /// Sees to it that none of these is only in this host's log.
-    async fn bring_to_store(&self, vdi: &str, wanted: &[&str]) -> Result<()> {
+    pub(super) async fn bring_to_store(&self, vdi: &str, wanted: &[&str]) -> Result<()> {
         if wanted.contains(&"") {
             return Err(Failure::new(
                 Kind::Usage,
@@ -205,7 +205,7 @@ impl Host {
         self.drained(&disk).await.map_err(|failure| failure.within(what))
     }
 
-    async fn drained(&self, disk: &Arc<Served>) -> Result<()> {
+    pub(super) async fn drained(&self, disk: &Arc<Served>) -> Result<()> {
         if disk.drill.until_ms().is_some() {
             let words =
                 format!("its outage drill goes on: 'ballast outage end {}' first", disk.name);

@@ -1,5 +1,6 @@
 //! The store: open, close, and what concerns all of it.
 
+mod differences;
 mod format;
 mod hosts;
 mod info;
@@ -10,6 +11,7 @@ mod rollback;
 mod snapshots;
 mod verify;
 
+pub use differences::{CHANGES_MAX, Difference, ImageInfo};
 pub use format::{FormatOptions, check_size, foreign_signature};
 pub use info::{ExportReport, HostInfo, OwnerInfo, StoreInfo, VdiInfo};
 pub use open::OpenOptions;

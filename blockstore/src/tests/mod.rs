@@ -2,6 +2,7 @@
 
 mod basics;
 mod crash;
+mod diff;
 mod faults;
 mod hosts;
 mod model;

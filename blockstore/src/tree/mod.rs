@@ -1,8 +1,10 @@
 //! Reading the radix tree and the blocks below it, every one checked against its parent's checksum.
 
+pub(crate) mod diff;
 pub(crate) mod reclaim;
 mod walk;
 
+pub use diff::{ChangedPage, ChangedRange};
 pub use walk::{Extents, READ_BLOCKS_MAX};
 
 use crate::error::{Result, StoreError, StoreErrorKind};

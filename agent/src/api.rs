@@ -6,6 +6,7 @@
 pub mod diff;
 pub mod loss;
 pub mod snapshots;
+pub mod tree;
 
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;

@@ -167,6 +167,13 @@ fn what_cannot_be_done_is_said_and_nothing_is_done() -> Result<()> {
     control(&rig, &format!("snap label db {lsn} two"))?;
     control(&rig, "snap delete db one")?;
     control(&rig, "vdi create a --from db@two")?;
+    let tree = control(&rig, "vdi tree")?;
+    let origin = &tree["disks"][0]["origin"];
+    ensure!(origin["label"] == "two" && origin["lsn"] == lsn, "{tree}");
+    ensure!(
+        origin["uuid"] == tree["disks"][1]["uuid"] && tree["disks"][1]["snapshots"] == 1,
+        "{tree}"
+    );
     control(&rig, "vdi detach db")?;
     refused("vdi delete db", "--with-snapshots")?;
     refused("vdi delete db --with-snapshots", "'a' was cloned from its snapshot")?;

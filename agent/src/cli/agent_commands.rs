@@ -6,6 +6,7 @@
 use super::VdiCommand;
 use super::output::Output;
 use super::tables;
+use super::tree;
 use crate::api::snapshots::RewindRequest;
 use crate::api::{
     Attached, CacheStatus, CreateRequest, Created, DeleteRequest, DetachRequest, Done,
@@ -47,6 +48,14 @@ pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()>
         VdiCommand::List => {
             let vdis: Vec<Vdi> = client.get("/v1/vdis").await?;
             out.print(&vdis, |vdis| tables::vdi_list(vdis))
+        }
+        VdiCommand::Tree { dot, svg } => {
+            let drawing = match (dot, svg) {
+                (true, _) => tree::Drawing::Dot,
+                (_, true) => tree::Drawing::Svg,
+                _ => tree::Drawing::Text,
+            };
+            tree::run(&client, drawing, out).await
         }
         VdiCommand::Info { name } => {
             let info: VdiInfo = client.get(&at(&name, "")?).await?;

@@ -15,6 +15,7 @@ mod output;
 mod snap;
 mod store_commands;
 mod tables;
+mod tree;
 
 use crate::api::Origin;
 use crate::config::{AgentArgs, DeviceArgs, RUN_DIR_DEFAULT};
@@ -146,6 +147,15 @@ enum VdiCommand {
     },
     /// List the store's disks
     List,
+    /// Show which disk was cloned from which snapshot: disks, snapshots with clones, and how many others there are
+    Tree {
+        /// As a graph in Graphviz' language
+        #[arg(long)]
+        dot: bool,
+        /// As a picture
+        #[arg(long, conflicts_with = "dot")]
+        svg: bool,
+    },
     /// Show one disk
     Info {
         /// The disk: name or UUID
@@ -447,6 +457,9 @@ mod tests {
             "--run-dir /r vdi rollback db --accept-loss --json",
             "vdi rollback db --to 1834",
             "snap diff db@1834 db",
+            "vdi tree",
+            "vdi tree --dot",
+            "vdi tree --json",
             "snap diff db@base db@1834 --json",
             "vdi rollback db --to base --label wrong --json",
             "vdi rollback db --to base --discard-present",
@@ -485,6 +498,7 @@ mod tests {
             "vdi rollback db --to 7 --discard-present --label x",
             "vdi rollback db --label x",
             "snap diff db",
+            "vdi tree --dot --svg",
             "snap diff db@ db",
             "vdi rollback db --discard-present",
             "store",

@@ -121,6 +121,7 @@ fn router(gate: Gate) -> Router {
         .route("/v1/cache/quarantine/{name}", axum::routing::delete(discard_quarantine))
         .route("/v1/cache/replace", get(replacement).post(replace).delete(cancel_replacement))
         .route("/v1/diff", post(diff))
+        .route("/v1/tree", get(forest))
         .route("/v1/vdis", get(list).post(create))
         .route("/v1/vdis/{name}", get(info))
         .route("/v1/vdis/{name}/delete", post(delete))
@@ -332,6 +333,10 @@ async fn rewind(State(gate): Gated, name: Name, body: Body) -> Response {
         }
         .await,
     )
+}
+
+async fn forest(State(gate): Gated) -> Response {
+    answer(async { gate.host()?.forest().await }.await)
 }
 
 async fn diff(State(gate): Gated, body: Body) -> Response {

@@ -10,6 +10,7 @@ mod ahead;
 mod diff;
 mod drill;
 mod errors;
+mod forest;
 mod left_behind;
 mod loss;
 mod meters;

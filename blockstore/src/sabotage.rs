@@ -62,10 +62,18 @@ pub enum Bug {
     LogBehindUnnoted,
     /// What was fetched ahead of need is kept although the index changed since.
     StaleKeep,
+    /// A snapshot does not raise the birth below which the disk frees nothing.
+    CutKeepsBirth,
+    /// That birth falls when a snapshot is deleted.
+    BirthFalls,
+    /// A snapshot is acknowledged before its record is flushed.
+    AckSnapshotEarly,
+    /// A block that is written in part after a snapshot becomes whole over the store's, not over what came before the snapshot.
+    ForgetEarlierPart,
 }
 
 /// All of them.
-pub const ALL: [Bug; 28] = [
+pub const ALL: [Bug; 32] = [
     Bug::AckBeforeFlush,
     Bug::AckAcrossGap,
     Bug::SummaryBeforeFlush,
@@ -94,6 +102,10 @@ pub const ALL: [Bug; 28] = [
     Bug::ColdTrustsSlot,
     Bug::LogBehindUnnoted,
     Bug::StaleKeep,
+    Bug::CutKeepsBirth,
+    Bug::BirthFalls,
+    Bug::AckSnapshotEarly,
+    Bug::ForgetEarlierPart,
 ];
 
 /// Whether this thread has the bug.

@@ -239,7 +239,9 @@ impl VdiInner {
                     size_bytes: head.size_bytes,
                     birth,
                 });
-                image.head.last_snapshot_birth = birth;
+                if !sabotage::on(Bug::CutKeepsBirth) {
+                    image.head.last_snapshot_birth = birth;
+                }
             }
         }
         if !taken.is_empty() {

@@ -6,10 +6,11 @@ use crate::format::snapshot::{Snapshot, SnapshotLabel};
 use crate::format::vdi::VdiHead;
 use crate::io::{Io, Patience, Write};
 use crate::root::{Garbage, Root};
+use crate::sabotage::{self, Bug};
 use crate::snapshots::Page;
 use crate::snapshots::edit::{Edited, Edits, Ground};
 use crate::tree::Reader;
-use crate::types::Lsn;
+use crate::types::{Birth, Lsn};
 use crate::vdi::{Vdi, VdiInner};
 use std::sync::Arc;
 
@@ -57,7 +58,10 @@ impl Change {
         }
         let birth = head.birth.plus(1);
         let edited = ground.change(head.snapshots, &edits, birth).await?;
-        Ok((VdiHead { birth, snapshots: edited.index, ..head.clone() }, edited))
+        let falls = sabotage::on(Bug::BirthFalls) && matches!(self, Self::Delete(_));
+        let last_snapshot_birth = if falls { Birth(0) } else { head.last_snapshot_birth };
+        let snapshots = edited.index;
+        Ok((VdiHead { birth, last_snapshot_birth, snapshots, ..head.clone() }, edited))
     }
 }
 

@@ -184,7 +184,12 @@ impl Drafting<'_> {
                 Content::Patched(patched) => {
                     // With what earlier parts have of the block below it.
                     let whole = match self.before.as_ref().map(|before| before.get(lba)) {
-                        Some(Found::Patched(whole)) if patched.base() == PatchBase::Store => whole,
+                        Some(Found::Patched(whole))
+                            if patched.base() == PatchBase::Store
+                                && !sabotage::on(Bug::ForgetEarlierPart) =>
+                        {
+                            whole
+                        }
                         _ => patched,
                     };
                     let layers = self.layers(lba, whole)?;

@@ -71,6 +71,13 @@ pub async fn live(world: &mut World, last: bool) -> End {
     // What is possible at all is possible between two outages; after damage beyond repair it may not be possible at all.
     let outages = if may_have_lost { 0 } else { 20 };
     let limit = PATIENCE + Duration::from_millis(world.profile.outage_ms) * outages;
+    // With one outage after the other, a life may be slow: if it still goes on then, it is cut off.
+    let lately = PATIENCE + Duration::from_millis(world.profile.outage_ms) * 3;
+    let (models, requests) = (world.models.clone(), Arc::clone(&world.requests));
+    let progress = move || {
+        let committed: u64 = models.iter().map(|model| model.lock().stored_lsn()).sum();
+        (requests.load(Ordering::Relaxed), committed)
+    };
     let (cache, paces) = (Arc::clone(&world.cache), world.legs.paces.clone());
     let served = Rc::clone(&world.served);
     served.set(false);
@@ -84,21 +91,27 @@ pub async fn live(world: &mut World, last: bool) -> End {
             End::Refused
         }),
         words = async {
-            tokio::time::sleep(limit).await;
+            tokio::time::sleep(limit.saturating_sub(lately)).await;
+            let before = progress();
+            tokio::time::sleep(limit.min(lately)).await;
+            if progress() != before && !last {
+                return None;
+            }
             let cache = cache.lock().upgrade();
-            cache.map(|cache| format!("{cache:#?}"))
+            Some(cache.map_or_else(String::new, |cache| format!("{cache:#?}")))
         } => {
+            let Some(words) = words else { return End::Spent };
             // Nothing comes up on a device that is broken; what is up goes on without it.
             let broken = paces.iter().any(|pace| pace.broken.load(Ordering::Relaxed)) && !last;
             let excused = broken && !served.get() || may_have_lost;
-            assert!(excused, "liveness: a life comes to no end: {}", words.unwrap_or_default());
+            assert!(excused, "liveness: a life comes to no end: {words}");
             End::LogFailed
         }
     }
 }
 
 /// Small numbers as often as large ones.
-fn few(rng: &mut SmallRng, most: u64) -> u64 {
+pub fn few(rng: &mut SmallRng, most: u64) -> u64 {
     let order = rng.random_range(0.0..(most as f64).ln());
     order.exp() as u64
 }
@@ -186,6 +199,8 @@ async fn bring_up_and_use(
     let mut rng = SmallRng::seed_from_u64(world.rng.random());
     let grows = world.profile.grows && !orderly;
     let looks_ahead = world.profile.looks_ahead;
+    let cuts = world.profile.cuts;
+    let mut cut_rng = SmallRng::seed_from_u64(world.cut_rng.random());
     // What the agent does beside serving.
     let beside = async {
         if is_alone {
@@ -201,6 +216,7 @@ async fn bring_up_and_use(
             biased;
             () = wind_down => {}
             () = agent.now_and_then(&mut rng, grows, looks_ahead) => {}
+            () = agent.cut(&mut cut_rng, &orders), if cuts => {}
         }
         Ok(())
     };
@@ -437,9 +453,12 @@ impl Agent {
         if last {
             let vdis = self.vdis.lock().clone();
             for (vdi, model) in vdis.iter().zip(&self.models) {
+                // A snapshot that waited for room may have come after the first drain was asked for.
+                let mut drains = 2;
                 loop {
                     match self.cache.drain(vdi.uuid()).await {
-                        Ok(_) => break,
+                        Ok(_) if drains == 1 => break,
+                        Ok(_) => drains -= 1,
                         // A commit that failed for good under the former faults is tried again after a while.
                         Err(error) => {
                             if again("draining", &error, self.may_have_lost).await.is_err() {

@@ -1,5 +1,5 @@
-//! Goal: P1 (what was flushed survives), P2 (the recovered disk and the store's image are prefixes of what the guest did) and
-//! P7 (no read returns stale, torn or misplaced data) hold whatever fails and whenever; and once nothing fails any more,
+//! Goal: P1 (what was flushed survives), P2 (the recovered disk and the store's image are prefixes of what the guest did), P5
+//! (a snapshot is the disk as of its LSN, for good) and P7 (no read returns stale, torn or misplaced data) hold whatever fails and whenever; and once nothing fails any more,
 //! everything gets through.
 //! Method: the real cache and the real store on simulated devices, on one thread with a simulated clock, so that one seed is
 //! one schedule; guests, outages, faults and crashes drawn from the seed; a model of each disk judges every read, every
@@ -9,6 +9,7 @@
 
 mod chaos;
 mod cold;
+mod cuts;
 mod damage;
 mod device;
 mod host;

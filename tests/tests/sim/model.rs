@@ -6,6 +6,7 @@
 use blockstore::commit::{Batch, Change};
 use blockstore::crc::crc32c;
 use blockstore::types::{BLOCK_SIZE, SECTOR_SIZE};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// Sectors in a block.
@@ -39,10 +40,16 @@ pub struct Model {
     pub power_lost: bool,
     /// The only leg of the cache was damaged: what no copy is left of may be gone, if that is said.
     pub damaged: bool,
+    /// The log as it was, if damage took flushed records of it and the store has not been compared with what is left: until
+    /// it refuses the disk, or not, its image may be one of those.
+    former: Option<Vec<Done>>,
     /// The store's image as of an LSN, as far as commits told.
     stored: (Image, u64),
     /// The guest has asked for all it wanted, and all was answered.
     pub guest_is_done: bool,
+    /// Snapshots that are not in the store any more, and those of which that is not known.
+    pub deleted: BTreeSet<u64>,
+    pub maybe_deleted: BTreeSet<u64>,
     /// The first broken promise that was found where nobody could be told.
     pub broken: Option<String>,
 }
@@ -59,8 +66,11 @@ impl Model {
             flushed: 0,
             power_lost: false,
             damaged: false,
+            former: None,
             stored: (empty, 0),
             guest_is_done: false,
+            deleted: BTreeSet::new(),
+            maybe_deleted: BTreeSet::new(),
             broken: None,
         }
     }
@@ -84,6 +94,30 @@ impl Model {
     pub fn push(&mut self, sectors: Range<u64>, stamp: u32) {
         self.now[sectors.start as usize..sectors.end as usize].fill(stamp);
         self.log.push(Done { sectors, stamp });
+    }
+
+    /// A snapshot was given the next LSN.
+    pub fn push_cut(&mut self) {
+        self.log.push(Done { sectors: 0..0, stamp: 0 });
+    }
+
+    /// A snapshot was said to be taken: from now on it is durable, and so is all before it.
+    pub fn cut_taken(&mut self, lsn: u64) {
+        let disk = self.disk;
+        assert!(
+            self.is_cut(lsn),
+            "P5, disk {disk}: LSN {lsn} is said to be a snapshot, and is none"
+        );
+        self.flushed = self.flushed.max(lsn);
+    }
+
+    fn is_cut(&self, lsn: u64) -> bool {
+        !cuts_in(&self.log, lsn - 1, lsn).is_empty()
+    }
+
+    /// The snapshots from after `base` up to `lsn`.
+    pub fn cuts(&self, base: u64, lsn: u64) -> Vec<u64> {
+        cuts_in(&self.log, base, lsn)
     }
 
     /// Makes a sector what write number `stamp` made it.
@@ -150,9 +184,7 @@ impl Model {
 
     /// The disk as it was at `lsn`.
     pub fn image_at(&self, lsn: u64) -> Image {
-        let mut image = vec![0; self.now.len()];
-        apply(&mut image, &self.log[..lsn as usize]);
-        image
+        image_of(&self.log[..lsn as usize], self.now.len())
     }
 
     /// The disk grew: what is new holds zeros.
@@ -180,6 +212,9 @@ impl Model {
             self.power_lost || self.damaged || last >= acked,
             "L1, disk {disk}: LSN {last} recovered, {acked} was acknowledged"
         );
+        if last < flushed && self.former.is_none() {
+            self.former = Some(self.log.clone());
+        }
         self.log.truncate(last as usize);
         self.now = self.image_at(last);
         self.acked = last;
@@ -192,6 +227,7 @@ impl Model {
     pub fn attached_at(&mut self, lsn: u64) {
         assert!(lsn <= self.last_lsn(), "disk {}: the store is ahead of the guest", self.disk);
         self.stored = (self.image_at(lsn), lsn);
+        self.former = None;
     }
 
     /// A batch goes to the store, whose image is at `base`: it must lead to the disk as of its LSN (P2).
@@ -205,18 +241,35 @@ impl Model {
             return self
                 .breaks(format!("a commit from LSN {base} to {lsn}, the log ends at {last}"));
         }
-        let (mut found, mut expected) = (self.stored.0.clone(), self.stored.0.clone());
-        apply(&mut expected, &self.log[base as usize..lsn as usize]);
-        for change in &batch.changes {
-            if let Err(words) = self.apply_change(&mut found, change) {
-                return self.breaks(format!("commit at LSN {lsn}: {words}"));
-            }
-        }
-        if let Some(at) = differs(&found, &expected) {
-            let (found, expected) = (found[at], expected[at]);
-            self.breaks(format!(
-                "P2: the commit at LSN {lsn} would show write {found} in sector {at}, it was {expected}"
+        // A snapshot that the store has already is not made again.
+        let cuts: Vec<u64> =
+            batch.cuts.iter().map(|cut| cut.lsn.0).filter(|lsn| *lsn > base).collect();
+        if cuts != self.cuts(base, lsn) {
+            let expected = self.cuts(base, lsn);
+            return self.breaks(format!(
+                "P5: the commit from LSN {base} to {lsn} has snapshots {cuts:?}, not {expected:?}"
             ));
+        }
+        let ends = batch.cuts.iter().map(|cut| cut.lsn.0).chain([lsn]);
+        let (mut found, mut expected) = (self.stored.0.clone(), self.stored.0.clone());
+        let mut at = base;
+        for (changes, end) in batch.parts().zip(ends) {
+            for change in changes {
+                if let Err(words) = self.apply_change(&mut found, change) {
+                    return self.breaks(format!("commit at LSN {end}: {words}"));
+                }
+            }
+            if end <= base {
+                continue;
+            }
+            apply(&mut expected, &self.log[at as usize..end as usize]);
+            at = end;
+            if let Some(at) = differs(&found, &expected) {
+                let (found, expected) = (found[at], expected[at]);
+                return self.breaks(format!(
+                    "P2: the commit at LSN {end} would show write {found} in sector {at}, it was {expected}"
+                ));
+            }
         }
     }
 
@@ -238,6 +291,11 @@ impl Model {
         Ok(())
     }
 
+    /// Up to where the store's image is, as far as commits told.
+    pub fn stored_lsn(&self) -> u64 {
+        self.stored.1
+    }
+
     /// The commit succeeded.
     pub fn committed(&mut self, lsn: u64) {
         if lsn > self.stored.1 && lsn <= self.last_lsn() {
@@ -250,6 +308,12 @@ impl Model {
     /// The store's image was read from the device and claims to be that of `lsn` (P2).
     pub fn check_store(&self, lsn: u64, found: &Image) {
         let disk = self.disk;
+        if self.former.as_ref().is_some_and(|former| {
+            let before = former.get(..lsn as usize).map(|log| image_of(log, self.now.len()));
+            before.is_some_and(|before| differs(found, &before).is_none())
+        }) {
+            return;
+        }
         assert!(
             lsn <= self.last_lsn(),
             "P2, disk {disk}: the store holds LSN {lsn}, never given out"
@@ -263,9 +327,41 @@ impl Model {
         }
     }
 
+    /// The store, whose image is at `lsn`, lists these snapshots (P5).
+    pub fn check_listed(&self, lsn: u64, listed: &[u64]) {
+        let gone = |lsn: &u64| self.deleted.contains(lsn) || self.maybe_deleted.contains(lsn);
+        let expected = |log: &[Done]| -> Vec<u64> {
+            cuts_in(log, 0, lsn).into_iter().filter(|lsn| !gone(lsn)).collect()
+        };
+        let sure: Vec<u64> =
+            listed.iter().copied().filter(|lsn| !self.maybe_deleted.contains(lsn)).collect();
+        if self.former.as_ref().is_some_and(|former| expected(former) == sure) {
+            return;
+        }
+        let disk = self.disk;
+        assert_eq!(
+            sure,
+            expected(&self.log),
+            "P5, disk {disk}: snapshots in the store at LSN {lsn}"
+        );
+    }
+
     fn breaks(&mut self, words: String) {
         self.broken.get_or_insert(format!("disk {}: {words}", self.disk));
     }
+}
+
+/// The LSNs of snapshots in a log, from after `base` up to `lsn`.
+fn cuts_in(log: &[Done], base: u64, lsn: u64) -> Vec<u64> {
+    let is_cut = |lsn: &u64| log.get(*lsn as usize - 1).is_some_and(|done| done.sectors.is_empty());
+    (base + 1..=lsn).filter(is_cut).collect()
+}
+
+/// What so many sectors hold after all of a log.
+fn image_of(log: &[Done], sectors: usize) -> Image {
+    let mut image = vec![0; sectors];
+    apply(&mut image, log);
+    image
 }
 
 fn apply(image: &mut Image, log: &[Done]) {

@@ -45,6 +45,8 @@ pub struct Profile {
     pub grows: bool,
     /// Disks are hydrated, pinned and unpinned now and then.
     pub looks_ahead: bool,
+    /// Snapshots are taken now and then, and deleted: drawn apart.
+    pub cuts: bool,
 }
 
 /// What most goes on in a run: a rare bug needs much of one kind of trouble rather than a little of each.
@@ -166,6 +168,7 @@ impl Profile {
             cold_starts: rng.random_bool(0.5),
             grows: rng.random_bool(0.3),
             looks_ahead: rng.random_bool(0.3),
+            cuts: false,
         }
     }
 }

@@ -325,6 +325,7 @@ impl Worker {
                     // What is kept now is to be sealed, too: whoever takes the disk back would do that on a real file.
                     self.rolled &= !matches!(other, ToDisk::Keep { .. });
                     self.attached.disk.on_message(other);
+                    self.note_cuts();
                 }
             }
         }
@@ -428,6 +429,7 @@ impl Worker {
     fn stage(&mut self, tag: Tag, request: Request) {
         match request {
             Request::Write { sector, sectors, stamp } => {
+                let before = self.attached.disk.staged_lsn().0;
                 let mut model = self.model.lock();
                 let mut parts = Vec::new();
                 let len = sectors as usize * SECTOR_SIZE;
@@ -438,6 +440,9 @@ impl Worker {
                         model.fill_sector(stamp, at, out);
                     }
                 });
+                // Snapshots that waited for room came first.
+                let staged_now = self.attached.disk.staged_lsn().0 - before;
+                (parts.len() as u64..staged_now).for_each(|_| model.push_cut());
                 for part in parts {
                     model.push(part, stamp);
                 }
@@ -452,12 +457,16 @@ impl Worker {
                 }
             }
             Request::Zero { sector, sectors, discard } => {
+                let before = self.attached.disk.staged_lsn().0;
                 let staged = self.attached.disk.zero(tag, sector, sectors, discard);
+                let staged_now = self.attached.disk.staged_lsn().0 - before;
                 let (from, to) = if discard {
                     (sector.next_multiple_of(PER_BLOCK), (sector + sectors) / PER_BLOCK * PER_BLOCK)
                 } else {
                     (sector, sector + sectors)
                 };
+                let own = u64::from(staged == Staged::All && from < to);
+                (own..staged_now).for_each(|_| self.model.lock().push_cut());
                 match staged {
                     Staged::Part(_) => self.stalled.push_front((tag, request)),
                     staged => {
@@ -486,11 +495,18 @@ impl Worker {
         }
     }
 
+    /// What was given an LSN, and not to a guest's change, is a snapshot.
+    fn note_cuts(&mut self) {
+        let mut model = self.model.lock();
+        (model.last_lsn()..self.attached.disk.staged_lsn().0).for_each(|_| model.push_cut());
+    }
+
     /// Lets the disk decide, does what it says, publishes what is complete.
     fn drive(&mut self) {
         loop {
             let mut actions = Vec::new();
             self.attached.disk.poll(&mut actions);
+            self.note_cuts();
             let progress = !actions.is_empty();
             for action in actions {
                 self.act(action);

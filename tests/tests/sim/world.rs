@@ -1,15 +1,16 @@
 //! One seed: devices, disks, and the agent's lives on them, up to the end in peace.
 
+use crate::cuts;
 use crate::damage;
 use crate::device::{Pace, Timed};
 use crate::host::{self, End};
 use crate::legs::Legs;
-use crate::model::Model;
+use crate::model::{Image, Model};
 use crate::profile::Profile;
 use crate::trace::Trace;
 use crate::witness::Memory;
 use blockstore::device::sim::{SimDevice, SimOptions};
-use blockstore::{FormatOptions, OpenOptions, Store, StoreErrorKind};
+use blockstore::{FormatOptions, OpenOptions, Store, StoreError, StoreErrorKind};
 use cache::Cache;
 use cache::local::Local;
 use parking_lot::Mutex;
@@ -62,6 +63,8 @@ pub struct Events {
 pub struct World {
     pub profile: Profile,
     pub rng: SmallRng,
+    /// For snapshots alone, so that seeds without them take the course that they would take if there were none.
+    pub cut_rng: SmallRng,
     pub trace: Arc<Trace>,
     /// The cache device.
     pub legs: Legs,
@@ -113,7 +116,9 @@ pub fn run(seed: u64, requests: u64) -> Report {
 impl World {
     fn new(seed: u64, requests: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let profile = Profile::draw(&mut rng);
+        let mut cut_rng = SmallRng::seed_from_u64(seed ^ 0xc07);
+        let cuts = cut_rng.random_bool(0.4);
+        let profile = Profile { cuts, ..Profile::draw(&mut rng) };
         let legs = Legs::new(profile.legs, CACHE_BYTES, profile.rots, &mut rng);
         let logical_block = if rng.random_bool(0.8) { 512 } else { 4096 };
         let options = SimOptions {
@@ -136,6 +141,7 @@ impl World {
             made: vec![false; profile.disks.len()],
             profile,
             rng,
+            cut_rng,
             trace: Arc::new(Trace::new()),
             legs,
             witness: Arc::default(),
@@ -213,6 +219,7 @@ impl World {
         }
         let session = fork.connect();
         let (models, made) = (&self.models, &self.made);
+        let picks = self.cut_rng.random_range(0..7);
         runtime().block_on(async {
             let opened = Store::open(session.device(), OpenOptions::read_only()).await;
             let store = match opened {
@@ -220,18 +227,12 @@ impl World {
                 opened => opened.expect("the store opens at any time"),
             };
             for ((n, model), made) in models.iter().enumerate().zip(made) {
-                let mut image = Vec::new();
-                let mut sink = |offset: u64, block: &[u8]| {
-                    for (at, sector) in (offset / 512..).zip(block.chunks_exact(512)) {
-                        let stamp = model.lock().stamp_of(sector, at);
-                        // It may have grown since its guest heard of it.
-                        image.resize(image.len().max(at as usize + 1), 0);
-                        image[at as usize] = stamp.map_err(std::io::Error::other)?;
+                match read_out(&store, n, None, model).await {
+                    Ok((lsn, image)) => {
+                        model.lock().check_store(lsn, &image);
+                        cuts::check_snapshots(&store, n, model, lsn, picks, self.store_harmed)
+                            .await;
                     }
-                    Ok(())
-                };
-                match store.export_vdi(&name(n), &mut sink).await {
-                    Ok(report) => model.lock().check_store(report.lsn.0, &image),
                     Err(error) if error.kind == StoreErrorKind::NotFound && !made => {}
                     Err(_) if self.store_harmed => {}
                     Err(error) => panic!("P2: the store's image cannot be read: {error}"),
@@ -264,6 +265,30 @@ impl World {
         }
         (legs, Arc::new(san))
     }
+}
+
+/// Reads a disk, or a snapshot of it, from the store: of which LSN it says that it is, and what it holds.
+pub async fn read_out(
+    store: &Store,
+    disk: usize,
+    snapshot: Option<u64>,
+    model: &Mutex<Model>,
+) -> Result<(u64, Image), StoreError> {
+    let mut image = Vec::new();
+    let mut sink = |offset: u64, block: &[u8]| {
+        for (at, sector) in (offset / 512..).zip(block.chunks_exact(512)) {
+            let stamp = model.lock().stamp_of(sector, at);
+            // It may have grown since its guest heard of it.
+            image.resize(image.len().max(at as usize + 1), 0);
+            image[at as usize] = stamp.map_err(std::io::Error::other)?;
+        }
+        Ok(())
+    };
+    let report = match snapshot {
+        Some(lsn) => store.export_snapshot(&name(disk), &lsn.to_string(), &mut sink).await,
+        None => store.export_vdi(&name(disk), &mut sink).await,
+    };
+    Ok((report?.lsn.0, image))
 }
 
 /// A disk's name in the store.

@@ -1,0 +1,89 @@
+//! Snapshots: taken and deleted while the agent runs; found in the store, each the disk as of its LSN (P5).
+
+use crate::host::{Agent, few};
+use crate::model::Model;
+use crate::worker::Orders;
+use crate::world::{name, read_out};
+use blockstore::snapshots::{PAGE_MAX, Page};
+use blockstore::types::Lsn;
+use blockstore::{SnapshotLabel, Store, Vdi};
+use futures_util::future::join_all;
+use parking_lot::Mutex;
+use rand::Rng;
+use rand::rngs::SmallRng;
+use std::sync::Arc;
+use std::time::Duration;
+
+impl Agent {
+    /// Takes snapshots, some of them at once, and deletes some.
+    pub async fn cut(&self, rng: &mut SmallRng, orders: &Orders) {
+        while !orders.wind_down.get() {
+            tokio::time::sleep(Duration::from_millis(few(rng, 3_000))).await;
+            if orders.wind_down.get() {
+                break;
+            }
+            let (vdi, model) = {
+                let vdis = self.vdis.lock();
+                let at = rng.random_range(0..vdis.len());
+                (Arc::clone(&vdis[at]), &self.models[at])
+            };
+            let taken = (0..few(rng, 12)).map(|_| async {
+                let label = SnapshotLabel::default();
+                if let Ok(taken) = self.cache.snapshot(vdi.uuid(), label).await {
+                    model.lock().cut_taken(taken.lsn.0);
+                }
+            });
+            join_all(taken).await;
+            if rng.random_range(0..6) == 0 {
+                self.delete_some(&vdi, model, rng).await;
+            }
+        }
+        std::future::pending().await
+    }
+
+    async fn delete_some(&self, vdi: &Vdi, model: &Mutex<Model>, rng: &mut SmallRng) {
+        let mut wanted = {
+            let model = model.lock();
+            let mut there = model.cuts(0, vdi.committed().lsn.0);
+            there.retain(|lsn| !model.deleted.contains(lsn) && !model.maybe_deleted.contains(lsn));
+            there
+        };
+        wanted.retain(|_| rng.random_bool(0.3));
+        if wanted.is_empty() {
+            return;
+        }
+        model.lock().maybe_deleted.extend(&wanted);
+        let lsns = wanted.iter().copied().map(Lsn).collect();
+        if self.store().delete_snapshots(&vdi.uuid().to_string(), lsns).await.is_ok() {
+            let mut model = model.lock();
+            model.maybe_deleted.retain(|lsn| !wanted.contains(lsn));
+            model.deleted.extend(&wanted);
+        }
+    }
+}
+
+/// The store, where a disk is at `lsn`, lists the snapshots that it should have; some of them, and the last, hold what they
+/// should.
+pub async fn check_snapshots(
+    store: &Store,
+    disk: usize,
+    model: &Mutex<Model>,
+    lsn: u64,
+    picks: usize,
+    store_harmed: bool,
+) {
+    let page = Page { newest_first: false, beyond: None, limit: PAGE_MAX };
+    let listed = match store.snapshots(&name(disk), page).await {
+        Err(_) if store_harmed => return,
+        listed => listed.expect("P5: the list of snapshots is read"),
+    };
+    let lsns: Vec<u64> = listed.iter().map(|snapshot| snapshot.lsn.0).collect();
+    model.lock().check_listed(lsn, &lsns);
+    for lsn in lsns.iter().skip(picks).step_by(7).chain(lsns.last()) {
+        match read_out(store, disk, Some(*lsn), model).await {
+            Err(_) if store_harmed => {}
+            Err(error) => panic!("P5: snapshot {lsn} cannot be read: {error}"),
+            Ok((_, found)) => model.lock().check_store(*lsn, &found),
+        }
+    }
+}

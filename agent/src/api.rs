@@ -4,6 +4,7 @@
 //! milliseconds, LSNs count from 1 per disk (0: nothing written yet).
 
 pub mod diff;
+pub mod gc;
 pub mod loss;
 pub mod snapshots;
 pub mod tree;

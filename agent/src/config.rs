@@ -5,9 +5,10 @@
 
 use crate::error::{Failure, Kind, Result};
 use crate::machine::MACHINE_ID_FILE;
-use crate::units::{parse_duration, parse_size};
+use crate::units::{parse_duration, parse_rate, parse_size};
 use ballast_vhost::server::{QUEUE_SIZE_MAX, QUEUES_MAX};
 use cache::local::LEG_TIMEOUT;
+use gc::schedule::Schedule;
 use serde::{Deserialize, Deserializer};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,13 @@ use std::time::Duration;
 
 /// Sound devices take longer than anything below this at times.
 const LEG_TIMEOUT_MIN: Duration = Duration::from_secs(1);
+
+/// Garbage is collected when less than this percentage of the store is free.
+const GC_FREE_BELOW: u8 = 20;
+/// And so long after the last cycle.
+const GC_EVERY: Duration = Duration::from_secs(24 * 3600);
+/// Bytes of metadata that a cycle reads in a second: little beside what guests ask of a SAN.
+const GC_RATE: u64 = 64 << 20;
 
 /// Where sockets go if nothing else was said.
 pub const RUN_DIR_DEFAULT: &str = "/run/ballast";
@@ -92,6 +100,15 @@ pub struct AgentArgs {
     /// Commit a write to the store at the latest this long after it was acknowledged
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub flush_max_age: Option<Duration>,
+    /// Collect garbage when less than this percentage of the store is free; 0: not for that [default: 20]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub gc_free_below: Option<u8>,
+    /// Collect garbage this long after the last time, whatever is free; 0s: not for that [default: 24h]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub gc_every: Option<Duration>,
+    /// Most metadata that garbage collection reads in a second; 0: as much as it can [default: 64MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub gc_rate: Option<u64>,
     /// Serve metrics for Prometheus at this address of the loopback device, like 127.0.0.1:9477
     #[arg(long, value_name = "ADDRESS", value_parser = crate::metrics::parse_address)]
     pub metrics_listen: Option<SocketAddr>,
@@ -122,7 +139,19 @@ struct FileConfig {
     #[serde(default)]
     flush: FlushSection,
     #[serde(default)]
+    gc: GcSection,
+    #[serde(default)]
     metrics: MetricsSection,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GcSection {
+    free_below: Option<u8>,
+    #[serde(default, deserialize_with = "duration")]
+    every: Option<Duration>,
+    #[serde(default, deserialize_with = "rate")]
+    rate: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -221,6 +250,10 @@ pub struct AgentConfig {
     pub segment_memory: usize,
     /// Longest age of an uncommitted write while the store answers; `None` leaves it to the flusher.
     pub flush_max_age: Option<Duration>,
+    /// When garbage is collected.
+    pub gc: Schedule,
+    /// Bytes of metadata that a cycle reads in a second; 0: as many as it can.
+    pub gc_rate: u64,
     /// Where metrics are served by TCP, if anywhere; a loopback address.
     pub metrics_listen: Option<SocketAddr>,
 }
@@ -287,6 +320,11 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
             "cache.leg_timeout is {leg_timeout:?}: give {LEG_TIMEOUT_MIN:?} or more, longer than a sound device ever takes"
         )));
     }
+    let free_below = args.gc_free_below.or(file.gc.free_below).unwrap_or(GC_FREE_BELOW);
+    if free_below > 100 {
+        return Err(usage(format!("gc.free_below is {free_below}: give a percentage, 0 to 100")));
+    }
+    let every = args.gc_every.or(file.gc.every).unwrap_or(GC_EVERY);
     Ok(AgentConfig {
         store,
         device: DeviceArgs {
@@ -318,6 +356,8 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         node_memory: args.node_memory.or(file.memory.nodes).unwrap_or(32 << 20),
         segment_memory: args.segment_memory.or(file.memory.segments).unwrap_or(64 << 20),
         flush_max_age: args.flush_max_age.or(file.flush.max_age),
+        gc: Schedule { free_below, every: Some(every).filter(|every| !every.is_zero()) },
+        gc_rate: args.gc_rate.or(file.gc.rate).unwrap_or(GC_RATE),
         metrics_listen: args.metrics_listen.or(file.metrics.listen),
     })
 }
@@ -407,6 +447,11 @@ impl TextOrNumber {
 fn size<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
     let text = TextOrNumber::deserialize(from)?.into_text();
     parse_size(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn rate<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    let text = TextOrNumber::deserialize(from)?.into_text();
+    parse_rate(&text).map(Some).map_err(serde::de::Error::custom)
 }
 
 fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {

@@ -37,6 +37,10 @@ const FULL: &str = r#"
     segments = 16777216
     [flush]
     max_age = "500ms"
+    [gc]
+    free_below = 10
+    every = "1h"
+    rate = "1MiB"
     [metrics]
     listen = "127.0.0.1:9477"
 "#;
@@ -66,6 +70,8 @@ fn a_file_alone_is_enough() {
         node_memory: 8 << 20,
         segment_memory: 16 << 20,
         flush_max_age: Some(Duration::from_millis(500)),
+        gc: Schedule { free_below: 10, every: Some(Duration::from_secs(3600)) },
+        gc_rate: 1 << 20,
         metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 9477))),
     };
     assert_eq!(config, expected);
@@ -86,6 +92,11 @@ fn flags_alone_are_enough_and_defaults_are_safe() {
     let config = load(minimal(), "").unwrap();
     assert_eq!((config.run_dir.as_path(), config.socket_mode), (Path::new(RUN_DIR_DEFAULT), 0o600));
     assert_eq!((config.socket_owner, config.poll_us), ((None, None), 0));
+    let day = Duration::from_secs(24 * 3600);
+    assert_eq!(config.gc, Schedule { free_below: 20, every: Some(day) });
+    let never = AgentArgs { gc_every: Some(Duration::ZERO), gc_free_below: Some(0), ..minimal() };
+    assert_eq!(load(never, "").unwrap().gc, Schedule { free_below: 0, every: None });
+    refused(minimal(), "[gc]\nfree_below = 101\n", &["gc.free_below", "101"]);
 }
 
 #[track_caller]

@@ -101,6 +101,14 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     number.checked_mul(per_unit_ms).map(Duration::from_millis).ok_or_else(refused)
 }
 
+/// Parses bytes in a second: a size, or 0 for no limit.
+///
+/// # Errors
+/// As [`parse_size`].
+pub fn parse_rate(text: &str) -> Result<u64, String> {
+    if text.trim() == "0" { Ok(0) } else { parse_size(text) }
+}
+
 /// Formats milliseconds for people: `850 ms`, `3.2 s`, `4 m 10 s`, `2 h 5 m`.
 #[must_use]
 pub fn format_ms(ms: u64) -> String {

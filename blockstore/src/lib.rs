@@ -35,6 +35,7 @@ pub mod buf;
 pub mod commit;
 pub mod crc;
 pub mod device;
+pub mod eras;
 pub mod error;
 pub mod format;
 pub mod io;
@@ -56,8 +57,9 @@ pub use error::{Result, StoreError, StoreErrorKind};
 pub use io::Health;
 pub use policy::WhenOffline;
 pub use store::{
-    AttachOptions, CHANGES_MAX, Difference, ExportReport, FormatOptions, HostInfo, ImageInfo,
-    LostLog, OpenOptions, OwnerInfo, Rewound, Store, StoreInfo, VdiInfo,
+    AttachOptions, CHANGES_MAX, Collection, Difference, ExportReport, FormatOptions, HostInfo,
+    ImageInfo, LostLog, OpenOptions, OwnerInfo, Reclaimed, Rewound, Space, Store, StoreInfo,
+    VdiInfo,
 };
 pub use vdi::{CommittedState, Vdi};
 

@@ -6,6 +6,7 @@
 //! and only then is its garbage handed to the sink. A root gets a successor only after the head that
 //! names the successor is durable (rule C3).
 
+use crate::eras::Stay;
 use crate::format::pointer::Pointer;
 use crate::format::vdi::VdiHead;
 use crate::sabotage::{self, Bug};
@@ -44,8 +45,11 @@ pub struct Subtree {
 
 /// Takes garbage that nobody can reach any more. Must not block.
 pub trait GarbageSink: Send + Sync + fmt::Debug {
-    /// Frees it, or queues it for that.
-    fn discard(&self, garbage: Garbage);
+    /// Frees it, or queues it for that, in the era in which it was cut off.
+    fn discard(&self, garbage: Garbage, since: Stay);
+
+    /// To be taken before a head is changed, and given to [`discard`](Self::discard) with what that cuts off.
+    fn stay(&self) -> Stay;
 }
 
 /// One version of a disk's tree.
@@ -61,6 +65,8 @@ pub struct Root {
 struct Link {
     next: Option<Arc<Root>>,
     garbage: Garbage,
+    /// Since before the next one's head was written.
+    since: Option<Stay>,
 }
 
 impl Root {
@@ -70,14 +76,14 @@ impl Root {
         Arc::new(Self { head, link: Mutex::default(), sink })
     }
 
-    /// Sets what comes after. Once per root.
-    pub fn retire(&self, next: Arc<Self>, mut garbage: Garbage) {
+    /// Sets what comes after, whose head was written under `since`. Once per root.
+    pub fn retire(&self, next: Arc<Self>, mut garbage: Garbage, since: Stay) {
         if sabotage::on(Bug::ReuseUnderReaders) {
-            self.sink.discard(std::mem::take(&mut garbage));
+            self.sink.discard(std::mem::take(&mut garbage), since.clone());
         }
         let mut link = self.link.lock();
         assert!(link.next.is_none(), "a root has one successor");
-        *link = Link { next: Some(next), garbage };
+        *link = Link { next: Some(next), garbage, since: Some(since) };
     }
 
     fn unlink(&mut self) -> Link {
@@ -90,8 +96,8 @@ impl Drop for Root {
     fn drop(&mut self) {
         let mut link = self.unlink();
         loop {
-            if !link.garbage.is_empty() {
-                self.sink.discard(link.garbage);
+            if let Some(since) = link.since {
+                self.sink.discard(link.garbage, since);
             }
             let Some(next) = link.next else { return };
             let Some(mut next) = Arc::into_inner(next) else { return };
@@ -103,16 +109,21 @@ impl Drop for Root {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eras::Eras;
     use crate::format::vdi::{SnapshotIndex, VdiState};
     use crate::types::{Generation, Lsn};
     use uuid::Uuid;
 
     #[derive(Debug, Default)]
-    struct Sink(Mutex<Vec<Gba>>);
+    struct Sink(Mutex<Vec<Gba>>, Arc<Eras>);
 
     impl GarbageSink for Sink {
-        fn discard(&self, garbage: Garbage) {
+        fn discard(&self, garbage: Garbage, _: Stay) {
             self.0.lock().extend(garbage.blocks);
+        }
+
+        fn stay(&self) -> Stay {
+            self.1.stay()
         }
     }
 
@@ -141,7 +152,8 @@ mod tests {
 
     fn step(from: &Arc<Root>, sink: &Arc<Sink>, gba: u64) -> Arc<Root> {
         let next = Root::new(head(), sink.clone());
-        from.retire(next.clone(), Garbage { blocks: vec![Gba(gba)], subtrees: vec![] });
+        let garbage = Garbage { blocks: vec![Gba(gba)], subtrees: vec![] };
+        from.retire(next.clone(), garbage, sink.stay());
         next
     }
 

@@ -70,10 +70,16 @@ pub enum Bug {
     AckSnapshotEarly,
     /// A block that is written in part after a snapshot becomes whole over the store's, not over what came before the snapshot.
     ForgetEarlierPart,
+    /// Collection takes what was allocated for a head that is not durable yet.
+    CollectInFlight,
+    /// Collection takes what was claimed or freed since it began.
+    CollectTouched,
+    /// Collection takes what older versions of a disk are still being read from.
+    CollectUnderReaders,
 }
 
 /// All of them.
-pub const ALL: [Bug; 32] = [
+pub const ALL: [Bug; 35] = [
     Bug::AckBeforeFlush,
     Bug::AckAcrossGap,
     Bug::SummaryBeforeFlush,
@@ -106,6 +112,9 @@ pub const ALL: [Bug; 32] = [
     Bug::BirthFalls,
     Bug::AckSnapshotEarly,
     Bug::ForgetEarlierPart,
+    Bug::CollectInFlight,
+    Bug::CollectTouched,
+    Bug::CollectUnderReaders,
 ];
 
 /// Whether this thread has the bug.

@@ -4,6 +4,7 @@
 //! current when it started, and the blocks of that root are not used again while it reads.
 
 use crate::alloc::Allocator;
+use crate::alloc::runs::{Run, merge};
 use crate::commit::publish::Prepared;
 use crate::commit::{Batch, Committed};
 use crate::error::{Result, StoreError, StoreErrorKind};
@@ -260,13 +261,15 @@ impl VdiInner {
         control.check(self)?;
         loop {
             let base = self.root.load_full();
-            let next = grow(&self.core, &self.object(), &base.head, size_bytes).await?;
-            if self.swap_head(&mut control, next.clone()).await? {
+            let (next, added) = grow(&self.core, &self.object(), &base.head, size_bytes).await?;
+            if let Some(since) = self.swap_head(&mut control, next.clone()).await? {
+                self.core.allocator()?.settle(&added);
                 let next = Root::new(next, Arc::clone(&self.sink));
                 self.root.store(Arc::clone(&next));
-                base.retire(next, Garbage::default());
+                base.retire(next, Garbage::default(), since);
                 return Ok(());
             }
+            self.core.allocator()?.put_back(&added);
         }
     }
 
@@ -278,12 +281,13 @@ impl VdiInner {
             let meta = base.head.meta_block(self.name.clone(), policy);
             let meta = write_meta(&self.core, &self.core.io, &meta).await?;
             let next = VdiHead { meta, ..base.head.clone() };
-            if self.swap_head(&mut control, next.clone()).await? {
+            if let Some(since) = self.swap_head(&mut control, next.clone()).await? {
+                self.core.allocator()?.settle(&merge(vec![meta.gba]));
                 let next = Root::new(next, Arc::clone(&self.sink));
                 self.root.store(Arc::clone(&next));
                 let former = Some(base.head.meta).filter(|meta| !meta.is_sparse());
                 let blocks = former.iter().map(|meta| meta.gba).collect();
-                base.retire(next, Garbage { blocks, ..Garbage::default() });
+                base.retire(next, Garbage { blocks, ..Garbage::default() }, since);
                 self.when_offline.store(policy.to_bits(), Ordering::Relaxed);
                 return Ok(());
             }
@@ -314,7 +318,7 @@ impl VdiInner {
                 attached_ms: 0,
                 ..base.head.clone()
             };
-            if self.swap_head(&mut control, next).await? {
+            if self.swap_head(&mut control, next).await?.is_some() {
                 let message = "the disk was detached".to_owned();
                 control.lost = Some((StoreErrorKind::NotOwner, message));
                 return Ok(());
@@ -323,13 +327,13 @@ impl VdiInner {
     }
 }
 
-/// The head of a grown disk; writes the nodes that a taller tree needs.
+/// The head of a grown disk, and the nodes that a taller tree needs, which are written.
 pub(crate) async fn grow(
     core: &Core,
     object: &str,
     head: &VdiHead,
     size_bytes: u64,
-) -> Result<VdiHead> {
+) -> Result<(VdiHead, Vec<Run>)> {
     crate::store::check_size(object, size_bytes)?;
     if size_bytes < head.size_bytes {
         return Err(StoreError::new(
@@ -347,7 +351,7 @@ pub(crate) async fn grow(
     let birth = head.birth.plus(1);
     let mut next = VdiHead { size_bytes, height: height.max(head.height), birth, ..head.clone() };
     if levels == 0 || head.root.is_sparse() {
-        return Ok(next);
+        return Ok((next, Vec::new()));
     }
     let allocator: &Arc<Allocator> = core.allocator()?;
     let purpose = crate::alloc::Purpose::Normal;
@@ -361,5 +365,5 @@ pub(crate) async fn grow(
         writes.push((gba, vec![Bytes::copy_from_slice(node.bytes())]));
     }
     core.io.write_durable(&writes).await?;
-    Ok(next)
+    Ok((next, runs))
 }

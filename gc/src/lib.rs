@@ -1,13 +1,17 @@
-//! Reachability over the blockstore: mark and check.
+//! Reachability over the blockstore: collecting what no root reaches, and checking.
 //!
-//! [`mark`] walks the trees of all disks and sets one bit per reachable block; [`check`] compares
-//! that with what the allocator's bitmaps say and reports every disagreement. Works on the store's
-//! format alone and writes nothing.
+//! [`collect`] runs a cycle of garbage collection: `reach.rs` marks what disks and snapshots reach, and the store's own
+//! half, [`blockstore::Collection`], gives the rest back. [`check`] walks the same trees looking for damage: `mark.rs` sets
+//! one bit per reachable block, and compares with what the allocator's bitmaps say. It writes nothing.
 //!
-//! Where to start reading: `check.rs`, then `mark.rs`.
+//! Where to start reading: docs/garbage-collection.md, then `collect.rs`; for the check, `check.rs`.
 
 pub mod bits;
 pub mod check;
+pub mod collect;
 pub mod mark;
+mod reach;
+pub mod schedule;
 
 pub use check::{CheckOptions, Report, check};
+pub use collect::{CollectOptions, Collected, Progress, collect};

@@ -9,6 +9,7 @@ mod cache_check;
 mod cache_replace;
 mod diff;
 mod drill;
+mod gc;
 mod hydrate;
 mod loss;
 mod output;
@@ -21,7 +22,7 @@ use crate::api::Origin;
 use crate::config::{AgentArgs, DeviceArgs, RUN_DIR_DEFAULT};
 use crate::error::{EXIT_CODES, ErrorBody, Failure, Kind, Result};
 use crate::machine::MACHINE_ID_FILE;
-use crate::units::{parse_duration, parse_size};
+use crate::units::{parse_duration, parse_rate, parse_size};
 use blockstore::WhenOffline;
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
@@ -57,6 +58,9 @@ enum Command {
     /// Take and manage snapshots
     #[command(subcommand, arg_required_else_help = true)]
     Snap(snap::SnapCommand),
+    /// Give back what no disk and no snapshot holds any more
+    #[command(subcommand, arg_required_else_help = true)]
+    Gc(gc::GcCommand),
     /// Examine and drain the local cache
     #[command(subcommand, arg_required_else_help = true)]
     Cache(CacheCommand),
@@ -384,6 +388,7 @@ fn execute(cli: Cli) -> Result<()> {
             _ => block_on(cache_replace::cancel(&run_dir(), out)),
         },
         Command::Snap(command) => block_on(snap::run(command, &run_dir(), out)),
+        Command::Gc(command) => block_on(gc::run(command, &run_dir(), out)),
         Command::Vdi(command) => block_on(agent_commands::vdi(command, &run_dir(), out)),
         Command::Cache(CacheCommand::Status) => {
             block_on(agent_commands::cache_status(&run_dir(), out))
@@ -401,11 +406,6 @@ fn execute(cli: Cli) -> Result<()> {
         }
         Command::Outage(OutageCommand::End { vdi }) => block_on(drill::end(&vdi, &run_dir(), out)),
     }
-}
-
-/// A size, or none at all.
-fn parse_rate(text: &str) -> std::result::Result<u64, String> {
-    if text == "0" { Ok(0) } else { parse_size(text) }
 }
 
 fn block_on(task: impl Future<Output = Result<()>>) -> Result<()> {

@@ -122,6 +122,7 @@ fn router(gate: Gate) -> Router {
         .route("/v1/cache/replace", get(replacement).post(replace).delete(cancel_replacement))
         .route("/v1/diff", post(diff))
         .route("/v1/tree", get(forest))
+        .route("/v1/gc", get(gc_status).post(gc_run))
         .route("/v1/vdis", get(list).post(create))
         .route("/v1/vdis/{name}", get(info))
         .route("/v1/vdis/{name}/delete", post(delete))
@@ -409,6 +410,15 @@ async fn unpin(State(gate): Gated, name: Name) -> Response {
         }
         .await,
     )
+}
+
+async fn gc_status(State(gate): Gated) -> Response {
+    answer(gate.host().map(|host| host.gc_status()))
+}
+
+/// The cycle goes on by itself.
+async fn gc_run(State(gate): Gated) -> Response {
+    answer(gate.host().and_then(|host| host.collect_now()))
 }
 
 async fn drill(State(gate): Gated, name: Name, body: Body) -> Response {

@@ -2,11 +2,12 @@
 //!
 //! `store` opens a store, `opening` this host's, `seat` is where it is found, `parts` is what all disks share, `served` is one disk, `requests` and `report` are
 //! what the control API does and shows, `meters` what the counters foretell, `drill` cuts a disk off
-//! on purpose, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
+//! on purpose, `collecting` collects garbage, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
 //!
 //! A disk that does not come back at the start, or whose worker fails, is shown as failed; all others go on.
 
 mod ahead;
+mod collecting;
 mod diff;
 mod drill;
 mod errors;
@@ -63,6 +64,8 @@ pub struct Host {
     meters: Mutex<meters::Meters>,
     /// How far disks were, for when their log is lost.
     notes: notes::Notes,
+    /// Garbage collection.
+    collecting: collecting::Collecting,
     /// Logs that the store has left behind.
     left_behind: Arc<left_behind::LogsLeftBehind>,
     /// Heartbeat, and disks on their way back. Ended at the stop.
@@ -138,6 +141,7 @@ impl Host {
             served: Mutex::default(),
             meters: Mutex::default(),
             notes: notes::Notes::open(run_dir),
+            collecting: collecting::Collecting::default(),
             left_behind,
             tasks: Mutex::new(tasks),
         });
@@ -146,6 +150,7 @@ impl Host {
         host.spawn(watch::workers(Arc::downgrade(&host)));
         host.spawn(report::read_meters(Arc::downgrade(&host)));
         host.spawn(notes::keep(Arc::downgrade(&host)));
+        host.spawn(collecting::by_itself(Arc::downgrade(&host)));
         host.spawn(loss::find(Arc::downgrade(&host)));
         Ok(host)
     }

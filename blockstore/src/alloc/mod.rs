@@ -18,10 +18,12 @@
 
 pub mod runs;
 
+mod cycle;
 mod pages;
 #[cfg(test)]
 mod tests;
 
+use crate::alloc::cycle::Cycle;
 use crate::alloc::pages::Pages;
 use crate::alloc::runs::{FreeRuns, Run, merge};
 use crate::error::{Result, StoreError, StoreErrorKind};
@@ -32,6 +34,7 @@ use crate::slot::{Records, View};
 use crate::types::{Gba, Generation};
 use hashbrown::HashMap;
 use parking_lot::{Mutex, RwLock};
+use roaring::RoaringTreemap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -93,6 +96,10 @@ pub struct Allocator {
 struct Pools {
     data: FreeRuns,
     metadata: FreeRuns,
+    /// Allocated for a head that is not durable yet, or cut off with a write of unknown outcome.
+    in_flight: RoaringTreemap,
+    /// The cycle of collection that this host has acknowledged.
+    cycle: Option<Cycle>,
 }
 
 impl Pools {
@@ -175,6 +182,9 @@ impl Allocator {
             if self.refill(io, kind, blocks, Claim::Missing(purpose)).await? {
                 continue;
             }
+            if self.withdraw(kind, blocks + self.reserve(kind, purpose)) {
+                continue;
+            }
             if let Patience::Limited(limit) = io.patience()
                 && started.elapsed() >= limit.min(SPACE_POLL)
             {
@@ -218,11 +228,12 @@ impl Allocator {
         if pool.total() < blocks + self.reserve(kind, purpose) {
             return None;
         }
-        let runs = pool.take(blocks);
+        let runs = pool.take(blocks)?;
         if pool.total() < self.claim_blocks() / 2 {
             self.housekeeping.notify_one();
         }
-        runs
+        Self::note_in_flight(&mut pools, &runs);
+        Some(runs)
     }
 
     /// Claims what an allocation lacks; true if the pool then holds enough, false if there is none.
@@ -271,11 +282,13 @@ impl Allocator {
         };
         self.refresh_owned(&pages);
         let mut pools = self.pools.lock();
-        let pool = pools.of(kind);
         for run in claimed {
-            add(pool, run);
+            if let Some(cycle) = &mut pools.cycle {
+                cycle.touch(run);
+            }
+            add(pools.of(kind), run);
         }
-        Ok(pool.total() >= wanted)
+        Ok(pools.of(kind).total() >= wanted)
     }
 
     /// Takes back blocks that nothing can reach any more. Blocks of extents that are not this host's
@@ -289,10 +302,17 @@ impl Allocator {
                 continue;
             }
             // A run never spans extents: each starts with a header.
-            match owned.get(&self.territory.geometry.extent_of(run.start)) {
-                Some(&kind) => add(pools.of(kind), run),
-                None => continue,
+            pools.in_flight.remove_range(run.start.0..run.start.0 + run.blocks);
+            let extent = self.territory.geometry.extent_of(run.start);
+            let Some(&kind) = owned.get(&extent) else { continue };
+            if let Some(cycle) = &mut pools.cycle {
+                cycle.touch(run);
+                if let Some(quarantine) = cycle.quarantine(kind) {
+                    add(quarantine, run);
+                    continue;
+                }
             }
+            add(pools.of(kind), run);
         }
         let high = self.high_water();
         if pools.data.total() > high || pools.metadata.total() > high {
@@ -351,6 +371,7 @@ impl Allocator {
     /// # Errors
     /// The device's, `Closing`.
     pub async fn release_all(&self, io: &Io) -> Result<()> {
+        self.pools.lock().give_up_cycle();
         self.release(io, ExtentType::Data, 0).await?;
         self.release(io, ExtentType::Metadata, 0).await
     }

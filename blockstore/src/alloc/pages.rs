@@ -4,6 +4,8 @@
 //! it. Order of a new extent: record (owner, not ready), flush; header and empty bitmaps, flush;
 //! record (ready), flush. A crash in between leaves an unready extent, whose owner starts again.
 
+mod apply;
+
 use crate::alloc::Territory;
 use crate::alloc::runs::Run;
 use crate::error::Result;

@@ -34,6 +34,11 @@ impl FreeRuns {
         self.total
     }
 
+    /// The runs, by address.
+    pub fn runs(&self) -> impl Iterator<Item = Run> {
+        self.by_start.iter().map(|(&start, &blocks)| Run { start: Gba(start), blocks })
+    }
+
     /// Adds a run and merges it with its neighbours. False, and nothing is added, if a part of it is
     /// in the set already: somebody frees a block twice.
     #[must_use]

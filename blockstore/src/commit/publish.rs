@@ -1,11 +1,12 @@
 //! The commit protocol's I/O: see the parent module for the order of writes.
 
-use crate::alloc::runs::Run;
+use crate::alloc::runs::{Run, merge};
 use crate::alloc::{Allocator, Purpose};
 use crate::buf::AlignedBuf;
 use crate::commit::decide::{Decision, decide};
 use crate::commit::plan::{NewTree, TreePlan, check_changes};
 use crate::commit::{Batch, Change, Committed, Cut, SnapshotLabel};
+use crate::eras::Stay;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::extent::ExtentType;
 use crate::format::node::Node;
@@ -62,9 +63,9 @@ impl Drop for Prepared {
 }
 
 impl Prepared {
-    /// From here on the blocks may become reachable, or be under a write of unknown outcome.
-    fn disarm(&mut self) {
-        self.runs.clear();
+    /// From here on the blocks may become reachable, or be under a write of unknown outcome. Returns them, once.
+    fn disarm(&mut self) -> Vec<Run> {
+        std::mem::take(&mut self.runs)
     }
 }
 
@@ -162,6 +163,7 @@ impl VdiInner {
             let problem = format!("the batch ends at LSN {lsn}, before the committed {committed}");
             return Err(self.invalid(problem));
         }
+        let mut data = Vec::new();
         loop {
             let base = self.root.load_full();
             let head = &base.head;
@@ -179,12 +181,15 @@ impl VdiInner {
             if sabotage::on(Bug::FreeBeforeHead) {
                 self.core.allocator()?.free(std::mem::take(&mut image.garbage.blocks));
             }
-            prepared.disarm();
+            data.append(&mut prepared.disarm());
             let tree_ms = started.elapsed().as_millis() as u64;
             self.barrier(&prepared, &image.writes()).await?;
             let ms = started.elapsed().as_millis() as u64;
             tracing::debug!(vdi = %self.name, nodes = image.nodes.len(), tree_ms, ms, "tree written");
-            if self.swap_head(&mut control, image.head.clone()).await? {
+            if let Some(since) = self.swap_head(&mut control, image.head.clone()).await? {
+                let allocator = self.core.allocator()?;
+                allocator.settle(&data);
+                allocator.settle(&merge(image.blocks()));
                 let next = Root::new(self.head_of(&control)?, Arc::clone(&self.sink));
                 let edited = image.snapshots.iter().flat_map(|edited| &edited.nodes);
                 for (pointer, node) in image.nodes.iter().chain(edited) {
@@ -192,7 +197,7 @@ impl VdiInner {
                 }
                 control.last_leaf = image.snapshots.map_or(known, |edited| edited.last_leaf);
                 self.root.store(Arc::clone(&next));
-                base.retire(next, image.garbage);
+                base.retire(next, image.garbage, since);
                 return Ok(Committed { lsn, pointers: image.pointers });
             }
             // They were written, but no head will ever name them: its compare can't succeed now.
@@ -318,18 +323,24 @@ impl VdiInner {
         }
     }
 
-    /// Step 4. True: the head is durable. False: a later head of our own was adopted as the base.
-    pub(crate) async fn swap_head(&self, control: &mut Control, next: VdiHead) -> Result<bool> {
+    /// Step 4. The head is durable: what the former root is retired with. None: a later head of our own was adopted as the
+    /// base.
+    pub(crate) async fn swap_head(
+        &self,
+        control: &mut Control,
+        next: VdiHead,
+    ) -> Result<Option<Stay>> {
         let core = &self.core;
+        let since = self.sink.stay();
         let before = control.view.clone();
         match core.records.swap(&core.io, &before, next.clone()).await? {
             Swap::Done(view) => {
                 control.view = view;
-                Ok(true)
+                Ok(Some(since))
             }
             Swap::Lost(found) => {
-                self.judge(control, &before, &next, found)?;
-                Ok(false)
+                self.judge(control, &before, &next, found, since)?;
+                Ok(None)
             }
         }
     }
@@ -341,6 +352,7 @@ impl VdiInner {
         before: &View<VdiHead>,
         next: &VdiHead,
         found: View<VdiHead>,
+        since: Stay,
     ) -> Result<()> {
         let (Some(expected), Content::Valid(head)) = (before.record(), &found.content) else {
             return Err(StoreError::new(
@@ -356,7 +368,7 @@ impl VdiInner {
                 let adopted = Root::new(head.record.clone(), Arc::clone(&self.sink));
                 let old = self.root.swap(Arc::clone(&adopted));
                 // What that step replaced is not known here: left to GC.
-                old.retire(adopted, Garbage::default());
+                old.retire(adopted, Garbage::default(), since);
                 control.view = found;
                 Ok(())
             }

@@ -1,6 +1,7 @@
 //! Deleting and labelling snapshots, of a disk that is attached here or nowhere.
 
 use crate::alloc::Purpose;
+use crate::alloc::runs::merge;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::snapshot::{Snapshot, SnapshotLabel};
 use crate::format::vdi::VdiHead;
@@ -121,13 +122,16 @@ impl VdiInner {
             let (next, edited) = change.apply(&ground, &self.object(), &base.head).await?;
             self.core.io.write_durable(&writes(&edited)).await?;
             control.last_leaf = None;
-            if self.swap_head(&mut control, next.clone()).await? {
+            let added = merge(edited.writes.iter().map(|(gba, _)| *gba).collect());
+            if let Some(since) = self.swap_head(&mut control, next.clone()).await? {
+                self.core.allocator()?.settle(&added);
                 let next = Root::new(next, Arc::clone(&self.sink));
                 self.root.store(Arc::clone(&next));
-                base.retire(next, Garbage { blocks: edited.replaced, ..Garbage::default() });
+                let garbage = Garbage { blocks: edited.replaced, ..Garbage::default() };
+                base.retire(next, garbage, since);
                 return Ok(());
             }
-            self.core.allocator()?.free(edited.writes.iter().map(|(gba, _)| *gba).collect());
+            self.core.allocator()?.put_back(&added);
         }
     }
 }

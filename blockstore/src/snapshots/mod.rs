@@ -113,15 +113,33 @@ impl Reader {
         pointer: Pointer,
     ) -> Result<Vec<(u64, Snapshot)>> {
         let block = self.read_blocks(&[pointer]).await?.remove(0);
-        let entries = decode_leaf(&block).map_err(|problem| {
-            StoreError::new(
-                StoreErrorKind::Corrupt,
-                format!("{}, snapshots at block {}", self.io.url(), pointer.gba),
-                format!("{problem}, though the block's checksum matches; was it written by a newer version?"),
-            )
-        })?;
+        let entries = decode_leaf(&block).map_err(|problem| self.bad_leaf(pointer, &problem))?;
         let first = number * LEAF_SNAPSHOTS;
         Ok(entries.into_iter().map(|(place, snapshot)| (first + place, snapshot)).collect())
+    }
+
+    /// All snapshots of several leaves.
+    ///
+    /// # Errors
+    /// As [`snapshot_leaf`](Self::snapshot_leaf).
+    pub async fn snapshots_of(&self, leaves: &[Pointer]) -> Result<Vec<Snapshot>> {
+        let mut all = Vec::new();
+        for (pointer, block) in leaves.iter().zip(self.read_blocks(leaves).await?) {
+            let entries =
+                decode_leaf(&block).map_err(|problem| self.bad_leaf(*pointer, &problem))?;
+            all.extend(entries.into_iter().map(|(_, snapshot)| snapshot));
+        }
+        Ok(all)
+    }
+
+    fn bad_leaf(&self, pointer: Pointer, problem: &str) -> StoreError {
+        StoreError::new(
+            StoreErrorKind::Corrupt,
+            format!("{}, snapshots at block {}", self.io.url(), pointer.gba),
+            format!(
+                "{problem}, though the block's checksum matches; was it written by a newer version?"
+            ),
+        )
     }
 
     /// The nearest snapshot that is there, at `place` or after it (with `back`, before it), with its place.

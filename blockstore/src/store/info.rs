@@ -2,14 +2,14 @@
 
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::bitmap::{BitmapKind, BitmapPage};
-use crate::format::extent::ExtentType;
+use crate::format::extent::{ExtentRecord, ExtentType};
 use crate::format::head::Damage;
 use crate::format::host::{HostRecord, HostState};
 use crate::format::pointer::Pointer;
 use crate::format::vdi::{Origin, VdiHead, VdiState};
 use crate::io::{Health, now_ms};
 use crate::policy::WhenOffline;
-use crate::slot::View;
+use crate::slot::{Content, View};
 use crate::store::Store;
 use crate::store::registry::Found;
 use crate::tree::{Extents, Reader};
@@ -130,6 +130,23 @@ pub struct StoreInfo {
     pub problems: Vec<String>,
 }
 
+/// How much room a store has, in blocks of disks and their maps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Space {
+    /// All that can be allocated.
+    pub blocks: u64,
+    /// Not allocated and not claimed.
+    pub free: u64,
+}
+
+/// An extent's blocks.
+struct ExtentSpace {
+    kind: ExtentType,
+    /// Or claimed.
+    allocated: u64,
+    free: u64,
+}
+
 /// What an export copied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ExportReport {
@@ -201,61 +218,75 @@ impl Store {
             problems: Vec::new(),
         };
         for (number, view) in (0..).zip(self.scan_extents().await?) {
-            self.count_extent(&mut info, number, &view).await?;
+            let problems = &mut info.problems;
+            let Some(extent) = self.count_extent(number, &view, problems).await? else { continue };
+            info.blocks_free += extent.free;
+            match extent.kind {
+                ExtentType::System => {}
+                ExtentType::Unused => info.extents_unused += 1,
+                ExtentType::Data => {
+                    info.extents_data += 1;
+                    info.data_blocks_allocated += extent.allocated;
+                }
+                ExtentType::Metadata => {
+                    info.extents_metadata += 1;
+                    info.metadata_blocks_allocated += extent.allocated;
+                }
+            }
         }
         Ok(info)
     }
 
+    /// How much room there is, from the bitmaps on the device.
+    ///
+    /// # Errors
+    /// The device's.
+    pub async fn space(&self) -> Result<Space> {
+        let mut space = Space::default();
+        for (number, view) in (0..).zip(self.scan_extents().await?) {
+            if let Some(extent) = self.count_extent(number, &view, &mut Vec::new()).await? {
+                space.blocks += extent.free + extent.allocated;
+                space.free += extent.free;
+            }
+        }
+        Ok(space)
+    }
+
+    /// None for extents that hold no blocks of disks, and for those whose record is damaged.
     async fn count_extent(
         &self,
-        info: &mut StoreInfo,
         number: u32,
-        view: &View<crate::format::extent::ExtentRecord>,
-    ) -> Result<()> {
-        use crate::slot::Content;
+        view: &View<ExtentRecord>,
+        problems: &mut Vec<String>,
+    ) -> Result<Option<ExtentSpace>> {
         let g = &self.core.superblock.geometry;
         let usable = g.extent_blocks - g.extent_overhead();
         let kind = match &view.content {
             Content::Unused => ExtentType::Unused,
             Content::Valid(head) => head.record.kind,
             Content::Damaged(damage) => {
-                info.problems.push(format!("the record of extent {number} is damaged: {damage}"));
-                return Ok(());
+                problems.push(format!("the record of extent {number} is damaged: {damage}"));
+                return Ok(None);
             }
         };
         let ready = view.record().is_some_and(|record| record.ready);
-        let allocated = match kind {
-            ExtentType::System => return Ok(()),
-            ExtentType::Unused => {
-                info.extents_unused += 1;
-                info.blocks_free += usable;
-                return Ok(());
-            }
-            ExtentType::Data => {
-                info.extents_data += 1;
-                &mut info.data_blocks_allocated
-            }
-            ExtentType::Metadata => {
-                info.extents_metadata += 1;
-                &mut info.metadata_blocks_allocated
-            }
-        };
-        if !ready {
-            info.blocks_free += usable;
-            return Ok(());
+        if kind == ExtentType::System {
+            return Ok(None);
+        }
+        if kind == ExtentType::Unused || !ready {
+            return Ok(Some(ExtentSpace { kind, allocated: 0, free: usable }));
         }
         let mut free = 0;
         for (page, content) in (0..).zip(self.read_bmap(number).await?) {
             match content {
                 Ok(content) => free += content.clear_bits(g.page_bits(page)),
-                Err(damage) => info
-                    .problems
-                    .push(format!("BMap page {page} of extent {number} is damaged: {damage}")),
+                Err(damage) => {
+                    problems
+                        .push(format!("BMap page {page} of extent {number} is damaged: {damage}"));
+                }
             }
         }
-        *allocated += usable.saturating_sub(free);
-        info.blocks_free += free;
-        Ok(())
+        Ok(Some(ExtentSpace { kind, allocated: usable.saturating_sub(free), free }))
     }
 
     pub(super) async fn describe(

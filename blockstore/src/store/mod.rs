@@ -1,5 +1,6 @@
 //! The store: open, close, and what concerns all of it.
 
+mod collecting;
 mod differences;
 mod format;
 mod hosts;
@@ -11,9 +12,10 @@ mod rollback;
 mod snapshots;
 mod verify;
 
+pub use collecting::{Collection, Reclaimed};
 pub use differences::{CHANGES_MAX, Difference, ImageInfo};
 pub use format::{FormatOptions, check_size, foreign_signature};
-pub use info::{ExportReport, HostInfo, OwnerInfo, StoreInfo, VdiInfo};
+pub use info::{ExportReport, HostInfo, OwnerInfo, Space, StoreInfo, VdiInfo};
 pub use open::OpenOptions;
 pub use registry::AttachOptions;
 pub(crate) use registry::write_meta;

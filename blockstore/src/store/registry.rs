@@ -1,6 +1,7 @@
 //! The VDI registry: creating, finding, deleting, attaching and resizing virtual disks.
 
 use crate::alloc::Purpose;
+use crate::alloc::runs::merge;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::extent::ExtentType;
 use crate::format::meta::VdiMeta;
@@ -151,6 +152,7 @@ impl Store {
                 return Err(error.about(object));
             }
         };
+        self.core.allocator()?.settle(&merge(vec![meta.gba]));
         // Two hosts may have taken the same name at the same moment: both see the other here.
         let io = &self.core.io;
         let mut fit = self.refuse_taken_name(name, Some(uuid)).await;
@@ -350,6 +352,7 @@ impl Store {
         }
         self.refuse_cloned(&found, None).await?;
         let head = &found.head;
+        let since = reclaimer.stay();
         let swap = core.records.swap(&core.io, &found.view, head.clone().buried()).await?;
         swap.done(|| found.object())?;
         let last_snapshot = head.last_snapshot_birth;
@@ -361,7 +364,7 @@ impl Store {
         if !head.meta.is_sparse() {
             garbage.blocks.push(head.meta.gba);
         }
-        reclaimer.discard(garbage);
+        reclaimer.discard(garbage, since);
         Ok(())
     }
 
@@ -511,10 +514,13 @@ impl Store {
         let meta = found.head.meta_block(found.name.clone(), policy);
         let meta = write_meta(core, &self.control_io, &meta).await?;
         let next = VdiHead { meta, ..found.head.clone() };
+        let since = reclaimer.stay();
         let swap = core.records.swap(&core.io, &found.view, next).await?;
         swap.done(|| found.object())?;
+        reclaimer.allocator().settle(&merge(vec![meta.gba]));
         if !found.head.meta.is_sparse() {
-            reclaimer.discard(Garbage { blocks: vec![found.head.meta.gba], ..Garbage::default() });
+            let blocks = vec![found.head.meta.gba];
+            reclaimer.discard(Garbage { blocks, ..Garbage::default() }, since);
         }
         Ok(())
     }
@@ -529,9 +535,10 @@ impl Store {
             return Vdi { inner }.resize(size_bytes).await;
         }
         self.refuse_attached(&found, "resize").await?;
-        let next = grow(core, &found.object(), &found.head, size_bytes).await?;
+        let (next, added) = grow(core, &found.object(), &found.head, size_bytes).await?;
         let swap = core.records.swap(&core.io, &found.view, next).await?;
         swap.done(|| found.object())?;
+        core.allocator()?.settle(&added);
         Ok(())
     }
 }

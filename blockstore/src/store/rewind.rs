@@ -11,6 +11,7 @@
 
 use super::Store;
 use crate::alloc::Purpose;
+use crate::alloc::runs::merge;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::snapshot::{Snapshot, SnapshotLabel};
 use crate::format::vdi::{COMMITTED_LSN_MAX, GIVEN_UP, VdiHead};
@@ -81,7 +82,7 @@ impl Store {
             last_log: Some(GIVEN_UP),
             ..head.clone()
         };
-        let mut garbage = Garbage::default();
+        let (mut garbage, mut added) = (Garbage::default(), Vec::new());
         if let (Some(label), Some(lsn)) = (keep, kept) {
             let present = Snapshot {
                 lsn,
@@ -96,6 +97,7 @@ impl Store {
             let ground = Ground { reader, allocator, io, purpose: Purpose::Normal };
             let edited = ground.append(head.snapshots, vec![present], birth, None).await?;
             core.io.write_durable(&writes(&edited)).await?;
+            added = merge(edited.writes.iter().map(|(gba, _)| *gba).collect());
             next.snapshots = edited.index;
             garbage.blocks = edited.replaced;
         } else if head.root.is_exclusive(head.last_snapshot_birth) {
@@ -104,9 +106,11 @@ impl Store {
             garbage.subtrees.push(Subtree { pointer, level, last_snapshot });
         }
         let size_bytes = next.size_bytes;
+        let since = reclaimer.stay();
         let swap = core.records.swap(&core.io, &found.view, next).await?;
         swap.done(|| object)?;
-        reclaimer.discard(garbage);
+        reclaimer.allocator().settle(&added);
+        reclaimer.discard(garbage, since);
         Ok(Rewound { committed, kept, size_bytes })
     }
 }

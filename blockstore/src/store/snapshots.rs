@@ -4,6 +4,7 @@
 //! nothing of the source passes for its own (rule C4). Being made, it is a root before its source is looked at once more
 //! (rule G3): a snapshot that was deleted meanwhile ends it, and one that is deleted afterwards takes nothing from it.
 
+use crate::alloc::runs::merge;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::snapshot::{Snapshot, SnapshotLabel};
 use crate::format::vdi::{Origin, SnapshotIndex, VdiHead};
@@ -193,9 +194,11 @@ impl Store {
         let ground = Ground { reader, allocator, io: &self.control_io, purpose };
         let (next, edited) = change.apply(&ground, &found.object(), &found.head).await?;
         core.io.write_durable(&writes(&edited)).await?;
+        let since = reclaimer.stay();
         let swap = core.records.swap(&core.io, &found.view, next).await?;
         swap.done(|| found.object())?;
-        reclaimer.discard(Garbage { blocks: edited.replaced, ..Garbage::default() });
+        allocator.settle(&merge(edited.writes.iter().map(|(gba, _)| *gba).collect()));
+        reclaimer.discard(Garbage { blocks: edited.replaced, ..Garbage::default() }, since);
         Ok(())
     }
 

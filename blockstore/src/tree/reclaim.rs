@@ -5,6 +5,7 @@
 //! crash before a subtree was walked leaks it until the garbage collector's next cycle.
 
 use crate::alloc::Allocator;
+use crate::eras::{Eras, Stay};
 use crate::error::{Result, StoreErrorKind};
 use crate::format::pointer::Pointer;
 use crate::io::Io;
@@ -19,27 +20,34 @@ use tokio::sync::watch;
 #[derive(Debug)]
 pub(crate) struct Reclaimer {
     allocator: Arc<Allocator>,
-    queue: Mutex<VecDeque<Subtree>>,
+    queue: Mutex<VecDeque<(Subtree, Stay)>>,
     /// Subtrees queued or being walked.
     outstanding: watch::Sender<usize>,
+    eras: Arc<Eras>,
 }
 
 impl GarbageSink for Reclaimer {
-    fn discard(&self, garbage: Garbage) {
+    fn discard(&self, garbage: Garbage, since: Stay) {
         if !garbage.blocks.is_empty() {
             self.allocator.free(garbage.blocks);
         }
         let count = garbage.subtrees.len();
         if count > 0 {
-            self.queue.lock().extend(garbage.subtrees);
+            let subtrees = garbage.subtrees.into_iter().map(|subtree| (subtree, since.clone()));
+            self.queue.lock().extend(subtrees);
             self.outstanding.send_modify(|n| *n += count);
         }
+    }
+
+    fn stay(&self) -> Stay {
+        self.eras.stay()
     }
 }
 
 impl Reclaimer {
     pub(crate) fn new(allocator: Arc<Allocator>) -> Arc<Self> {
-        Arc::new(Self { allocator, queue: Mutex::default(), outstanding: watch::channel(0).0 })
+        let (queue, outstanding) = (Mutex::default(), watch::channel(0).0);
+        Arc::new(Self { allocator, queue, outstanding, eras: Arc::default() })
     }
 
     /// Resolves when no subtree waits or is being walked.
@@ -54,7 +62,7 @@ impl Reclaimer {
         loop {
             let next = self.queue.lock().pop_front();
             let outcome = match next {
-                Some(subtree) => {
+                Some((subtree, _since)) => {
                     let outcome = self.walk(&reader, subtree, &stop).await;
                     self.outstanding.send_modify(|n| *n -= 1);
                     outcome
@@ -119,6 +127,11 @@ impl Reclaimer {
             }
         }
         Ok(())
+    }
+
+    /// Who may still read or free what.
+    pub(crate) fn eras(&self) -> &Eras {
+        &self.eras
     }
 
     /// The allocator that takes what is freed.

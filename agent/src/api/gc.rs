@@ -1,0 +1,87 @@
+//! Garbage collection: what it does, did, and will do.
+
+use serde::{Deserialize, Serialize};
+
+/// Answer of `gc run` and `gc status`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GcStatus {
+    /// The cycle that runs now.
+    pub running: Option<GcRunning>,
+    /// The last one of this agent that ended, well or not.
+    pub last: Option<GcEnded>,
+    /// Cycles that ended well since the agent's start.
+    pub cycles: u64,
+    /// Bytes that they gave back.
+    pub reclaimed: u64,
+    /// A cycle begins when less than this percentage of the store is free; 0: not for that.
+    pub free_below: u8,
+    /// A cycle begins so long after the one before, milliseconds; none: not for that.
+    pub every: Option<u64>,
+    /// Most bytes of metadata that a cycle reads in a second; 0: as many as it can.
+    pub rate: u64,
+    /// What the store can hold, bytes; none: not looked at yet.
+    pub capacity: Option<u64>,
+    /// Bytes of that which are free, when it was looked at last.
+    pub free: Option<u64>,
+}
+
+/// A cycle under way.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GcRunning {
+    /// Counts the cycles of this agent, from 1.
+    pub id: u64,
+    /// What it does.
+    pub phase: GcPhase,
+    /// Milliseconds since 1970.
+    pub since: u64,
+    /// Nodes read.
+    pub nodes: u64,
+    /// Bytes found reachable.
+    pub reachable: u64,
+}
+
+/// What a cycle does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GcPhase {
+    /// It reads what disks and snapshots reach.
+    Marking,
+    /// It gives back what they do not.
+    Sweeping,
+}
+
+impl GcPhase {
+    /// As in JSON.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Marking => "marking",
+            Self::Sweeping => "sweeping",
+        }
+    }
+}
+
+/// A cycle that ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GcEnded {
+    /// As in [`GcRunning`].
+    pub id: u64,
+    /// When it ended, milliseconds since 1970.
+    pub at: u64,
+    /// How long it took, milliseconds.
+    pub took: u64,
+    /// Why it came to nothing; none: it ended well.
+    pub failure: Option<String>,
+    /// Its number in the store.
+    pub epoch: Option<u64>,
+    /// Disks whose maps, and whose snapshots' maps, it read.
+    pub vdis: u64,
+    /// Nodes that it read.
+    pub nodes: u64,
+    /// Bytes found reachable.
+    pub reachable: u64,
+    /// Bytes of disks' data that it gave back.
+    pub reclaimed_data: u64,
+    /// Bytes of maps and lists that it gave back.
+    pub reclaimed_metadata: u64,
+}

@@ -1,0 +1,206 @@
+//! Garbage collection by itself and on request: one cycle at a time, of the store that this host has open.
+//!
+//! A cycle that fails (the store went away, the space in quarantine was needed) leaves nothing half done: the next begins anew.
+
+use super::Host;
+use crate::api::gc::{GcEnded, GcPhase, GcRunning, GcStatus};
+use crate::error::{Failure, Kind, Result};
+use blockstore::types::BLOCK_SIZE;
+use blockstore::{Space, Store};
+use gc::schedule::{Schedule, Situation};
+use gc::{CollectOptions, Collected, Progress, collect};
+use parking_lot::Mutex;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant, SystemTime};
+
+/// How often it is asked whether a cycle is due.
+const TICK: Duration = Duration::from_secs(1);
+/// How often the store's bitmaps are read to see how much is free.
+const LOOK: Duration = Duration::from_secs(60);
+
+/// What is known of collection since the agent's start.
+#[derive(Debug, Default)]
+pub(super) struct Collecting {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    running: Option<Running>,
+    last: Option<GcEnded>,
+    began: Option<Instant>,
+    /// What the last one gave back, in blocks.
+    fruit: Option<u64>,
+    ids: u64,
+    cycles: u64,
+    reclaimed: u64,
+    space: Option<(Instant, Space)>,
+}
+
+#[derive(Debug)]
+struct Running {
+    id: u64,
+    since_ms: u64,
+    began: Instant,
+    progress: Arc<Progress>,
+}
+
+impl Host {
+    /// Begins a cycle, unless one is under way, and tells of it.
+    ///
+    /// # Errors
+    /// The store is away.
+    pub fn collect_now(self: &Arc<Self>) -> Result<GcStatus> {
+        let store = self.parts.store.get()?;
+        if !store.health().reachable {
+            let words = "the store does not answer: nothing can be collected; 'ballast status' tells since when";
+            return Err(Failure::new(Kind::Unavailable, words));
+        }
+        self.begin_cycle(store);
+        Ok(self.gc_status())
+    }
+
+    /// What collection does and did.
+    #[must_use]
+    pub fn gc_status(&self) -> GcStatus {
+        let config = &self.parts.config;
+        let state = self.collecting.state.lock();
+        let running = state.running.as_ref().map(|running| GcRunning {
+            id: running.id,
+            phase: match running.progress.is_sweeping() {
+                true => GcPhase::Sweeping,
+                false => GcPhase::Marking,
+            },
+            since: running.since_ms,
+            nodes: running.progress.nodes(),
+            reachable: bytes(running.progress.reached()),
+        });
+        GcStatus {
+            running,
+            last: state.last.clone(),
+            cycles: state.cycles,
+            reclaimed: bytes(state.reclaimed),
+            free_below: config.gc.free_below,
+            every: config.gc.every.map(|every| every.as_millis() as u64),
+            rate: config.gc_rate,
+            capacity: state.space.map(|(_, space)| bytes(space.blocks)),
+            free: state.space.map(|(_, space)| bytes(space.free)),
+        }
+    }
+
+    fn begin_cycle(self: &Arc<Self>, store: Arc<Store>) {
+        let progress = Arc::new(Progress::default());
+        {
+            let mut state = self.collecting.state.lock();
+            if state.running.is_some() {
+                return;
+            }
+            state.ids += 1;
+            let (id, began) = (state.ids, Instant::now());
+            state.began = Some(began);
+            let progress = Arc::clone(&progress);
+            state.running = Some(Running { id, since_ms: now_ms(), began, progress });
+        }
+        let host = Arc::downgrade(self);
+        let options = CollectOptions {
+            rate: Some(self.parts.config.gc_rate).filter(|rate| *rate > 0),
+            ..CollectOptions::default()
+        };
+        self.spawn(async move {
+            let outcome = collect(&store, options, &progress).await;
+            let space = store.space().await.ok();
+            let Some(host) = host.upgrade() else { return };
+            host.collecting.end(outcome, space);
+        });
+    }
+}
+
+impl Collecting {
+    fn end(&self, outcome: blockstore::Result<Collected>, space: Option<Space>) {
+        let mut state = self.state.lock();
+        let Some(running) = state.running.take() else { return };
+        let mut ended = GcEnded {
+            id: running.id,
+            at: now_ms(),
+            took: running.began.elapsed().as_millis() as u64,
+            failure: None,
+            epoch: None,
+            vdis: 0,
+            nodes: running.progress.nodes(),
+            reachable: bytes(running.progress.reached()),
+            reclaimed_data: 0,
+            reclaimed_metadata: 0,
+        };
+        state.fruit = None;
+        match outcome {
+            Ok(collected) => {
+                let blocks = collected.reclaimed.data + collected.reclaimed.metadata;
+                state.cycles += 1;
+                state.reclaimed += blocks;
+                state.fruit = Some(blocks);
+                (ended.epoch, ended.vdis) = (Some(collected.epoch), collected.vdis);
+                ended.reclaimed_data = bytes(collected.reclaimed.data);
+                ended.reclaimed_metadata = bytes(collected.reclaimed.metadata);
+            }
+            Err(error) => {
+                tracing::warn!("garbage collection: {error}");
+                ended.failure = Some(error.to_string());
+            }
+        }
+        state.last = Some(ended);
+        if let Some(space) = space {
+            state.space = Some((Instant::now(), space));
+        }
+    }
+
+    /// How long ago the store's space was looked at.
+    fn looked_at(&self) -> Option<Duration> {
+        self.state.lock().space.map(|(at, _)| at.elapsed())
+    }
+
+    fn is_due(&self, schedule: &Schedule, waiting: bool) -> bool {
+        let state = self.state.lock();
+        // A store that was not looked at yet is not known to be low.
+        let space = state.space.map_or(Space { blocks: 1, free: 1 }, |(_, space)| space);
+        let situation = Situation {
+            since_last: state.began.map(|began| began.elapsed()),
+            reclaimed: state.fruit,
+            blocks: space.blocks,
+            free: space.free,
+            waiting,
+        };
+        state.running.is_none() && schedule.is_due(&situation)
+    }
+}
+
+/// Begins cycles when they are due, for as long as the host lives.
+pub(super) async fn by_itself(host: Weak<Host>) {
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let Some(host) = host.upgrade() else { return };
+        let Some(store) = host.parts.store.opened() else { continue };
+        let health = store.health();
+        if !health.reachable {
+            continue;
+        }
+        let collecting = &host.collecting;
+        if collecting.looked_at().is_none_or(|ago| ago >= LOOK)
+            && let Ok(space) = store.space().await
+        {
+            collecting.state.lock().space = Some((Instant::now(), space));
+        }
+        if collecting.is_due(&host.parts.config.gc, health.waiting_for_space > 0) {
+            host.begin_cycle(store);
+        }
+    }
+}
+
+fn bytes(blocks: u64) -> u64 {
+    blocks * BLOCK_SIZE as u64
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}

@@ -1,0 +1,198 @@
+//! What collection must keep its hands off (rule G1).
+//!
+//! A cycle finds blocks that no root reaches. Some of these this host knows better: what it has claimed and not used, what it
+//! has allocated for a head that is not durable yet, what it has freed itself. From the acknowledgement on, each block that is
+//! in such a state, or passes through one, is *touched*: the cycle's findings are never applied to it. The set ends with the
+//! cycle, and a host that has none, since it began anew meanwhile, applies nothing.
+//!
+//! Until the trees were marked, what is freed is kept in quarantine: so no block that a root reached when it was read changes
+//! under the marking, and one bit per block is enough. A host that runs short of space takes the quarantine back, which ends
+//! the cycle (rule G5).
+
+use crate::alloc::runs::{FreeRuns, Run};
+use crate::alloc::{Allocator, Pools, add};
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::format::extent::ExtentType;
+use crate::io::Io;
+use crate::sabotage::{self, Bug};
+use roaring::RoaringTreemap;
+use std::sync::Arc;
+
+/// A cycle that this host has acknowledged.
+#[derive(Debug)]
+pub(super) struct Cycle {
+    epoch: u64,
+    touched: RoaringTreemap,
+    quarantine: Option<Quarantine>,
+}
+
+#[derive(Debug, Default)]
+struct Quarantine {
+    data: FreeRuns,
+    metadata: FreeRuns,
+}
+
+impl Quarantine {
+    fn of(&mut self, kind: ExtentType) -> &mut FreeRuns {
+        match kind {
+            ExtentType::Metadata => &mut self.metadata,
+            _ => &mut self.data,
+        }
+    }
+}
+
+impl Cycle {
+    /// A block that was claimed, or is given back.
+    pub(super) fn touch(&mut self, run: Run) {
+        self.touched.insert_range(run.start.0..run.start.0 + run.blocks);
+    }
+
+    /// Where blocks of a kind that are freed now have to wait; none: they may be used again.
+    pub(super) fn quarantine(&mut self, kind: ExtentType) -> Option<&mut FreeRuns> {
+        self.quarantine.as_mut().map(|quarantine| quarantine.of(kind))
+    }
+}
+
+impl Pools {
+    /// Whatever it finds is not applied any more.
+    pub(super) fn give_up_cycle(&mut self) {
+        self.lift_quarantine();
+        self.cycle = None;
+    }
+
+    fn lift_quarantine(&mut self) {
+        let quarantine = self.cycle.as_mut().and_then(|cycle| cycle.quarantine.take());
+        let Some(mut quarantine) = quarantine else { return };
+        for kind in [ExtentType::Data, ExtentType::Metadata] {
+            for run in quarantine.of(kind).shed(0) {
+                add(self.of(kind), run);
+            }
+        }
+    }
+}
+
+impl Allocator {
+    /// Acknowledges a cycle: from here on what this host touches is its own.
+    ///
+    /// # Errors
+    /// `InUse` if another cycle is under way here.
+    pub(crate) async fn begin_cycle(&self, epoch: u64) -> Result<()> {
+        // No claim and no release is half way while this is held.
+        let _pages = self.pages.lock().await;
+        let mut pools = self.pools.lock();
+        if let Some(cycle) = &pools.cycle {
+            return Err(StoreError::new(
+                StoreErrorKind::InUse,
+                "garbage collection",
+                format!("cycle {} is under way; wait for its end", cycle.epoch),
+            ));
+        }
+        let mut touched = pools.in_flight.clone();
+        if sabotage::on(Bug::CollectInFlight) {
+            touched.clear();
+        }
+        for run in pools.data.runs().chain(pools.metadata.runs()) {
+            touched.insert_range(run.start.0..run.start.0 + run.blocks);
+        }
+        let quarantine = Some(Quarantine::default());
+        pools.cycle = Some(Cycle { epoch, touched, quarantine });
+        Ok(())
+    }
+
+    /// Makes sure that a cycle was not given up to get its quarantine back.
+    ///
+    /// # Errors
+    /// `NoSpace` if it was.
+    pub(crate) fn check_cycle(&self, epoch: u64) -> Result<()> {
+        if self.pools.lock().cycle.as_ref().is_some_and(|cycle| cycle.epoch == epoch) {
+            return Ok(());
+        }
+        Err(StoreError::new(
+            StoreErrorKind::NoSpace,
+            format!("garbage collection, cycle {epoch}"),
+            "given up, because the store ran short of space: what was freed meanwhile was needed at once; \
+             it begins anew by itself",
+        ))
+    }
+
+    /// The trees are marked: what was freed meanwhile may be used again.
+    pub(crate) fn end_quarantine(&self) {
+        self.pools.lock().lift_quarantine();
+        self.freed.notify_waiters();
+    }
+
+    /// Ends a cycle, whatever became of it.
+    pub(crate) fn end_cycle(&self, epoch: u64) {
+        let mut pools = self.pools.lock();
+        if pools.cycle.as_ref().is_some_and(|cycle| cycle.epoch == epoch) {
+            pools.give_up_cycle();
+        }
+        drop(pools);
+        self.freed.notify_waiters();
+    }
+
+    /// Ends a cycle if that gives an allocation the room that it lacks; true if it did.
+    pub(super) fn withdraw(&self, kind: ExtentType, missing: u64) -> bool {
+        let mut pools = self.pools.lock();
+        let have = pools.of(kind).total();
+        let Some(quarantine) = pools.cycle.as_mut().and_then(|cycle| cycle.quarantine(kind)) else {
+            return false;
+        };
+        if quarantine.total() == 0 || quarantine.total() + have < missing {
+            return false;
+        }
+        pools.give_up_cycle();
+        true
+    }
+
+    /// Of blocks that a cycle found unreachable, those that this host has not touched since.
+    fn untouched(&self, mut found: RoaringTreemap) -> RoaringTreemap {
+        match &self.pools.lock().cycle {
+            Some(cycle) if !sabotage::on(Bug::CollectTouched) => found -= &cycle.touched,
+            Some(_) => {}
+            None => found.clear(),
+        }
+        found
+    }
+
+    /// Frees what the finished cycle `epoch` found unreachable in one of this host's extents; how many blocks that were.
+    ///
+    /// # Errors
+    /// The device's, `Closing`: what was not freed leaks until the next cycle.
+    pub(crate) async fn apply(self: &Arc<Self>, io: &Io, extent: u32, epoch: u64) -> Result<u64> {
+        // In a task of its own, as claims are: see `refill`.
+        let (this, io_of_task) = (Arc::clone(self), io.clone());
+        let task = tokio::spawn(async move {
+            let mut pages = this.pages.lock().await;
+            let untouched = |found| this.untouched(found);
+            let freed =
+                pages.apply(&io_of_task, &this.territory, extent, epoch, &untouched).await?;
+            this.refresh_owned(&pages);
+            this.freed.notify_waiters();
+            Ok(freed)
+        });
+        io.await_task(task).await
+    }
+
+    /// Notes blocks that are allocated for a head that is not durable yet.
+    pub(super) fn note_in_flight(pools: &mut Pools, runs: &[Run]) {
+        for run in runs {
+            pools.in_flight.insert_range(run.start.0..run.start.0 + run.blocks);
+        }
+    }
+
+    /// The head that names these blocks is durable. What is never settled, nor freed, is not collected before this host
+    /// opens the store anew: its device write may have an unknown outcome.
+    pub(crate) fn settle(&self, runs: &[Run]) {
+        let mut pools = self.pools.lock();
+        for run in runs {
+            pools.in_flight.remove_range(run.start.0..run.start.0 + run.blocks);
+        }
+    }
+
+    /// Blocks that are allocated, and reachable by no durable head.
+    #[must_use]
+    pub fn in_flight(&self) -> u64 {
+        self.pools.lock().in_flight.len()
+    }
+}

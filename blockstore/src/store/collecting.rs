@@ -1,0 +1,274 @@
+//! Garbage collection, as far as the store's format and this host's allocator are concerned: see docs/garbage-collection.md.
+//!
+//! One cycle, in the order of its writes:
+//! 1. this host begins to note what it touches, and keeps what it frees in quarantine; GC record: next epoch, *prepare*; own
+//!    host record: the epoch is acknowledged; GC record: *mark*;
+//! 2. the caller reads roots and marks what they reach (`gc` does);
+//! 3. GC record: *sweep*; a reclaim bitmap per own extent, durably; GC record: *done*;
+//! 4. once nobody reads, or has yet to free, what was cut off before the roots were read: each extent's bitmap is applied.
+//!
+//! Cut off anywhere, a cycle is abandoned: the next has another epoch, and nothing but a finished cycle of this very
+//! incarnation is applied.
+
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::format::bitmap::{BitmapKind, BitmapPage};
+use crate::format::extent::ExtentType;
+use crate::format::gc::{GcPhase, GcRecord};
+use crate::format::vdi::VdiHead;
+use crate::io::{Write, now_ms};
+use crate::sabotage::{self, Bug};
+use crate::slot::{Slot, Swap, View};
+use crate::store::Store;
+use crate::tree::Reader;
+use crate::types::{Gba, Generation};
+use bytes::Bytes;
+use serde::Serialize;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a cycle gave back, in blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Reclaimed {
+    /// Blocks of virtual disks.
+    pub data: u64,
+    /// Nodes, lists of snapshots, names.
+    pub metadata: u64,
+}
+
+/// A cycle under way. Dropped, it is abandoned.
+#[derive(Debug)]
+pub struct Collection {
+    store: Arc<Store>,
+    record: View<GcRecord>,
+    epoch: u64,
+    extents: Vec<Extent>,
+}
+
+/// An extent of this host, as it was when the cycle began.
+#[derive(Clone, Copy, Debug)]
+struct Extent {
+    number: u32,
+    kind: ExtentType,
+    sequence: u64,
+    generation: Generation,
+}
+
+impl Store {
+    /// The GC record: which cycle there was last, and how far it came.
+    ///
+    /// # Errors
+    /// The device's; `Damaged` if it fails its checks.
+    pub async fn gc_record(&self) -> Result<GcRecord> {
+        let view = self.read_gc().await?;
+        view.record().cloned().ok_or_else(|| self.bad_gc_record())
+    }
+
+    async fn read_gc(&self) -> Result<View<GcRecord>> {
+        let slot = Slot { first: Gba(self.core.superblock.geometry.gc_start), paired: true };
+        self.core.records.read(&self.control_io, slot).await
+    }
+
+    fn bad_gc_record(&self) -> StoreError {
+        let words = "the record of garbage collection is damaged; nothing is collected. 'ballast store check' says more";
+        StoreError::new(StoreErrorKind::Damaged, self.url(), words)
+    }
+
+    /// Begins a cycle: the steps under 1.
+    ///
+    /// # Errors
+    /// `InUse` if one is under way; `ReadOnly`; `Damaged`; the device's.
+    pub async fn begin_collection(self: &Arc<Self>) -> Result<Collection> {
+        self.change(|store| async move { store.begin_collection_now().await }).await
+    }
+
+    async fn begin_collection_now(self: &Arc<Self>) -> Result<Collection> {
+        let writer = self.core.writer()?;
+        let (host, generation) = (writer.host, writer.generation);
+        let record = self.read_gc().await?;
+        let before = record.record().ok_or_else(|| self.bad_gc_record())?;
+        let epoch = before.epoch + 1;
+        self.core.allocator()?.begin_cycle(epoch).await?;
+        let store = Arc::clone(self);
+        // From here on, dropping it ends the cycle here.
+        let mut cycle = Collection { store, record, epoch, extents: Vec::new() };
+        let next = |phase| GcRecord {
+            epoch,
+            phase,
+            leader: Some(host),
+            leader_generation: generation,
+            progress_ms: now_ms(),
+        };
+        cycle.write_record(next(GcPhase::Prepare)).await?;
+        self.update_host_now(|host| host.gc_epoch_acknowledged = epoch).await?;
+        cycle.write_record(next(GcPhase::Mark)).await?;
+        for (number, view) in (0..).zip(self.scan_extents().await?) {
+            let Some(record) = view.record() else { continue };
+            if record.owner == Some(host) && record.ready {
+                let (kind, sequence) = (record.kind, view.sequence());
+                let generation = record.owner_generation;
+                cycle.extents.push(Extent { number, kind, sequence, generation });
+            }
+        }
+        Ok(cycle)
+    }
+}
+
+impl Drop for Collection {
+    fn drop(&mut self) {
+        if let Ok(allocator) = self.store.core.allocator() {
+            allocator.end_cycle(self.epoch);
+        }
+    }
+}
+
+impl Collection {
+    /// The cycle's number.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// The store that is collected.
+    #[must_use]
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Reads checked nodes; gives up when the device does not answer.
+    #[must_use]
+    pub fn reader(&self) -> Reader {
+        self.store.reader()
+    }
+
+    /// The registry as it is now. To be read before anything is marked, and once more afterwards (rule G3).
+    ///
+    /// # Errors
+    /// The device's; `Damaged` if a record cannot be read: what it reaches is not known.
+    pub async fn roots(&self) -> Result<Vec<View<VdiHead>>> {
+        let mut roots = Vec::new();
+        for (slot, view) in self.store.scan_vdis().await? {
+            if view.record().is_none() {
+                return Err(StoreError::new(
+                    StoreErrorKind::Damaged,
+                    format!("{}, VDI record in slot {slot}", self.store.url()),
+                    "it is damaged, and what its disk holds is not known: nothing is collected. \
+                     'ballast store check' says more",
+                ));
+            }
+            roots.push(view);
+        }
+        Ok(roots)
+    }
+
+    /// Makes sure that the cycle goes on.
+    ///
+    /// # Errors
+    /// `NoSpace` if this host needed what it had in quarantine.
+    pub fn check(&self) -> Result<()> {
+        self.store.core.allocator()?.check_cycle(self.epoch)
+    }
+
+    /// Steps 3 and 4: gives back what is not `reached`. Waits at most `patience` for readers of what was cut off before.
+    ///
+    /// # Errors
+    /// `NoSpace` as [`check`](Self::check), `InUse` if another host leads a cycle now or readers take too long, the device's.
+    /// What was not given back leaks until the next cycle.
+    pub async fn sweep(
+        mut self,
+        reached: impl Fn(Gba) -> bool + Send + Sync + 'static,
+        patience: Duration,
+    ) -> Result<Reclaimed> {
+        let store = Arc::clone(&self.store);
+        // As a task that nobody stops: pages are written in place.
+        let task = tokio::spawn(async move {
+            self.check()?;
+            self.publish(&reached).await?;
+            self.apply(patience).await
+        });
+        store.core.io.await_task(task).await
+    }
+
+    /// Step 3. The roots were read: what is cut off from here on was reached.
+    async fn publish(&mut self, reached: &(impl Fn(Gba) -> bool + Sync)) -> Result<()> {
+        let store = Arc::clone(&self.store);
+        store.core.allocator()?.end_quarantine();
+        self.go_to(GcPhase::Sweep).await?;
+        for extent in self.extents.clone() {
+            let write = self.reclaim_pages(extent, reached);
+            store.core.io.write_durable(&[write]).await?;
+        }
+        self.go_to(GcPhase::Done).await
+    }
+
+    fn reclaim_pages(&self, extent: Extent, reached: &impl Fn(Gba) -> bool) -> Write {
+        let g = &self.store.core.superblock.geometry;
+        let base = g.extent_base(extent.number);
+        let pages = (0..g.bmap_pages()).map(|page| {
+            let address = g.reclaim_page(extent.number, page);
+            let mut content = BitmapPage::clear().with_sequence(self.epoch);
+            content.gc_epoch = self.epoch;
+            content.extent_sequence = extent.sequence;
+            content.owner_generation = extent.generation.0;
+            let first = u64::from(page) * crate::format::bitmap::PAGE_BITS;
+            for bit in 0..g.page_bits(page) {
+                let gba = base.plus(first + bit);
+                content.set(bit, g.is_allocatable(gba) && !reached(gba));
+            }
+            Bytes::from(content.encode(BitmapKind::Reclaim, self.store.uuid(), address))
+        });
+        (g.reclaim_page(extent.number, 0), pages.collect())
+    }
+
+    /// Step 4.
+    async fn apply(&mut self, patience: Duration) -> Result<Reclaimed> {
+        let store = Arc::clone(&self.store);
+        let writer = store.core.writer()?;
+        let era = writer.reclaimer.eras().turn();
+        if !sabotage::on(Bug::CollectUnderReaders) {
+            let over = tokio::time::timeout(patience, writer.reclaimer.eras().over(era));
+            over.await.map_err(|_| {
+                StoreError::new(
+                    StoreErrorKind::InUse,
+                    format!("{}, garbage collection, cycle {}", store.url(), self.epoch),
+                    format!(
+                        "given up: what was cut off before was still read, or being freed, after {} s; \
+                         the next cycle takes it up",
+                        patience.as_secs()
+                    ),
+                )
+            })?;
+        }
+        let mut reclaimed = Reclaimed::default();
+        for extent in self.extents.clone() {
+            let allocator = store.core.allocator()?;
+            let freed = allocator.apply(&store.core.io, extent.number, self.epoch).await?;
+            match extent.kind {
+                ExtentType::Metadata => reclaimed.metadata += freed,
+                _ => reclaimed.data += freed,
+            }
+        }
+        Ok(reclaimed)
+    }
+
+    async fn go_to(&mut self, phase: GcPhase) -> Result<()> {
+        let Some(record) = self.record.record().cloned() else {
+            return Err(self.store.bad_gc_record());
+        };
+        self.write_record(GcRecord { phase, progress_ms: now_ms(), ..record }).await
+    }
+
+    async fn write_record(&mut self, next: GcRecord) -> Result<()> {
+        let core = &self.store.core;
+        match core.records.swap(&core.io, &self.record, next).await? {
+            Swap::Done(view) => self.record = view,
+            Swap::Lost(_) => {
+                return Err(StoreError::new(
+                    StoreErrorKind::InUse,
+                    format!("{}, garbage collection, cycle {}", core.io.url(), self.epoch),
+                    "another host has begun a cycle; this one is abandoned",
+                ));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,200 @@
+//! Each rule's schedule, by hand.
+
+use crate::world::{World, cycle, head_of, read, stamp, with_snapshot, write};
+use blockstore::device::sim::Reach;
+use blockstore::types::{Lba, Lsn};
+use blockstore::{Batch, Reclaimed, StoreErrorKind, WhenOffline};
+use gc::{CollectOptions, Progress, collect};
+use std::time::Duration;
+
+async fn pause() {
+    tokio::time::sleep(Duration::from_millis(50)).await;
+}
+
+/// G1: blocks that were written for a head that is not durable when the cycle begins, and is when it ends.
+#[tokio::test(start_paused = true)]
+async fn what_is_in_flight_is_not_collected() {
+    let mut world = World::new(21).await;
+    let name = world.create().await;
+    let vdi = world.disks[&name].vdi.clone();
+    let changes = (0..300).map(|lba| write(lba, 1)).collect();
+    let prepared = vdi.prepare(Batch::new(Lsn(1), changes)).await.expect("prepare");
+    cycle(&world.store).await.expect("cycle");
+    vdi.publish(prepared).await.expect("publish");
+    // Were they collected, these would be given the same blocks.
+    let changes = (1000..3000).map(|lba| write(lba, 2)).collect();
+    vdi.commit(Batch::new(Lsn(2), changes)).await.expect("commit");
+    let content = (0..300).map(|lba| (lba, 1)).chain((1000..3000).map(|lba| (lba, 2))).collect();
+    let disk = world.disks.get_mut(&name).expect("disk");
+    disk.content = content;
+    world.verify("in flight").await;
+}
+
+/// G1: what was free when the cycle began and is in use when it ends; no root that was read reaches it.
+#[tokio::test(start_paused = true)]
+async fn what_was_allocated_meanwhile_is_not_collected() {
+    let mut world = World::new(22).await;
+    let name = world.create().await;
+    let vdi = world.disks[&name].vdi.clone();
+    vdi.commit(Batch::new(Lsn(1), vec![write(0, 1)])).await.expect("commit");
+    let cycle = world.store.begin_collection().await.expect("begin");
+    cycle.roots().await.expect("roots");
+    let changes = (0..3000).map(|lba| write(lba, 2)).collect();
+    vdi.commit(Batch::new(Lsn(2), changes)).await.expect("commit");
+    // As if marking had found nothing but the disk's name: all else was touched, also what the second commit freed.
+    let name_block = head_of(&world.store, vdi.uuid()).await.meta.gba;
+    let reached = move |gba| gba == name_block;
+    let reclaimed = cycle.sweep(reached, Duration::from_secs(60)).await.expect("sweep");
+    assert_eq!(reclaimed, Reclaimed::default());
+    let disk = world.disks.get_mut(&name).expect("disk");
+    disk.content = (0..3000).map(|lba| (lba, 2)).collect();
+    world.verify("touched").await;
+}
+
+/// What is reachable by an old root only is not given back while that root is read.
+#[tokio::test(start_paused = true)]
+async fn what_is_still_read_is_not_collected() {
+    let mut world = World::new(23).await;
+    let name = world.create().await;
+    let vdi = world.disks[&name].vdi.clone();
+    let all = |version| (0..500).map(|lba| write(lba, version)).collect::<Vec<_>>();
+    vdi.commit(with_snapshot(1, all(1))).await.expect("commit");
+    // A read of the first image that has begun, and goes on when it is polled.
+    let mut reading = Box::pin(vdi.read(Lba(0), 500));
+    tokio::select! {
+        biased;
+        _ = &mut reading => panic!("the device answers later"),
+        () = std::future::ready(()) => {}
+    }
+    vdi.commit(Batch::new(Lsn(2), all(2))).await.expect("commit");
+    world.store.delete_snapshots(&name, vec![Lsn(1)]).await.expect("delete");
+    let options = CollectOptions { patience: Duration::from_secs(5), ..CollectOptions::default() };
+    let outcome = collect(&world.store, options, &Progress::default()).await;
+    // Were they free, these would be given the blocks that are being read.
+    let more = (1000..4000).map(|lba| write(lba, 3)).collect();
+    vdi.commit(Batch::new(Lsn(3), more)).await.expect("commit");
+    let blocks = reading.await.expect("the image as it was");
+    for (lba, block) in (0..).zip(blocks) {
+        assert_eq!(block.expect("data"), stamp(lba, 1));
+    }
+    assert_eq!(outcome.expect_err("readers").kind, StoreErrorKind::InUse);
+    assert!(cycle(&world.store).await.expect("cycle").reclaimed.data >= 500);
+}
+
+/// A clone that is made at any moment of a cycle keeps what it was made from, and so does its source.
+#[tokio::test(start_paused = true)]
+async fn a_clone_that_is_made_meanwhile_keeps_its_blocks() {
+    for delay in 0..60 {
+        let mut world = World::new(24).await;
+        let name = world.create().await;
+        let vdi = world.disks[&name].vdi.clone();
+        let all = |version| (0..200).map(|lba| write(lba, version)).collect::<Vec<_>>();
+        vdi.commit(with_snapshot(1, all(1))).await.expect("commit");
+        vdi.commit(Batch::new(Lsn(2), all(2))).await.expect("commit");
+        let (store, source) = (world.store.clone(), name.clone());
+        let cloning = async move {
+            for _ in 0..delay * 5 {
+                tokio::task::yield_now().await;
+            }
+            let policy = WhenOffline::default();
+            let first = store.clone_vdi("clone", &source, Lsn(1), policy).await.expect("clone");
+            // Its own disk goes on without the snapshot: the clone alone holds the first image.
+            let second = store.clone_vdi("other", &source, Lsn(1), policy).await.expect("clone");
+            store.delete_vdi(&second.name).await.expect("delete");
+            first
+        };
+        let (outcome, clone) = tokio::join!(cycle(&world.store), cloning);
+        outcome.expect("cycle");
+        vdi.commit(Batch::new(Lsn(3), (1000..4000).map(|lba| write(lba, 3)).collect()))
+            .await
+            .expect("commit");
+        let head = head_of(&world.store, clone.uuid).await;
+        let content = read(&world.store, &head).await;
+        assert_eq!(content, (0..200).map(|lba| (lba, 1)).collect(), "delay {delay}");
+    }
+}
+
+/// G2: what was found by a cycle that was not finished, or by another incarnation, is applied by nobody.
+#[tokio::test(start_paused = true)]
+async fn an_abandoned_cycle_frees_nothing() {
+    let mut world = World::new(25).await;
+    let name = world.create().await;
+    let vdi = world.disks[&name].vdi.clone();
+    let changes = (0..300).map(|lba| write(lba, 1)).collect();
+    vdi.commit(Batch::new(Lsn(1), changes)).await.expect("commit");
+    let disk = world.disks.get_mut(&name).expect("disk");
+    (disk.content, disk.lsn) = ((0..300).map(|lba| (lba, 1)).collect(), 1);
+    let cycle = world.store.begin_collection().await.expect("begin");
+    let error = world.store.begin_collection().await.expect_err("one at a time");
+    assert_eq!(error.kind, StoreErrorKind::InUse, "{error}");
+    let epoch = cycle.epoch();
+    drop(cycle);
+    let cycle = world.store.begin_collection().await.expect("begin");
+    assert_eq!(cycle.epoch(), epoch + 1);
+    world.reopen(false).await;
+    // The dead host's own cycle goes on, and reaches the device no more.
+    let patience = Duration::from_secs(30);
+    let sweep = tokio::time::timeout(patience, cycle.sweep(|_| false, patience));
+    assert!(!matches!(sweep.await, Ok(Ok(_))));
+    world.verify("abandoned").await;
+}
+
+/// G5: a host that runs short takes back what it had in quarantine, which ends the cycle.
+#[tokio::test(start_paused = true)]
+async fn a_host_that_needs_its_quarantine_ends_the_cycle() {
+    let mut world = World::new(26).await;
+    let name = world.create().await;
+    let vdi = world.disks[&name].vdi.clone();
+    let cycle = world.store.begin_collection().await.expect("begin");
+    // Each commit frees what the one before wrote; without the quarantine the store would hold them all.
+    for lsn in 1..=30u64 {
+        let changes = (0..1000).map(|lba| write(lba, lsn)).collect();
+        vdi.commit(Batch::new(Lsn(lsn), changes)).await.expect("commit");
+    }
+    assert_eq!(cycle.check().expect_err("given up").kind, StoreErrorKind::NoSpace);
+    let error = cycle.sweep(|_| false, Duration::from_secs(1)).await.expect_err("given up");
+    assert_eq!(error.kind, StoreErrorKind::NoSpace, "{error}");
+    let disk = world.disks.get_mut(&name).expect("disk");
+    disk.content = (0..1000).map(|lba| (lba, 30)).collect();
+    world.verify("withdrawn").await;
+}
+
+/// Damage in a tree stops collection, and says whose tree it is.
+#[tokio::test(start_paused = true)]
+async fn nothing_is_collected_from_a_damaged_store() {
+    let mut world = World::new(27).await;
+    let name = world.create().await;
+    let vdi = world.disks[&name].vdi.clone();
+    let changes = (0..600).map(|lba| write(lba, 1)).collect();
+    vdi.commit(with_snapshot(1, changes)).await.expect("commit");
+    let root = vdi.committed().root;
+    world.sim.corrupt(root.gba.byte_offset() + 77, 0x10);
+    let error = cycle(&world.store).await.expect_err("damaged");
+    assert_eq!(error.kind, StoreErrorKind::Corrupt, "{error}");
+    assert!(error.to_string().contains(&vdi.uuid().to_string()), "{error}");
+    world.sim.corrupt(root.gba.byte_offset() + 77, 0x10);
+    cycle(&world.store).await.expect("whole again");
+}
+
+/// The store goes away in the middle: the cycle ends with an error, and the next one starts over.
+#[tokio::test(start_paused = true)]
+async fn a_store_that_goes_away_ends_the_cycle() {
+    let mut world = World::new(28).await;
+    world.create().await;
+    world.steps(40).await;
+    let sim = world.sim.clone();
+    let store = world.store.clone();
+    let outage = async {
+        for _ in 0..40 {
+            tokio::task::yield_now().await;
+        }
+        sim.set_reach(Reach::Failing);
+        tokio::time::sleep(Duration::from_secs(100)).await;
+        sim.set_reach(Reach::Up);
+    };
+    let (outcome, ()) = tokio::join!(cycle(&store), outage);
+    drop(outcome);
+    pause().await;
+    cycle(&world.store).await.expect("the next");
+    world.verify("after an outage").await;
+}

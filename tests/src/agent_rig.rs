@@ -17,6 +17,9 @@ use tempfile::TempDir;
 /// How long a restarted agent may take until a disk's socket accepts.
 const SOCKET_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Garbage is collected all the time, whatever is tested.
+pub const COLLECTING: [&str; 4] = ["--gc-every", "1s", "--gc-rate", "0"];
+
 /// How long an orderly shutdown may take.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -75,7 +78,7 @@ impl AgentRig {
             cache: dir.path().join("cache.img"),
             cache_bytes,
             dir: dir.path().to_owned(),
-            arguments: Vec::new(),
+            arguments: COLLECTING.map(str::to_owned).to_vec(),
             environment: store.environment.clone(),
             core: None,
         };

@@ -128,41 +128,49 @@ async fn until_death(sim: &SimDevice, work: impl Future<Output = ()>) -> bool {
     }
 }
 
-async fn die_everywhere(seed: u64, power_loss: bool) {
+/// One death, after operation `n`; false if the workload ended before it.
+async fn die_at(n: u64, seed: u64, power_loss: bool) -> bool {
+    let sim = SimDevice::new(32 * MIB, seed + n);
+    Store::format(sim.device(), FormatOptions::default()).await.expect("format");
+    let session = sim.connect();
+    session.crash_after(n);
+    let history = RefCell::new(History::default());
+    let died = until_death(&session, workload(&session, &history)).await;
+    let end = |session: &SimDevice| {
+        if power_loss { session.crash() } else { session.kill_host() }
+    };
+    end(&session);
+    let second = sim.connect();
+    second.crash_after(n % 29);
+    until_death(&second, async {
+        if let Err(error) = Store::open(second.device(), host()).await {
+            assert_ne!(error.kind, StoreErrorKind::Damaged, "{error}");
+        }
+    })
+    .await;
+    end(&second);
+    judge(&sim.connect(), &history.into_inner(), &format!("death after operation {n}")).await;
+    died
+}
+
+fn die_everywhere(seed: u64, power_loss: bool) {
     for n in 0.. {
-        let sim = SimDevice::new(32 * MIB, seed + n);
-        Store::format(sim.device(), FormatOptions::default()).await.expect("format");
-        let session = sim.connect();
-        session.crash_after(n);
-        let history = RefCell::new(History::default());
-        let died = until_death(&session, workload(&session, &history)).await;
-        let end = |session: &SimDevice| {
-            if power_loss { session.crash() } else { session.kill_host() }
-        };
-        end(&session);
-        let second = sim.connect();
-        second.crash_after(n % 29);
-        until_death(&second, async {
-            if let Err(error) = Store::open(second.device(), host()).await {
-                assert_ne!(error.kind, StoreErrorKind::Damaged, "{error}");
-            }
-        })
-        .await;
-        end(&second);
-        judge(&sim.connect(), &history.into_inner(), &format!("death after operation {n}")).await;
-        if !died {
+        // One each: what a death leaves running ends with it.
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+        if !runtime.expect("a runtime").block_on(die_at(n, seed, power_loss)) {
             assert!(n > 150, "the workload has {n} operations");
             return;
         }
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn power_loss_at_every_operation() {
-    die_everywhere(10_000, true).await;
+#[test]
+fn power_loss_at_every_operation() {
+    die_everywhere(10_000, true);
 }
 
-#[tokio::test(start_paused = true)]
-async fn death_of_the_process_at_every_operation() {
-    die_everywhere(20_000, false).await;
+#[test]
+fn death_of_the_process_at_every_operation() {
+    die_everywhere(20_000, false);
 }

@@ -1,0 +1,147 @@
+//! Goal: what no disk and no snapshot holds comes back, and nothing else, while guests write, the store goes away, and the
+//! agent is killed at any moment of a cycle.
+//!
+//! Method: a real agent on a real target behind a relay; cycles by request and by themselves; contents compared byte by byte
+//! in the store, the store checked and its leaked blocks counted.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tests::agent_rig::AgentRig;
+use tests::single::{CHUNK, Disk, San, control, until};
+
+const MIB: u64 = 1 << 20;
+const DISK: u64 = 8 * MIB;
+
+/// The byte that each chunk is full of.
+type Content = BTreeMap<u64, u8>;
+
+fn write_all(disk: &mut Disk, byte: u8) -> Result<Content> {
+    let mut content = Content::new();
+    for at in (0..DISK).step_by(CHUNK) {
+        disk.write(at, byte)?;
+        content.insert(at, byte);
+    }
+    Ok(content)
+}
+
+fn cut(rig: &AgentRig) -> Result<u64> {
+    control(rig, "snap create db")?["lsn"].as_u64().context("no LSN")
+}
+
+fn ensure_same(rig: &AgentRig, what: &str, expected: &Content) -> Result<()> {
+    let found = std::fs::read(rig.export(what)?)?;
+    for (chunk, at) in found.chunks(CHUNK).zip((0..).step_by(CHUNK)) {
+        let byte = expected.get(&at).copied().unwrap_or_default();
+        ensure!(chunk.iter().all(|found| *found == byte), "{what} at {at}: not {byte} throughout");
+    }
+    Ok(())
+}
+
+/// What the check says of a store that nobody uses.
+fn checked(rig: &mut AgentRig) -> Result<Value> {
+    let url = rig.config().store.clone();
+    let report = rig.config().command(&["store", "check", &url, "--json"])?;
+    Ok(serde_json::from_str(&report)?)
+}
+
+#[test]
+fn what_deleted_snapshots_held_comes_back() -> Result<()> {
+    let san = San::new()?;
+    let mut rig = san.rig(64 * MIB)?;
+    // Only when it is asked for.
+    rig.config().arguments = ["--gc-every", "0s", "--gc-free-below", "0"].map(Into::into).to_vec();
+    rig.start()?;
+    control(&rig, "vdi create db --size 8MiB")?;
+    let socket = rig.agent()?.attach("db")?;
+    let mut disk = Disk::connect(&mut rig, &socket)?;
+    let mut held = BTreeMap::new();
+    for byte in 1..=6 {
+        let content = write_all(&mut disk, byte)?;
+        held.insert(cut(&rig)?, content);
+    }
+    rig.agent()?.drain()?;
+    let status = control(&rig, "gc status")?;
+    ensure!(status["last"].is_null() && status["every"].is_null(), "{status}");
+    let free = |rig: &AgentRig| control(rig, "gc run --wait")?["free"].as_u64().context("free");
+    let before = free(&rig)?;
+    let lsns: Vec<u64> = held.keys().copied().collect();
+    // The newest holds what the disk holds, too.
+    control(&rig, &format!("snap delete db {} {} {}", lsns[0], lsns[2], lsns[5]))?;
+    let status = control(&rig, "gc run --wait")?;
+    let given_back = status["last"]["reclaimed_data"].as_u64().context("bytes")?;
+    ensure!(given_back == 2 * DISK, "{status}");
+    ensure!(free(&rig)? >= before + 2 * DISK, "space must come back");
+    for index in [1, 3, 4] {
+        ensure_same(&rig, &format!("db@{}", lsns[index]), &held[&lsns[index]])?;
+    }
+    // The store goes away: nothing is collected, and that is said.
+    san.cut();
+    let refused = control(&rig, "gc run --wait").unwrap_err().to_string();
+    ensure!(refused.contains("answer"), "{refused}");
+    san.restore();
+    until(&rig, "back", |status| status["store"]["reachable"] == true)?;
+    let content = write_all(&mut disk, 7)?;
+    rig.agent()?.drain()?;
+    control(&rig, "gc run --wait")?;
+    ensure_same(&rig, "db", &content)?;
+    drop(disk);
+    control(&rig, "vdi detach db")?;
+    control(&rig, "vdi delete db --with-snapshots")?;
+    control(&rig, "gc run --wait")?;
+    control(&rig, "gc run --wait")?;
+    rig.shut_down()?;
+    let report = checked(&mut rig)?;
+    ensure!(report["blocks_allocated"] == 0, "all of it is free: {report}");
+    Ok(())
+}
+
+#[test]
+fn cycles_that_are_killed_take_nothing_and_leave_nothing() -> Result<()> {
+    let san = San::new()?;
+    let mut rig = san.rig(64 * MIB)?;
+    rig.config().arguments = ["--gc-every", "1s", "--gc-rate", "0"].map(Into::into).to_vec();
+    rig.start()?;
+    control(&rig, "vdi create db --size 8MiB")?;
+    let socket = rig.agent()?.attach("db")?;
+    let mut held: BTreeMap<u64, Content> = BTreeMap::new();
+    let mut now = Content::new();
+    for round in 0..10u8 {
+        let mut disk = Disk::connect(&mut rig, &socket)?;
+        now = write_all(&mut disk, 2 * round + 1)?;
+        held.insert(cut(&rig)?, now.clone());
+        let part = u64::from(round) * 5 * CHUNK as u64;
+        for at in (part..part + MIB).step_by(CHUNK) {
+            disk.write(at % DISK, 2 * round + 2)?;
+            now.insert(at % DISK, 2 * round + 2);
+        }
+        disk.flush()?;
+        rig.agent()?.drain()?;
+        while held.len() > 3 {
+            let (lsn, _) = held.pop_first().context("one")?;
+            control(&rig, &format!("snap delete db {lsn}"))?;
+        }
+        // Beside a cycle, at another moment of it each time.
+        rig.kill_in(Duration::from_micros(u64::from(round) * 700))?;
+        let _ = control(&rig, "gc run");
+        rig.reap()?;
+        rig.start()?;
+        ensure_same(&rig, "db", &now)?;
+        for (lsn, content) in &held {
+            ensure_same(&rig, &format!("db@{lsn}"), content)?;
+        }
+    }
+    control(&rig, "gc run --wait")?;
+    let mut disk = Disk::connect(&mut rig, &socket)?;
+    for at in (0..DISK).step_by(CHUNK) {
+        ensure!(disk.read(at)? == now.get(&at).copied(), "the disk at {at}");
+    }
+    drop(disk);
+    rig.agent()?.drain()?;
+    rig.shut_down()?;
+    let report = checked(&mut rig)?;
+    ensure!(report["blocks_leaked"] == 0, "an orderly stop leaves no garbage: {report}");
+    Ok(())
+}

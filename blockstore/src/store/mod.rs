@@ -142,6 +142,13 @@ impl Store {
         self.core.allocator().map_or((0, 0), |allocator| allocator.pooled())
     }
 
+    /// Blocks that this host has allocated and no durable head names: of commits under way, or cut off with a write of
+    /// unknown outcome; the latter are not collected before the store is opened anew.
+    #[must_use]
+    pub fn in_flight(&self) -> u64 {
+        self.core.allocator().map_or(0, |allocator| allocator.in_flight())
+    }
+
     /// Every slot of the VDI registry that was ever used, by slot number.
     ///
     /// # Errors

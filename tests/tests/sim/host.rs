@@ -199,7 +199,8 @@ async fn bring_up_and_use(
     let mut rng = SmallRng::seed_from_u64(world.rng.random());
     let grows = world.profile.grows && !orderly;
     let looks_ahead = world.profile.looks_ahead;
-    let cuts = world.profile.cuts;
+    let (cuts, collects) = (world.profile.cuts, world.profile.collects);
+    let mut collect_rng = SmallRng::seed_from_u64(world.collect_rng.random());
     let mut cut_rng = SmallRng::seed_from_u64(world.cut_rng.random());
     // What the agent does beside serving.
     let beside = async {
@@ -217,6 +218,7 @@ async fn bring_up_and_use(
             () = wind_down => {}
             () = agent.now_and_then(&mut rng, grows, looks_ahead) => {}
             () = agent.cut(&mut cut_rng, &orders), if cuts => {}
+            () = agent.collect(&mut collect_rng), if collects => {}
         }
         Ok(())
     };
@@ -342,11 +344,12 @@ impl Agent {
         let mut disks = Vec::new();
         for (n, blocks) in world.profile.disks.clone().into_iter().enumerate() {
             let (uuid, bytes) = self.make(n, blocks * BLOCK_SIZE as u64, world.made[n]).await?;
-            world.made[n] = true;
             let Some(disk) = self.attach(n, uuid, bytes).await? else {
                 // A new disk has to wait for evictions, and so for workers, which do not run yet: the next life.
                 break;
             };
+            // A disk that was made by a command of unknown outcome is there for good once something was flushed after it.
+            world.made[n] = true;
             disks.push(disk);
         }
         Ok(disks)
@@ -499,6 +502,9 @@ impl Agent {
                 vdi.detach(lsn).await.expect("a drained disk can be given up");
                 self.cache.detach(vdi.uuid()).await.expect("a drained log can be forgotten");
             }
+        }
+        if last {
+            self.collect_all().await;
         }
         self.cache.close().await;
         // The store may be away; then what it should have heard is found out at the next start.

@@ -9,6 +9,7 @@
 
 mod chaos;
 mod cold;
+mod collecting;
 mod cuts;
 mod damage;
 mod device;

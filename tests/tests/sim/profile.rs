@@ -47,6 +47,8 @@ pub struct Profile {
     pub looks_ahead: bool,
     /// Snapshots are taken now and then, and deleted: drawn apart.
     pub cuts: bool,
+    /// Garbage is collected, one cycle after the other.
+    pub collects: bool,
 }
 
 /// What most goes on in a run: a rare bug needs much of one kind of trouble rather than a little of each.
@@ -169,6 +171,7 @@ impl Profile {
             grows: rng.random_bool(0.3),
             looks_ahead: rng.random_bool(0.3),
             cuts: false,
+            collects: false,
         }
     }
 }

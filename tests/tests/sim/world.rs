@@ -13,6 +13,7 @@ use blockstore::device::sim::{SimDevice, SimOptions};
 use blockstore::{FormatOptions, OpenOptions, Store, StoreError, StoreErrorKind};
 use cache::Cache;
 use cache::local::Local;
+use gc::{CollectOptions, Progress};
 use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -65,6 +66,8 @@ pub struct World {
     pub rng: SmallRng,
     /// For snapshots alone, so that seeds without them take the course that they would take if there were none.
     pub cut_rng: SmallRng,
+    /// For collection alone, likewise.
+    pub collect_rng: SmallRng,
     pub trace: Arc<Trace>,
     /// The cache device.
     pub legs: Legs,
@@ -97,6 +100,9 @@ pub fn run(seed: u64, requests: u64) -> Report {
         let last = life == world.profile.lives;
         let end = world.live(last);
         world.check_store();
+        if last && end == End::Orderly && !world.may_have_lost() {
+            world.delete_everything();
+        }
         if end == End::Refused {
             world.report.events.refused += 1;
             // What is lost is lost, and somebody knows.
@@ -118,7 +124,9 @@ impl World {
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut cut_rng = SmallRng::seed_from_u64(seed ^ 0xc07);
         let cuts = cut_rng.random_bool(0.4);
-        let profile = Profile { cuts, ..Profile::draw(&mut rng) };
+        let mut collect_rng = SmallRng::seed_from_u64(seed ^ 0x6c);
+        let collects = collect_rng.random_bool(0.5);
+        let profile = Profile { cuts, collects, ..Profile::draw(&mut rng) };
         let legs = Legs::new(profile.legs, CACHE_BYTES, profile.rots, &mut rng);
         let logical_block = if rng.random_bool(0.8) { 512 } else { 4096 };
         let options = SimOptions {
@@ -142,6 +150,7 @@ impl World {
             profile,
             rng,
             cut_rng,
+            collect_rng,
             trace: Arc::new(Trace::new()),
             legs,
             witness: Arc::default(),
@@ -247,6 +256,33 @@ impl World {
                 "the store is damaged: {:?}",
                 report.problems
             );
+        });
+    }
+
+    /// P6: when everything was deleted, all is free after two cycles.
+    fn delete_everything(&self) {
+        let session = self.san.connect();
+        runtime().block_on(async {
+            let looked_at = Store::open(session.device(), OpenOptions::read_only()).await;
+            let hosts = looked_at.expect("the store opens").scan_hosts().await.expect("hosts");
+            let host = hosts.iter().find_map(|view| view.record()).expect("a host");
+            let options = OpenOptions { host_uuid: host.uuid, ..OpenOptions::default() };
+            let store = Store::open(session.device(), options).await.expect("the store opens");
+            for info in store.list_vdis().await.expect("the disks") {
+                let uuid = info.uuid.to_string();
+                store.delete_vdi_and_snapshots(&uuid).await.expect("a detached disk is deleted");
+            }
+            for _ in 0..2 {
+                let (options, progress) = (CollectOptions::default(), Progress::default());
+                gc::collect(&store, options, &progress).await.expect("a cycle");
+            }
+            store.reclaimed().await;
+            store.close().await.expect("close");
+            let store = Store::open(session.device(), OpenOptions::read_only()).await;
+            let store = store.expect("the store opens");
+            let report = gc::check(&store, gc::CheckOptions::default()).await.expect("check");
+            let left = report.blocks_allocated;
+            assert_eq!(left, 0, "P6: blocks are left when everything is deleted");
         });
     }
 

@@ -1,0 +1,42 @@
+//! Garbage collection beside everything else, and what it must come to (P6).
+
+use crate::host::{Agent, few, transient};
+use blockstore::StoreErrorKind;
+use gc::{CheckOptions, CollectOptions, Progress};
+use rand::rngs::SmallRng;
+use std::time::Duration;
+
+impl Agent {
+    /// One cycle after the other, whatever becomes of them.
+    pub async fn collect(&self, rng: &mut SmallRng) {
+        loop {
+            tokio::time::sleep(Duration::from_millis(few(rng, 10_000))).await;
+            let patience = Duration::from_millis(few(rng, 60_000));
+            let options = CollectOptions { rate: None, patience };
+            let _ = gc::collect(&self.store(), options, &Progress::default()).await;
+        }
+    }
+
+    /// P6: a cycle leaves only what is reachable.
+    pub async fn collect_all(&self) {
+        let store = self.store();
+        store.reclaimed().await;
+        loop {
+            let outcome =
+                gc::collect(&store, CollectOptions::default(), &Progress::default()).await;
+            let Err(error) = outcome else { break };
+            if error.kind == StoreErrorKind::InUse {
+                // One that was cut off still waits for readers.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                continue;
+            }
+            if transient("collecting", &error, self.may_have_lost).await.is_err() {
+                return;
+            }
+        }
+        let report = gc::check(&store, CheckOptions::default()).await.expect("check");
+        let (data, metadata) = store.pooled();
+        let leaked = report.blocks_leaked.saturating_sub(data + metadata + store.in_flight());
+        assert!(leaked == 0 || self.may_have_lost, "P6: {leaked} blocks of garbage are left");
+    }
+}

@@ -180,17 +180,22 @@ impl Io {
             return self.write(*gba, data.clone()).await;
         }
         let mut running: JoinSet<Result<()>> = JoinSet::new();
+        let mut outcome = Ok(());
         for (gba, data) in writes {
             if running.len() >= IN_FLIGHT_MAX {
-                join_one(&mut running).await?;
+                outcome = join_one(&mut running).await;
+            }
+            if outcome.is_err() {
+                break;
             }
             let (io, gba, data) = (self.clone(), *gba, data.clone());
             running.spawn(async move { io.write(gba, data).await });
         }
+        // All of them end before this does: one that was left alone might land after a later write of the same block.
         while !running.is_empty() {
-            join_one(&mut running).await?;
+            outcome = outcome.and(join_one(&mut running).await);
         }
-        Ok(())
+        outcome
     }
 
     /// Reads many runs of blocks, several at once; results in the order asked for.

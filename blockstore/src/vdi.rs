@@ -7,11 +7,13 @@ use crate::alloc::Allocator;
 use crate::alloc::runs::{Run, merge};
 use crate::commit::publish::Prepared;
 use crate::commit::{Batch, Committed};
+use crate::eras::Stay;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::extent::ExtentType;
 use crate::format::node::{Node, height_for};
 use crate::format::pointer::Pointer;
 use crate::format::vdi::VdiHead;
+use crate::io::Io;
 use crate::policy::WhenOffline;
 use crate::root::{Garbage, GarbageSink, Root};
 use crate::slot::View;
@@ -70,13 +72,16 @@ pub(crate) struct Control {
     pub view: View<VdiHead>,
     /// The leaf of the snapshots' tree that was written last, so that the next snapshot needs no read.
     pub last_leaf: Option<KnownLeaf>,
+    /// Since before a write of the head whose outcome is not known: the store may have a later one than the root at hand, and
+    /// what only that root reaches must not be collected.
+    pub unsure: Option<Stay>,
     /// Why nothing may be committed any more.
     lost: Option<(StoreErrorKind, String)>,
 }
 
 impl Control {
     pub(crate) fn new(view: View<VdiHead>) -> Self {
-        Self { view, last_leaf: None, lost: None }
+        Self { view, last_leaf: None, unsure: None, lost: None }
     }
 
     pub(crate) fn check(&self, vdi: &VdiInner) -> Result<()> {
@@ -261,7 +266,8 @@ impl VdiInner {
         control.check(self)?;
         loop {
             let base = self.root.load_full();
-            let (next, added) = grow(&self.core, &self.object(), &base.head, size_bytes).await?;
+            let (next, added) =
+                grow(&self.core, &self.core.io, &self.object(), &base.head, size_bytes).await?;
             if let Some(since) = self.swap_head(&mut control, next.clone()).await? {
                 self.core.allocator()?.settle(&added);
                 let next = Root::new(next, Arc::clone(&self.sink));
@@ -327,9 +333,11 @@ impl VdiInner {
     }
 }
 
-/// The head of a grown disk, and the nodes that a taller tree needs, which are written.
+/// The head of a grown disk, and the nodes that a taller tree needs, which are written; `patience` says how long to wait for
+/// room for them.
 pub(crate) async fn grow(
     core: &Core,
+    patience: &Io,
     object: &str,
     head: &VdiHead,
     size_bytes: u64,
@@ -356,7 +364,7 @@ pub(crate) async fn grow(
     let allocator: &Arc<Allocator> = core.allocator()?;
     let purpose = crate::alloc::Purpose::Normal;
     let runs =
-        allocator.allocate(&core.io, ExtentType::Metadata, u64::from(levels), purpose).await?;
+        allocator.allocate(patience, ExtentType::Metadata, u64::from(levels), purpose).await?;
     let mut writes = Vec::new();
     for gba in runs.iter().flat_map(|run| run.iter()) {
         let mut node = Node::empty();

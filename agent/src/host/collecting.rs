@@ -2,7 +2,7 @@
 //!
 //! A cycle that fails (the store went away, the space in quarantine was needed) leaves nothing half done: the next begins anew.
 
-use super::Host;
+use super::{AbortOnDrop, Host};
 use crate::api::gc::{GcEnded, GcPhase, GcRunning, GcStatus};
 use crate::error::{Failure, Kind, Result};
 use blockstore::types::BLOCK_SIZE;
@@ -15,8 +15,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// How often it is asked whether a cycle is due.
 const TICK: Duration = Duration::from_secs(1);
-/// How often the store's bitmaps are read to see how much is free.
+/// How often the store's bitmaps, 32 MiB per TiB, are read to see how much is free: per so many blocks (1 TiB), at least.
 const LOOK: Duration = Duration::from_secs(60);
+const LOOK_BLOCKS: u64 = 1 << 28;
 
 /// What is known of collection since the agent's start.
 #[derive(Debug, Default)]
@@ -107,7 +108,14 @@ impl Host {
             ..CollectOptions::default()
         };
         self.spawn(async move {
-            let outcome = collect(&store, options, &progress).await;
+            let of_cycle = Arc::clone(&store);
+            let cycle = async move { collect(&of_cycle, options, &progress).await };
+            // A task of its own, so that a panic in it is one failed cycle.
+            let mut cycle = AbortOnDrop(tokio::spawn(cycle));
+            let outcome = match (&mut cycle.0).await {
+                Ok(outcome) => outcome.map_err(|error| error.to_string()),
+                Err(panic) => Err(format!("the agent failed inside: {panic}")),
+            };
             let space = store.space().await.ok();
             let Some(host) = host.upgrade() else { return };
             host.collecting.end(outcome, space);
@@ -116,7 +124,7 @@ impl Host {
 }
 
 impl Collecting {
-    fn end(&self, outcome: blockstore::Result<Collected>, space: Option<Space>) {
+    fn end(&self, outcome: Result<Collected, String>, space: Option<Space>) {
         let mut state = self.state.lock();
         let Some(running) = state.running.take() else { return };
         let mut ended = GcEnded {
@@ -144,7 +152,7 @@ impl Collecting {
             }
             Err(error) => {
                 tracing::warn!("garbage collection: {error}");
-                ended.failure = Some(error.to_string());
+                ended.failure = Some(error);
             }
         }
         state.last = Some(ended);
@@ -153,9 +161,11 @@ impl Collecting {
         }
     }
 
-    /// How long ago the store's space was looked at.
-    fn looked_at(&self) -> Option<Duration> {
-        self.state.lock().space.map(|(at, _)| at.elapsed())
+    /// It is time to look at the store's space.
+    fn wants_look(&self) -> bool {
+        self.state.lock().space.is_none_or(|(at, space)| {
+            at.elapsed() >= LOOK * (space.blocks / LOOK_BLOCKS).clamp(1, 1440) as u32
+        })
     }
 
     fn is_due(&self, schedule: &Schedule, waiting: bool) -> bool {
@@ -186,7 +196,7 @@ pub(super) async fn by_itself(host: Weak<Host>) {
             continue;
         }
         let collecting = &host.collecting;
-        if collecting.looked_at().is_none_or(|ago| ago >= LOOK)
+        if collecting.wants_look()
             && let Ok(space) = store.space().await
         {
             collecting.state.lock().space = Some((Instant::now(), space));

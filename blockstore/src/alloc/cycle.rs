@@ -18,6 +18,9 @@ use crate::sabotage::{self, Bug};
 use roaring::RoaringTreemap;
 use std::sync::Arc;
 
+/// Runs of blocks in quarantine, each of some 80 bytes; beyond these the cycle is given up.
+const QUARANTINE_RUNS_MAX: usize = 250_000;
+
 /// A cycle that this host has acknowledged.
 #[derive(Debug)]
 pub(super) struct Cycle {
@@ -50,6 +53,12 @@ impl Cycle {
     /// Where blocks of a kind that are freed now have to wait; none: they may be used again.
     pub(super) fn quarantine(&mut self, kind: ExtentType) -> Option<&mut FreeRuns> {
         self.quarantine.as_mut().map(|quarantine| quarantine.of(kind))
+    }
+
+    /// True if the quarantine takes more memory than it may: somebody frees a large disk in small pieces.
+    pub(super) fn is_overfull(&self) -> bool {
+        let quarantine = self.quarantine.as_ref();
+        quarantine.is_some_and(|q| q.data.runs_len() + q.metadata.runs_len() > QUARANTINE_RUNS_MAX)
     }
 }
 
@@ -110,14 +119,29 @@ impl Allocator {
         Err(StoreError::new(
             StoreErrorKind::NoSpace,
             format!("garbage collection, cycle {epoch}"),
-            "given up, because the store ran short of space: what was freed meanwhile was needed at once; \
+            "given up, because what was freed meanwhile was needed at once, or was too much to set aside; \
              it begins anew by itself",
         ))
     }
 
-    /// The trees are marked: what was freed meanwhile may be used again.
-    pub(crate) fn end_quarantine(&self) {
-        self.pools.lock().lift_quarantine();
+    /// The trees are marked: what was freed meanwhile may be used again. From here on nothing needs the cycle's end.
+    ///
+    /// # Errors
+    /// As [`check_cycle`](Self::check_cycle).
+    pub(crate) fn end_quarantine(&self, epoch: u64) -> Result<()> {
+        {
+            let mut pools = self.pools.lock();
+            if pools.cycle.as_ref().is_some_and(|cycle| cycle.epoch == epoch) {
+                pools.lift_quarantine();
+            }
+        }
+        self.note_room();
+        self.check_cycle(epoch)
+    }
+
+    /// More is in the pool than there was: for those who wait for it, and for releasing what is too much.
+    fn note_room(&self) {
+        self.housekeeping.notify_one();
         self.freed.notify_waiters();
     }
 
@@ -128,7 +152,7 @@ impl Allocator {
             pools.give_up_cycle();
         }
         drop(pools);
-        self.freed.notify_waiters();
+        self.note_room();
     }
 
     /// Ends a cycle if that gives an allocation the room that it lacks; true if it did.
@@ -145,9 +169,9 @@ impl Allocator {
         true
     }
 
-    /// Of blocks that a cycle found unreachable, those that this host has not touched since.
-    fn untouched(&self, mut found: RoaringTreemap) -> RoaringTreemap {
-        match &self.pools.lock().cycle {
+    /// Of blocks that this very cycle found unreachable, those that this host has not touched since it acknowledged it.
+    fn untouched(&self, epoch: u64, mut found: RoaringTreemap) -> RoaringTreemap {
+        match self.pools.lock().cycle.as_ref().filter(|cycle| cycle.epoch == epoch) {
             Some(cycle) if !sabotage::on(Bug::CollectTouched) => found -= &cycle.touched,
             Some(_) => {}
             None => found.clear(),
@@ -164,7 +188,8 @@ impl Allocator {
         let (this, io_of_task) = (Arc::clone(self), io.clone());
         let task = tokio::spawn(async move {
             let mut pages = this.pages.lock().await;
-            let untouched = |found| this.untouched(found);
+            this.check_cycle(epoch)?;
+            let untouched = |found| this.untouched(epoch, found);
             let freed =
                 pages.apply(&io_of_task, &this.territory, extent, epoch, &untouched).await?;
             this.refresh_owned(&pages);

@@ -314,6 +314,12 @@ impl Allocator {
             }
             add(pools.of(kind), run);
         }
+        if pools.cycle.as_ref().is_some_and(Cycle::is_overfull) {
+            tracing::warn!(
+                "a cycle of garbage collection is given up: too much is freed beside it"
+            );
+            pools.give_up_cycle();
+        }
         let high = self.high_water();
         if pools.data.total() > high || pools.metadata.total() > high {
             self.housekeeping.notify_one();

@@ -48,6 +48,17 @@ struct Extent {
     free: Vec<Option<u64>>,
 }
 
+impl Extent {
+    /// Goes on from what the record is now: after a write of it that was thought to have failed, a later one than is known
+    /// here may be our own.
+    fn keep_up(&mut self, territory: &Territory, swap: &Swap<ExtentRecord>) {
+        let (Swap::Done(view) | Swap::Lost(view)) = swap;
+        if view.record().is_some_and(|record| record.owner == Some(territory.host)) {
+            self.view = view.clone();
+        }
+    }
+}
+
 impl Pages {
     pub(super) fn new(territory: &Territory, catalogue: &[View<ExtentRecord>]) -> Self {
         let mut pages = Self {
@@ -432,7 +443,8 @@ impl Pages {
         let Some(record) = extent.view.record().cloned() else { return Ok(()) };
         let record = ExtentRecord { owner_generation: territory.generation, ready: true, ..record };
         let swap = territory.records.swap(io, &extent.view, record).await?;
-        extent.view = swap.done(|| format!("{}, extent {number}", io.url()))?;
+        extent.keep_up(territory, &swap);
+        swap.done(|| format!("{}, extent {number}", io.url()))?;
         extent.taken_up = true;
         Ok(())
     }

@@ -34,6 +34,12 @@ impl FreeRuns {
         self.total
     }
 
+    /// How many runs there are.
+    #[must_use]
+    pub fn runs_len(&self) -> usize {
+        self.by_start.len()
+    }
+
     /// The runs, by address.
     pub fn runs(&self) -> impl Iterator<Item = Run> {
         self.by_start.iter().map(|(&start, &blocks)| Run { start: Gba(start), blocks })

@@ -331,9 +331,17 @@ impl VdiInner {
         next: VdiHead,
     ) -> Result<Option<Stay>> {
         let core = &self.core;
-        let since = self.sink.stay();
+        let since = control.unsure.take().unwrap_or_else(|| self.sink.stay());
         let before = control.view.clone();
-        match core.records.swap(&core.io, &before, next.clone()).await? {
+        let swap = match core.records.swap(&core.io, &before, next.clone()).await {
+            Ok(swap) => swap,
+            Err(error) => {
+                // It may have landed: the next head's write, whatever that finds, goes on from there.
+                control.unsure = Some(since);
+                return Err(error);
+            }
+        };
+        match swap {
             Swap::Done(view) => {
                 control.view = view;
                 Ok(Some(since))

@@ -191,11 +191,17 @@ impl Collection {
     /// Step 3. The roots were read: what is cut off from here on was reached.
     async fn publish(&mut self, reached: &(impl Fn(Gba) -> bool + Sync)) -> Result<()> {
         let store = Arc::clone(&self.store);
-        store.core.allocator()?.end_quarantine();
+        store.core.allocator()?.end_quarantine(self.epoch)?;
         self.go_to(GcPhase::Sweep).await?;
         for extent in self.extents.clone() {
             let write = self.reclaim_pages(extent, reached);
-            store.core.io.write_durable(&[write]).await?;
+            // With limited patience: a page that lands late names a cycle that nobody asks for any more.
+            if let Err(error) = store.control_io.write_durable(&[write]).await {
+                if !store.core.io.health().reachable || error.kind == StoreErrorKind::Closing {
+                    return Err(error);
+                }
+                tracing::warn!(extent = extent.number, %error, "left to the next cycle");
+            }
         }
         self.go_to(GcPhase::Done).await
     }
@@ -226,7 +232,12 @@ impl Collection {
         let era = writer.reclaimer.eras().turn();
         if !sabotage::on(Bug::CollectUnderReaders) {
             let over = tokio::time::timeout(patience, writer.reclaimer.eras().over(era));
-            over.await.map_err(|_| {
+            let over = tokio::select! {
+                biased;
+                () = store.core.io.closed() => return Err(store.core.io.closing_error()),
+                over = over => over,
+            };
+            over.map_err(|_| {
                 StoreError::new(
                     StoreErrorKind::InUse,
                     format!("{}, garbage collection, cycle {}", store.url(), self.epoch),
@@ -239,15 +250,21 @@ impl Collection {
             })?;
         }
         let mut reclaimed = Reclaimed::default();
+        let mut failure = None;
         for extent in self.extents.clone() {
             let allocator = store.core.allocator()?;
-            let freed = allocator.apply(&store.core.io, extent.number, self.epoch).await?;
-            match extent.kind {
-                ExtentType::Metadata => reclaimed.metadata += freed,
-                _ => reclaimed.data += freed,
+            match allocator.apply(&store.core.io, extent.number, self.epoch).await {
+                Ok(freed) if extent.kind == ExtentType::Metadata => reclaimed.metadata += freed,
+                Ok(freed) => reclaimed.data += freed,
+                Err(error) if error.kind == StoreErrorKind::Closing => return Err(error),
+                // One bad extent does not keep the others from being collected.
+                Err(error) => {
+                    tracing::warn!(extent = extent.number, %error, "left to the next cycle");
+                    failure.get_or_insert(error);
+                }
             }
         }
-        Ok(reclaimed)
+        failure.map_or(Ok(reclaimed), Err)
     }
 
     async fn go_to(&mut self, phase: GcPhase) -> Result<()> {

@@ -352,7 +352,7 @@ impl Store {
     ) -> Result<ExportReport> {
         let found = self.find_vdi(name_or_uuid).await?;
         // Held while reading, so that commits of this very process reuse nothing under us.
-        let pinned = self.attached_here(found.head.uuid).map(|inner| inner.root.load_full());
+        let pinned = self.attached_here(&found.head).map(|inner| inner.root.load_full());
         let head = pinned.as_ref().map_or(&found.head, |root| &root.head);
         let mut report =
             ExportReport { size_bytes: head.size_bytes, lsn: head.committed, blocks: 0 };

@@ -8,7 +8,7 @@ use crate::format::meta::VdiMeta;
 use crate::format::node::height_for;
 use crate::format::pointer::Pointer;
 use crate::format::vdi::{GIVEN_UP, Owner, SnapshotIndex, VdiHead, VdiState};
-use crate::io::{Io, now_ms};
+use crate::io::{Io, Patience, now_ms};
 use crate::name::check_name;
 use crate::policy::WhenOffline;
 use crate::root::{Garbage, GarbageSink, Root, Subtree};
@@ -453,7 +453,7 @@ impl Store {
             let owner = self.describe_owner(head).await?;
             return in_use(format!("it is attached {owner}; detach it there first"));
         }
-        if head.owner.is_some() && self.attached_here(head.uuid).is_some() {
+        if head.owner.is_some() && self.attached_here(head).is_some() {
             return in_use("it is attached to this host already".to_owned());
         }
         match head.log_id {
@@ -467,11 +467,31 @@ impl Store {
         }
     }
 
-    /// The handle of a disk that is attached through this store object.
-    pub(super) fn attached_here(&self, uuid: Uuid) -> Option<Arc<VdiInner>> {
+    /// The handle of a disk that is attached through this store object, by the head that the store has of it. A handle that was
+    /// kept over a detach is none: what it shows may have been collected since.
+    pub(super) fn attached_here(&self, head: &VdiHead) -> Option<Arc<VdiInner>> {
         let mut attached = self.attached.lock();
         attached.retain(|_, weak| weak.strong_count() > 0);
-        attached.get(&uuid).and_then(std::sync::Weak::upgrade)
+        let inner = attached.get(&head.uuid).and_then(std::sync::Weak::upgrade)?;
+        let own = inner.root.load();
+        let same = own.head.owner == head.owner && own.head.attachment == head.attachment;
+        same.then_some(Arc::clone(&inner))
+    }
+
+    /// Waits for an operation that goes on by itself, as long as a control operation may take.
+    async fn no_longer_than_control<T>(
+        &self,
+        found: &Found,
+        operation: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let Patience::Limited(limit) = self.control_io.patience() else { return operation.await };
+        tokio::time::timeout(limit, operation).await.unwrap_or_else(|_| {
+            Err(StoreError::new(
+                StoreErrorKind::Unreachable,
+                found.object(),
+                "a commit of it waits, for the device or for space: this is done when it goes on; see 'ballast status'",
+            ))
+        })
     }
 
     /// Grows a disk, attached to this host or to none.
@@ -502,10 +522,9 @@ impl Store {
         let core = &self.core;
         let reclaimer = Arc::clone(&core.writer()?.reclaimer);
         let found = self.find_vdi(name_or_uuid).await?;
-        if let Some(inner) = self.attached_here(found.head.uuid)
-            && found.head.owner.is_some()
-        {
-            return Vdi { inner }.set_when_offline(policy).await;
+        if let Some(inner) = self.attached_here(&found.head) {
+            let vdi = Vdi { inner };
+            return self.no_longer_than_control(&found, vdi.set_when_offline(policy)).await;
         }
         self.refuse_attached(&found, "change").await?;
         if found.when_offline == policy {
@@ -529,13 +548,13 @@ impl Store {
         let core = &self.core;
         core.writer()?;
         let found = self.find_vdi(name_or_uuid).await?;
-        if let Some(inner) = self.attached_here(found.head.uuid)
-            && found.head.owner.is_some()
-        {
-            return Vdi { inner }.resize(size_bytes).await;
+        if let Some(inner) = self.attached_here(&found.head) {
+            let vdi = Vdi { inner };
+            return self.no_longer_than_control(&found, vdi.resize(size_bytes)).await;
         }
         self.refuse_attached(&found, "resize").await?;
-        let (next, added) = grow(core, &found.object(), &found.head, size_bytes).await?;
+        let io = &self.control_io;
+        let (next, added) = grow(core, io, &found.object(), &found.head, size_bytes).await?;
         let swap = core.records.swap(&core.io, &found.view, next).await?;
         swap.done(|| found.object())?;
         core.allocator()?.settle(&added);

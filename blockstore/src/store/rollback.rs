@@ -39,7 +39,7 @@ impl Store {
         let head = &found.head;
         let as_judged =
             head.owner.is_some_and(|owner| owner.host == lost.host) && head.log_id == lost.log_id;
-        if !as_judged || self.attached_here(uuid).is_some() {
+        if !as_judged || self.attached_here(head).is_some() {
             return Err(StoreError::new(
                 StoreErrorKind::InUse,
                 found.object(),

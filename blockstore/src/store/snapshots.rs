@@ -91,7 +91,7 @@ impl Store {
         loop {
             let found = self.find_vdi(name_or_uuid).await?;
             // Held while reading, so that commits of this very process reuse nothing under us.
-            let pinned = self.attached_here(found.head.uuid).map(|inner| inner.root.load_full());
+            let pinned = self.attached_here(&found.head).map(|inner| inner.root.load_full());
             let head = pinned.as_ref().map_or(&found.head, |root| &root.head);
             match self.look_for(&head.snapshots, wanted).await {
                 Err(error) if error.kind == StoreErrorKind::Corrupt && pinned.is_none() => {
@@ -183,9 +183,7 @@ impl Store {
         if let Change::Delete(snapshots) = &change {
             self.refuse_cloned(&found, Some(snapshots)).await?;
         }
-        if let Some(inner) = self.attached_here(found.head.uuid)
-            && found.head.owner.is_some()
-        {
+        if let Some(inner) = self.attached_here(&found.head) {
             return Vdi { inner }.change_snapshots(change, self.control_io.clone()).await;
         }
         self.refuse_attached(&found, "change its snapshots").await?;

@@ -1,7 +1,7 @@
 //! Each rule's schedule, by hand.
 
 use crate::world::{World, cycle, head_of, read, stamp, with_snapshot, write};
-use blockstore::device::sim::Reach;
+use blockstore::device::sim::{Fault, OpKind, Reach};
 use blockstore::types::{Lba, Lsn};
 use blockstore::{Batch, Reclaimed, StoreErrorKind, WhenOffline};
 use gc::{CollectOptions, Progress, collect};
@@ -157,6 +157,53 @@ async fn a_host_that_needs_its_quarantine_ends_the_cycle() {
     let disk = world.disks.get_mut(&name).expect("disk");
     disk.content = (0..1000).map(|lba| (lba, 30)).collect();
     world.verify("withdrawn").await;
+}
+
+/// A handle that was kept over a detach shows what may have been collected since: nothing is cloned from that.
+#[tokio::test(start_paused = true)]
+async fn a_handle_of_before_a_detach_is_no_source() {
+    let mut world = World::new(29).await;
+    let name = world.create().await;
+    let vdi = world.disks[&name].vdi.clone();
+    let changes = (0..200).map(|lba| write(lba, 1)).collect();
+    vdi.commit(with_snapshot(1, changes)).await.expect("commit");
+    vdi.detach(Lsn(1)).await.expect("detach");
+    world.store.delete_snapshots(&name, vec![Lsn(1)]).await.expect("delete");
+    cycle(&world.store).await.expect("cycle");
+    let policy = WhenOffline::default();
+    let error = world.store.clone_vdi("clone", &name, Lsn(1), policy).await.expect_err("gone");
+    assert_eq!(error.kind, StoreErrorKind::NotFound, "{error}");
+    drop(vdi);
+}
+
+/// A head's write that landed, and was reported as failed: what only the former root reaches is not collected before the
+/// next write of the head has found out.
+#[tokio::test(start_paused = true)]
+async fn what_an_uncertain_head_replaced_is_not_collected() {
+    let mut world = World::new(30).await;
+    let name = world.create().await;
+    let vdi = world.disks[&name].vdi.clone();
+    let all = |version| (0..300).map(|lba| write(lba, version)).collect::<Vec<_>>();
+    vdi.commit(Batch::new(Lsn(1), all(1))).await.expect("commit");
+    let prepared = vdi.prepare(Batch::new(Lsn(2), all(2))).await.expect("prepare");
+    // The compare-and-write lands without an answer, and its record cannot be read for a while.
+    world.sim.inject(OpKind::CompareAndWrite, 0, Fault::UnknownApplied);
+    for _ in 0..60 {
+        world.sim.inject(OpKind::Read, 0, Fault::Io);
+    }
+    vdi.publish(prepared).await.expect_err("nobody knows");
+    while world.store.scan_vdis().await.is_err() {}
+    let options = CollectOptions { patience: Duration::from_secs(5), ..CollectOptions::default() };
+    let outcome = collect(&world.store, options, &Progress::default()).await;
+    assert_eq!(outcome.expect_err("uncertain").kind, StoreErrorKind::InUse);
+    // Reads go on as before; the next commit finds out, and then all is collected.
+    let blocks = vdi.read(Lba(0), 300).await.expect("the former image");
+    assert!(blocks.into_iter().zip(0..).all(|(block, lba)| block == Some(stamp(lba, 1))));
+    vdi.commit(Batch::new(Lsn(3), all(3))).await.expect("commit");
+    let disk = world.disks.get_mut(&name).expect("disk");
+    disk.content = (0..300).map(|lba| (lba, 3)).collect();
+    assert!(cycle(&world.store).await.expect("cycle").reclaimed.data >= 300);
+    world.verify("after an uncertain head").await;
 }
 
 /// Damage in a tree stops collection, and says whose tree it is.

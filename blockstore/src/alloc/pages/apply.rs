@@ -79,7 +79,7 @@ impl Pages {
         let Some(record) = extent.view.record().cloned() else { return Ok(()) };
         let record = ExtentRecord { sweep_epoch: epoch, ..record };
         let swap = territory.records.swap(io, &extent.view, record).await?;
-        extent.view = swap.done(|| format!("{}, extent {number}", io.url()))?;
-        Ok(())
+        extent.keep_up(territory, &swap);
+        swap.done(|| format!("{}, extent {number}", io.url())).map(drop)
     }
 }

@@ -85,6 +85,7 @@ fn step(script: &mut Script<'_>) {
             let what = ["list", "label", "delete"][usize::from(script.byte()) % 3];
             format!("/v1/vdis/{name}/snapshots/{what}")
         }
+        14 => "/v1/gc".to_owned(),
         _ => {
             let len = usize::from(script.byte() & 31);
             let tail = script.bytes(len).escape_ascii().to_string().replace([' ', '\\'], "%");

@@ -33,7 +33,9 @@ fn it_tells_its_story_to_the_end() {
         "DOWN for",
         "RUNWAY",
         "the drain has begun by itself",
+        "a snapshot of the disk was taken without the store",
         "with the right checksums; fsck: clean",
+        "gave back what only the snapshot held",
         "vhost-user-blk-pci",
         "cloud-hypervisor",
     ] {

@@ -13,6 +13,9 @@ use crate::guest::{Accelerator, Guest, GuestImage, GuestOptions, QemuVersion, Sa
 use super::report::{Report, line, size, time};
 
 const DISK: &str = "demo";
+const CLONE: &str = "clone";
+/// Taken while the store is away.
+const SNAPSHOT: &str = "outage";
 const DISK_BYTES: u64 = 4 << 30;
 const CACHE_BYTES: u64 = 1 << 30;
 const STORE_BYTES: u64 = 8 << 30;
@@ -48,6 +51,7 @@ pub fn tell(folder: &Path, san: San) -> Result<()> {
     let promises = stage.see_off(guest)?;
     stage.drain()?;
     stage.check(&promises)?;
+    stage.clone_and_collect()?;
     stage.agent.process_mut().terminate(TERMINATE_LIMIT)?;
     stage.config.command(&["store", "check", &place.url])?;
     stage.report.event("the agent ended on SIGTERM; 'ballast store check' finds the store sound");
@@ -176,6 +180,12 @@ impl Stage {
             );
         }
         guest.skip_reported();
+        let taken = Instant::now();
+        self.agent.control(&["snap", "create", DISK, "--label", SNAPSHOT])?;
+        self.report.event(format_args!(
+            "a snapshot of the disk was taken without the store, in {}: {DISK}@{SNAPSHOT}",
+            time(taken.elapsed())
+        ));
         let mut syncs = 0;
         while cut.elapsed() < OUTAGE {
             let synced = guest.wait_for_at_most("synced", RETURN_LIMIT)?;
@@ -185,10 +195,7 @@ impl Stage {
         self.report.event(format_args!(
             "the guest fsynced {syncs} files meanwhile; 'ballast status' says:"
         ));
-        let run_dir = self.config.run_dir().display().to_string();
-        for told in self.config.command(&["--run-dir", &run_dir, "status"])?.lines() {
-            self.report.detail(format_args!("  {told}"));
-        }
+        self.show(&["status"])?;
         let dirty = self.agent.info(DISK)?.dirty_bytes;
         place.restore();
         let back = Instant::now();
@@ -286,6 +293,47 @@ impl Stage {
             size(promises.bytes()),
             checked.get("fsck").unwrap_or(&"?"),
         ));
+        Ok(())
+    }
+}
+
+impl Stage {
+    /// What the snapshot of the outage was good for, and the space that it took.
+    fn clone_and_collect(&self) -> Result<()> {
+        let from = format!("{DISK}@{SNAPSHOT}");
+        self.agent.control(&["vdi", "create", CLONE, "--from", &from])?;
+        self.report.event(format_args!(
+            "'{CLONE}' is a disk of its own that begins as {from}, made by one write; 'ballast snap list':"
+        ));
+        self.show(&["snap", "list", DISK])?;
+        for disk in [CLONE, DISK] {
+            if disk == DISK {
+                self.agent.control(&["vdi", "detach", DISK])?;
+            }
+            self.agent.control(&["vdi", "delete", disk, "--with-snapshots"])?;
+        }
+        let collected = self.agent.control(&["gc", "run", "--wait"])?;
+        let bytes = |what: &str| collected[what].as_u64().unwrap_or_default();
+        let last = &collected["last"];
+        let back = last["reclaimed_data"].as_u64().unwrap_or_default()
+            + last["reclaimed_metadata"].as_u64().unwrap_or_default();
+        ensure!(last["failure"].is_null(), "garbage was not collected: {collected}");
+        self.report.event(format_args!(
+            "clone, disk and snapshot are deleted; 'ballast gc run' gave back what only the snapshot held, {}: {} of {} are free",
+            size(back),
+            size(bytes("free")),
+            size(bytes("capacity")),
+        ));
+        Ok(())
+    }
+
+    /// Prints what a command says.
+    fn show(&self, command: &[&str]) -> Result<()> {
+        let run_dir = self.config.run_dir().display().to_string();
+        let command = [&["--run-dir", &run_dir], command].concat();
+        for told in self.config.command(&command)?.lines() {
+            self.report.detail(format_args!("  {told}"));
+        }
         Ok(())
     }
 }

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 const SOCKET_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Garbage is collected all the time, whatever is tested.
-pub const COLLECTING: [&str; 4] = ["--gc-every", "1s", "--gc-rate", "0"];
+pub const COLLECTING: [&str; 4] = ["--gc-every", "5s", "--gc-rate", "0"];
 
 /// How long an orderly shutdown may take.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(60);

@@ -267,9 +267,9 @@ async fn heartbeat(parts: Arc<Parts>) {
 }
 
 /// A task that ends with whoever waits for it.
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
+struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
 
-impl Drop for AbortOnDrop {
+impl<T> Drop for AbortOnDrop<T> {
     fn drop(&mut self) {
         self.0.abort();
     }

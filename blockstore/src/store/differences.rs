@@ -87,7 +87,7 @@ impl Store {
             let tree = Tree { root: head.root, height: head.height, blocks: head.blocks() };
             return Ok(Image { info, tree, _pinned: None });
         }
-        let pinned = self.attached_here(uuid).filter(|_| found.head.owner.is_some());
+        let pinned = self.attached_here(&found.head);
         let pinned = pinned.map(|inner| inner.root.load_full());
         let head = pinned.as_ref().map_or(&found.head, |root| &root.head);
         let info = ImageInfo { vdi: uuid, lsn: head.committed, size_bytes: head.size_bytes };

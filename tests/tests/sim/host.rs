@@ -29,6 +29,8 @@ use uuid::Uuid;
 
 /// Longest that anything may take once all faults are over.
 const PATIENCE: Duration = Duration::from_secs(3600);
+/// Pauses of a life that are short.
+const PAUSES_SHORT: u32 = 1000;
 /// Disks grow up to this.
 const GROWN_MAX: u64 = 600 * BLOCK_SIZE as u64;
 
@@ -54,6 +56,7 @@ pub struct Refused(pub String);
 /// Lives until something ends it.
 pub async fn live(world: &mut World, last: bool) -> End {
     let (legs, san) = (world.legs.sims.clone(), world.san.clone());
+    PAUSES.set(0);
     if !last {
         if world.rng.random_bool(0.4) {
             let leg = world.rng.random_range(0..legs.len());
@@ -514,11 +517,23 @@ impl Agent {
     }
 }
 
+thread_local! {
+    /// How often something was tried again in this life.
+    static PAUSES: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Before something is tried again; longer if that goes on: a device that is away for a day is not asked every moment.
+async fn pause() {
+    let before = PAUSES.replace(PAUSES.get() + 1);
+    let factor = if before < PAUSES_SHORT { 1 } else { 120 };
+    tokio::time::sleep(Duration::from_millis(500) * factor).await;
+}
+
 /// A fault of the cache device on the way up: tried again. What recovery refuses is a broken promise, unless damage did it.
 pub async fn again(what: &str, error: &CacheError, may_have_lost: bool) -> Result<(), Refused> {
     match error {
         CacheError::Device(_) | CacheError::Flush { .. } | CacheError::NoSegments { .. } => {
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            pause().await;
             Ok(())
         }
         other if may_have_lost => Err(Refused(format!("{what}: {other}"))),
@@ -537,7 +552,7 @@ pub async fn transient(
         | StoreErrorKind::Device
         | StoreErrorKind::Corrupt
         | StoreErrorKind::Damaged => {
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            pause().await;
             Ok(())
         }
         _ if may_have_lost => Err(Refused(format!("{what}: {error}"))),

@@ -11,12 +11,14 @@
 //! GET    /v1/vdis                   [Vdi]
 //! POST   /v1/vdis                   CreateRequest  → Created
 //! GET    /v1/vdis/NAME              VdiInfo
-//! DELETE /v1/vdis/NAME              Done
+//! POST   /v1/vdis/NAME/delete       DeleteRequest  → Done
 //! POST   /v1/vdis/NAME/snapshots           SnapRequest       → Snapped
 //! POST   /v1/vdis/NAME/snapshots/list      SnapListRequest   → Snapshots
 //! POST   /v1/vdis/NAME/snapshots/label     SnapLabelRequest  → Snapped
 //! POST   /v1/vdis/NAME/snapshots/delete    SnapDeleteRequest → SnapDeleted
 //! POST   /v1/vdis/NAME/snapshots/rollback  RewindRequest     → Rewound
+//! GET    /v1/gc                     GcStatus
+//! POST   /v1/gc                     GcStatus, of the cycle that runs then
 //! POST   /v1/diff                   DiffRequest    → Diff, by the page
 //! GET    /v1/tree                   Forest
 //! POST   /v1/vdis/NAME/attach       Attached

@@ -1,7 +1,8 @@
 //! Death at every device operation of a workload that collects beside its commits.
 
 use crate::world::{
-    Content, MIB, World, apply, cycle, head_of, host, list, open, read, with_snapshot, write,
+    Content, MIB, World, apply, cycle, head_of, host, list, open, read, settle, with_snapshot,
+    write,
 };
 use blockstore::device::sim::SimDevice;
 use blockstore::types::{Lba, Lsn};
@@ -105,6 +106,7 @@ async fn judge(sim: &SimDevice, history: &History, when: &str) {
         if round == 0 {
             store.reclaimed().await;
             cycle(&store).await.expect("cycle");
+            settle().await;
             let report = check(&store, CheckOptions::default()).await.expect("check");
             let (data, metadata) = store.pooled();
             assert_eq!(report.blocks_leaked, data + metadata, "{when}: garbage is left");

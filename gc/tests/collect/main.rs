@@ -55,6 +55,7 @@ async fn history(seed: u64) {
     }
     cycle(&world.store).await.expect("cycle");
     world.store.reclaimed().await;
+    world::settle().await;
     let report = world.verify(&format!("seed {seed}, after the last cycle")).await;
     let (data, metadata) = world.store.pooled();
     assert_eq!(report.blocks_leaked, data + metadata, "seed {seed}: garbage is left");

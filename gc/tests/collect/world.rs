@@ -256,6 +256,11 @@ impl World {
     }
 }
 
+/// Lets the allocator's housekeeping come to its end, so that bitmaps and pool can be compared.
+pub async fn settle() {
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+}
+
 /// A cycle at full speed.
 pub async fn cycle(store: &Arc<Store>) -> blockstore::Result<Collected> {
     collect(store, CollectOptions::default(), &Progress::default()).await

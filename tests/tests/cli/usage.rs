@@ -19,7 +19,7 @@ fn unknown_and_missing_words_are_refused() {
         .refused(USAGE, &["nobody-here"]);
     line("agent --store file:/x --cache /a --log =!").refused(USAGE, &["log filter"]);
     // Of a later version, not a stub.
-    line("gc run").refused(USAGE, &["gc"]);
+    line("host list").refused(USAGE, &["host"]);
 }
 
 #[test]

@@ -141,7 +141,9 @@ impl Allocator {
 
     /// More is in the pool than there was: for those who wait for it, and for releasing what is too much.
     fn note_room(&self) {
-        self.housekeeping.notify_one();
+        if self.is_overfull() {
+            self.housekeeping.notify_one();
+        }
         self.freed.notify_waiters();
     }
 

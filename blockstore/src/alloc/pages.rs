@@ -17,7 +17,6 @@ use crate::sabotage::{self, Bug};
 use crate::slot::{Content, Slot, Swap, View};
 use crate::types::{BLOCK_SIZE, Gba};
 use bytes::Bytes;
-use hashbrown::HashMap;
 use std::collections::BTreeMap;
 
 /// Pages kept in memory between operations.
@@ -30,7 +29,7 @@ const UNUSED_PLENTY: usize = 4;
 #[derive(Debug)]
 pub(super) struct Pages {
     extents: BTreeMap<u32, Extent>,
-    loaded: HashMap<(u32, u32), BitmapPage>,
+    loaded: BTreeMap<(u32, u32), BitmapPage>,
     /// What the catalogue said of each extent when it was last looked at.
     catalogue: Vec<ExtentType>,
     /// Where the search for free blocks goes on, so that a disk's blocks lie in order.
@@ -63,7 +62,7 @@ impl Pages {
     pub(super) fn new(territory: &Territory, catalogue: &[View<ExtentRecord>]) -> Self {
         let mut pages = Self {
             extents: BTreeMap::new(),
-            loaded: HashMap::new(),
+            loaded: BTreeMap::new(),
             catalogue: Vec::with_capacity(catalogue.len()),
             data_cursor: (0, 0),
             metadata_cursor: (0, 0),

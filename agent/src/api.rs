@@ -6,6 +6,7 @@
 pub mod diff;
 pub mod gc;
 pub mod loss;
+pub mod schedule;
 pub mod snapshots;
 pub mod tree;
 
@@ -32,6 +33,15 @@ pub struct Vdi {
     pub state: VdiState,
     /// The host that holds it, if any: its name or UUID.
     pub owner: Option<String>,
+    /// Its schedule of snapshots, as `vdi schedule` takes it; none: it has none.
+    #[serde(default)]
+    pub schedule: Option<String>,
+    /// It is this snapshot of the disk, attached read-only; `name` is `VDI@LSN` then, and `uuid` that of the disk.
+    #[serde(default)]
+    pub snapshot: Option<u64>,
+    /// It takes no writes.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// What a disk is doing.
@@ -115,6 +125,9 @@ pub struct VdiInfo {
     /// What is held of it is not evicted while anything else could be.
     #[serde(default)]
     pub pinned: bool,
+    /// Why its schedule of snapshots does not go on as it should, in words; none: it does, or there is none.
+    #[serde(default)]
+    pub schedule_trouble: Option<String>,
 }
 
 /// Requests of a guest that wait.
@@ -186,6 +199,12 @@ pub struct Totals {
     pub commits: u64,
     /// Bytes of log in them.
     pub replayed_bytes: u64,
+    /// Snapshots that its schedule took.
+    #[serde(default)]
+    pub snapshots_scheduled: u64,
+    /// Snapshots of a schedule that were deleted because no rule kept them.
+    #[serde(default)]
+    pub snapshots_thinned: u64,
 }
 
 /// The store as `status` shows it.
@@ -285,12 +304,29 @@ pub struct Status {
     pub cache: CacheStatus,
     /// Disks attached to this host.
     pub vdis: Vec<VdiInfo>,
+    /// Snapshots attached to this host, read-only.
+    #[serde(default)]
+    pub snapshots: Vec<snapshots::AttachedSnapshot>,
     /// Where the writes of all disks lead to.
     #[serde(default)]
     pub outlook: Outlook,
     /// What is not as it should be, in words, the worst first. Empty: all is well.
     #[serde(default)]
     pub degraded: Vec<String>,
+    /// Guests that were frozen for a snapshot and could not be thawed so far.
+    #[serde(default)]
+    pub frozen_guests: Vec<FrozenGuest>,
+}
+
+/// A guest that was frozen for a snapshot and has not said that it is thawed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenGuest {
+    /// The socket of its agent.
+    pub guest_agent: PathBuf,
+    /// Since when, in milliseconds of UNIX time.
+    pub since: u64,
+    /// Why the last attempt to thaw it did not succeed.
+    pub why: String,
 }
 
 /// Request of `vdi create`.
@@ -340,6 +376,15 @@ pub struct Created {
     pub size: u64,
 }
 
+/// Request of `vdi attach`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttachRequest {
+    /// A snapshot, of which nothing can be changed.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
 /// Answer of `vdi attach`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Attached {
@@ -349,6 +394,9 @@ pub struct Attached {
     pub uuid: Uuid,
     /// Path of the vhost-user socket.
     pub socket: PathBuf,
+    /// It takes no writes.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// Request of `vdi detach`.

@@ -27,6 +27,8 @@ pub enum Kind {
     Conflict,
     /// The store cannot be reached, or the agent is starting or stopping: the same request may succeed later.
     Unavailable,
+    /// A guest was told to freeze its file systems and has not said that they are thawed again.
+    GuestFrozen,
 }
 
 impl Kind {
@@ -41,6 +43,7 @@ impl Kind {
             Self::ProblemsFound => 5,
             Self::Conflict => 6,
             Self::Unavailable => 7,
+            Self::GuestFrozen => 8,
         }
     }
 
@@ -48,7 +51,7 @@ impl Kind {
     #[must_use]
     pub const fn http_status(self) -> u16 {
         match self {
-            Self::Failed | Self::ProblemsFound => 500,
+            Self::Failed | Self::ProblemsFound | Self::GuestFrozen => 500,
             Self::Usage => 400,
             Self::NotFound => 404,
             Self::Conflict => 409,
@@ -68,6 +71,7 @@ Exit codes:
   5  a check found problems
   6  the present state forbids it (name taken, disk attached, held by another agent)
   7  the store cannot be reached, or the agent is starting or stopping: try again later
+  8  a guest that was frozen for a snapshot may still be frozen: the message says what to do
 
 With --json, stdout carries exactly one JSON document when the command succeeds or a check ran to its end, and
 nothing otherwise; errors go to stderr as {\"error\": {\"kind\": …, \"message\": …}}.";
@@ -166,6 +170,7 @@ mod tests {
             Kind::ProblemsFound,
             Kind::Conflict,
             Kind::Unavailable,
+            Kind::GuestFrozen,
         ];
         for (i, kind) in kinds.into_iter().enumerate() {
             assert_eq!(usize::from(kind.exit_code()), i + 1);

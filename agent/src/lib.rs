@@ -5,6 +5,7 @@
 //! control/   HTTP over a UNIX socket: server in the daemon, client in the commands
 //! daemon     start, signals, stop
 //! host/      wires store, cache and vhost servers together: attach, detach, drain, status
+//! guest_agent/ speaks to QEMU's guest agent: freeze, thaw
 //! metrics      the status in Prometheus' words
 //! config, run_dir, names, units, notify, error, api: what the names say
 //! ```
@@ -19,6 +20,7 @@ mod daemon;
 mod error;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod guest_agent;
 mod host;
 mod machine;
 mod metrics;

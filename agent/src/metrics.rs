@@ -4,6 +4,7 @@
 //! A scrape takes one [`Status`] and writes it down; nothing is counted here. Names are only ever added. Sizes are bytes,
 //! times are seconds, shares go from 0 to 1. What is not known (no runway without writes) is left out.
 
+use crate::api::snapshots::AttachedSnapshot;
 use crate::api::{Status, VdiInfo, VdiState};
 use crate::error::{Failure, Kind, Result};
 use cache::ReplacementState;
@@ -29,6 +30,7 @@ pub fn render(status: &Status) -> Result<String> {
     let mut registry = Registry::with_prefix("ballast");
     of_host(&mut registry, status);
     of_disks(&mut registry, &status.vdis);
+    of_snapshots(&mut registry, &status.snapshots);
     let mut text = String::new();
     encode(&mut text, &registry)
         .map_err(|error| Failure::caused(Kind::Failed, "cannot write the metrics", &error))?;
@@ -91,6 +93,11 @@ fn of_host(registry: &mut Registry, status: &Status) {
         "To commit all that is not in the store",
         status.outlook.drain_eta_ms.map(seconds),
     );
+    gauge(
+        "guests_frozen",
+        "Guests that were frozen for a snapshot and could not be thawed so far",
+        Some(status.frozen_guests.len() as f64),
+    );
     gauge("degraded", "Things that are not as they should be", Some(status.degraded.len() as f64));
 }
 
@@ -138,6 +145,12 @@ fn of_disks(registry: &mut Registry, vdis: &[VdiInfo]) {
         v.readiness.boot_trace_share
     });
     gauge("vdi_pinned", "It is pinned", &|v| Some(flag(v.pinned)));
+    gauge("vdi_snapshots_in_log", "Snapshots that the store does not have yet", &|v| {
+        Some(v.snapshots_in_log as f64)
+    });
+    gauge("vdi_schedule_trouble", "1 while its schedule of snapshots does not go on", &|v| {
+        Some(flag(v.schedule_trouble.is_some()))
+    });
     gauge("vdi_hydrating", "It is being hydrated", &|v| {
         Some(flag(v.hydrate.as_ref().is_some_and(|hydrate| hydrate.running)))
     });
@@ -165,6 +178,42 @@ fn of_disks(registry: &mut Registry, vdis: &[VdiInfo]) {
     });
     counter("vdi_commits", "Commits to the store", &|v| v.totals.commits);
     counter("vdi_replayed_bytes", "Bytes of log in them", &|v| v.totals.replayed_bytes);
+    counter("vdi_snapshots_scheduled", "Snapshots that its schedule took", &|v| {
+        v.totals.snapshots_scheduled
+    });
+    counter("vdi_snapshots_thinned", "Snapshots that no rule of it kept", &|v| {
+        v.totals.snapshots_thinned
+    });
+}
+
+/// Those that are attached, read-only.
+fn of_snapshots(registry: &mut Registry, snapshots: &[AttachedSnapshot]) {
+    let labels = |found: &AttachedSnapshot| -> Labels {
+        let (vdi, uuid) = (found.vdi.clone(), found.uuid.to_string());
+        vec![("vdi", vdi), ("snapshot", found.snapshot.to_string()), ("uuid", uuid)]
+    };
+    let mut gauge = |name: &str, help: &str, value: &dyn Fn(&AttachedSnapshot) -> f64| {
+        let family = Family::<Labels, Value>::default();
+        for found in snapshots {
+            family.get_or_create(&labels(found)).set(value(found));
+        }
+        add(registry, name, help, family);
+    };
+    gauge("read_only_up", "The snapshot is served", &|s| flag(s.state == VdiState::Running));
+    gauge("read_only_connected", "A virtual machine uses it", &|s| flag(s.front_end_connected));
+    gauge("read_only_size_bytes", "What the guest sees", &|s| s.size as f64);
+    gauge("read_only_waiting_reads", "Reads that wait for the store", &|s| s.waiting_reads as f64);
+    let mut counter = |name: &str, help: &str, value: &dyn Fn(&AttachedSnapshot) -> u64| {
+        let family = Family::<Labels, Counter>::default();
+        for found in snapshots {
+            family.get_or_create(&labels(found)).inc_by(value(found));
+        }
+        add(registry, name, help, family);
+    };
+    counter("read_only_reads", "Read requests", &|s| s.reads);
+    counter("read_only_read_bytes", "Bytes that they asked for", &|s| s.read_bytes);
+    counter("read_only_refused", "Writes and senseless requests", &|s| s.refused);
+    counter("read_only_failed", "Valid requests that ended with an error", &|s| s.failed);
 }
 
 fn add(registry: &mut Registry, name: &str, help: &str, metric: impl Metric) {
@@ -204,7 +253,7 @@ pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{AgentStatus, CacheStatus, Outlook, StoreStatus, Totals, Vdi};
+    use crate::api::{AgentStatus, CacheStatus, FrozenGuest, Outlook, StoreStatus, Totals, Vdi};
     use uuid::Uuid;
 
     fn status() -> Status {
@@ -217,6 +266,9 @@ mod tests {
             committed_lsn: 5,
             state: VdiState::Running,
             owner: None,
+            schedule: None,
+            snapshot: None,
+            read_only: false,
         };
         let info = VdiInfo {
             vdi,
@@ -236,6 +288,7 @@ mod tests {
             when_offline: "stall".into(),
             hydrate: None,
             pinned: false,
+            schedule_trouble: Some("the log has no room".into()),
         };
         Status {
             agent: AgentStatus {
@@ -279,8 +332,33 @@ mod tests {
                 }),
             },
             vdis: vec![info],
+            snapshots: vec![AttachedSnapshot {
+                name: "db@7".into(),
+                vdi: "db".into(),
+                uuid: Uuid::nil(),
+                snapshot: 7,
+                label: String::new(),
+                time: 0,
+                size: 4096,
+                read_only: true,
+                socket: None,
+                state: VdiState::Running,
+                last_error: None,
+                front_end_connected: true,
+                waiting_reads: 2,
+                reads: 3,
+                read_bytes: 512,
+                flushes: 0,
+                refused: 1,
+                failed: 0,
+            }],
             outlook: Outlook { runway_ms: Some(60_000), ..Default::default() },
             degraded: vec!["the store does not answer".into()],
+            frozen_guests: vec![FrozenGuest {
+                guest_agent: "/g".into(),
+                since: 5000,
+                why: "silent".into(),
+            }],
         }
     }
 
@@ -300,13 +378,17 @@ mod tests {
             "ballast_store_up 0.0",
             "ballast_runway_seconds 60.0",
             "ballast_degraded 1.0",
+            "ballast_guests_frozen 1.0",
             "ballast_cache_legs 2.0",
             "ballast_cache_legs_in_step 1.0",
             "ballast_cache_quarantined_bytes 0.0",
             "ballast_cache_replacement_bytes 100.0",
             "ballast_cache_replacement_done_bytes 25.0",
             "ballast_vdi_reads_total{vdi=\"web \\\"1\\\"\\\\\",uuid=\"00000000-0000-0000-0000-000000000000\"} 3",
+            "ballast_vdi_schedule_trouble{vdi=\"web \\\"1\\\"\\\\\",uuid=\"00000000-0000-0000-0000-000000000000\"} 1.0",
             "ballast_vdi_drain_seconds{vdi=\"web \\\"1\\\"\\\\\",uuid=\"00000000-0000-0000-0000-000000000000\"} 1.5",
+            "ballast_read_only_waiting_reads{vdi=\"db\",snapshot=\"7\",uuid=\"00000000-0000-0000-0000-000000000000\"} 2.0",
+            "ballast_read_only_refused_total{vdi=\"db\",snapshot=\"7\",uuid=\"00000000-0000-0000-0000-000000000000\"} 1",
         ] {
             assert!(text.lines().any(|line| line == expected), "no '{expected}' in\n{text}");
         }

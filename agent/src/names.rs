@@ -74,20 +74,32 @@ pub fn socket_path(run_dir: &Path, name: &str, uuid: Uuid) -> Result<PathBuf, St
     if file == CONTROL_SOCKET {
         file.replace_range(..1, &format!("%{:02X}", file.as_bytes()[0]));
     }
-    let fits = |path: &Path| path.as_os_str().len() <= SOCKET_PATH_LEN_MAX;
-    let path = run_dir.join(file);
-    if fits(&path) {
-        return Ok(path);
-    }
-    let path = run_dir.join(format!("{uuid}.sock"));
-    if fits(&path) {
-        return Ok(path);
-    }
-    Err(format!(
-        "the run directory {} has too long a path: sockets' paths may have {SOCKET_PATH_LEN_MAX} bytes; \
-         use a shorter --run-dir",
-        run_dir.display()
-    ))
+    first_that_fits(run_dir, [file, format!("{uuid}.sock")])
+}
+
+/// Path of the socket that a snapshot of the disk is served on. No disk has it: in their sockets' names an '@' is escaped.
+///
+/// # Errors
+/// As [`socket_path`].
+pub fn snapshot_socket_path(
+    run_dir: &Path,
+    name: &str,
+    uuid: Uuid,
+    lsn: u64,
+) -> Result<PathBuf, String> {
+    let file = format!("{}@{lsn}.sock", percent_escape(name));
+    first_that_fits(run_dir, [file, format!("{uuid}@{lsn}.sock")])
+}
+
+fn first_that_fits(run_dir: &Path, files: [String; 2]) -> Result<PathBuf, String> {
+    let mut paths = files.into_iter().map(|file| run_dir.join(file));
+    paths.find(|path| path.as_os_str().len() <= SOCKET_PATH_LEN_MAX).ok_or_else(|| {
+        format!(
+            "the run directory {} has too long a path: sockets' paths may have {SOCKET_PATH_LEN_MAX} bytes; \
+             use a shorter --run-dir",
+            run_dir.display()
+        )
+    })
 }
 
 #[cfg(test)]
@@ -132,6 +144,15 @@ mod tests {
     fn a_disk_cannot_take_the_control_socket() {
         assert_eq!(socket("control"), Path::new("/run/ballast/%63ontrol.sock"));
         assert_ne!(socket("%63ontrol"), socket("control"));
+    }
+
+    #[test]
+    fn snapshots_have_sockets_of_their_own() {
+        let of =
+            |name: &str| snapshot_socket_path(Path::new("/run/ballast"), name, UUID, 7).unwrap();
+        assert_eq!(of("db"), Path::new("/run/ballast/db@7.sock"));
+        assert_eq!(of(&"n".repeat(255)), PathBuf::from(format!("/run/ballast/{UUID}@7.sock")));
+        assert_ne!(of("db"), socket("db@7"));
     }
 
     #[test]

@@ -27,7 +27,15 @@ impl Ballast {
     pub fn create(config: &AgentConfig, disk_bytes: u64) -> Result<Self> {
         let agent = Agent::start(config)?;
         agent.create(DISK_NAME, disk_bytes)?;
-        let socket = agent.attach(DISK_NAME)?;
+        Self::attach(agent, DISK_NAME)
+    }
+
+    /// Attaches a disk that is there.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub fn attach(agent: Agent, name: &str) -> Result<Self> {
+        let socket = agent.attach(name)?;
         Ok(Self { agent, socket })
     }
 

@@ -1,4 +1,4 @@
-//! Filling a ring to the brim: random 4 KiB writes, as many in flight as there are slots, until the agent answers none.
+//! Filling a ring, to the brim or in part: random 4 KiB writes, as many in flight as there are slots.
 
 use std::path::Path;
 use std::time::Duration;
@@ -22,12 +22,17 @@ pub struct Filled {
     pub last_stamp: u64,
 }
 
-/// Writes random blocks until none is answered any more. Each starts with its own number. `answered` is told of each
-/// answer how many there were.
+/// Writes random blocks until none is answered any more, or `most` were. Each starts with its own number. `answered` is told of
+/// each answer how many there were.
 ///
 /// # Errors
 /// When a write fails or the agent dies.
-pub fn fill(socket: &Path, disk_bytes: u64, answered: &mut dyn FnMut(u64)) -> Result<Filled> {
+pub fn fill(
+    socket: &Path,
+    disk_bytes: u64,
+    most: u64,
+    answered: &mut dyn FnMut(u64),
+) -> Result<Filled> {
     let mut disk = Disk::connect(socket, &Options::default())?;
     let mut random = Random(0x0f11_5eed);
     let slots = disk.options().slots;
@@ -40,6 +45,9 @@ pub fn fill(socket: &Path, disk_bytes: u64, answered: &mut dyn FnMut(u64)) -> Re
     let mut idle: Vec<usize> = (0..slots).collect();
     loop {
         for slot in idle.drain(..) {
+            if submitted == most {
+                break;
+            }
             submitted += 1;
             let sector = random.below(disk_bytes / 4096) * 8;
             placed[slot] = (sector, submitted);
@@ -61,6 +69,9 @@ pub fn fill(socket: &Path, disk_bytes: u64, answered: &mut dyn FnMut(u64)) -> Re
                 (filled.last_sector, filled.last_stamp) = (sector, stamp);
             }
             idle.push(done.slot);
+        }
+        if filled.writes == most {
+            break;
         }
     }
     Ok(filled)

@@ -1,4 +1,5 @@
-//! `bench`: Ballast and qemu-storage-daemon side by side, and the agent's memory and recovery time.
+//! `bench`: Ballast and qemu-storage-daemon side by side, the agent's memory and recovery time, snapshots, and garbage
+//! collection.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,9 +9,14 @@ use anyhow::{Context, Result, bail, ensure};
 use bench::compare::Line;
 use bench::memory::Memory;
 use bench::outage::Outage;
+use bench::plot::Plot;
 use bench::recovery::Recovery;
 use bench::suite::{self, Settings};
-use bench::{agent, machine, memory, outage, process, recovery, report};
+use bench::synthetic::{self, Shape};
+use bench::{
+    agent, beside, clones, collecting, collecting_report, depths, machine, memory, outage, process,
+    recovery, report, snapping, snapshots_report,
+};
 use clap::{Args, Parser, Subcommand};
 
 #[derive(Debug, Parser)]
@@ -24,7 +30,7 @@ struct Cli {
 
 #[derive(Debug, Clone, Copy, Subcommand)]
 enum Task {
-    /// Limits, comparison, memory, recovery and outage in turn.
+    /// All of these in turn.
     All,
     /// fio on the file system: what no server on it can pass.
     Limits,
@@ -36,6 +42,16 @@ enum Task {
     Recovery,
     /// Latency of writes around an outage of the shared device, and what the ring takes before it slows writers.
     Outage,
+    /// Garbage collection over synthetic stores: sizes, numbers of snapshots and of disks.
+    Gc,
+    /// A guest beside garbage collection at its default limit.
+    GcBeside,
+    /// Latency of snapshots under load, and what they cost the guest.
+    Snapshots,
+    /// Random reads by the number of snapshots, beside chains of qcow2 overlays.
+    SnapshotsDepth,
+    /// Clones, many snapshots of one disk, and the store used by an empty one.
+    SnapshotsMany,
 }
 
 #[derive(Debug, Args)]
@@ -43,6 +59,10 @@ struct CliOptions {
     /// Where files are made (they are removed again): the file system to measure.
     #[arg(long, global = true)]
     dir: Option<PathBuf>,
+    /// Where the image behind the iSCSI target is made, for outages; as --dir when not given. In memory (/dev/shm) it does not compete
+    /// with the cache for one device.
+    #[arg(long, global = true)]
+    san_dir: Option<PathBuf>,
     /// The agent's binary; built from this workspace when not given.
     #[arg(long, global = true)]
     ballast: Option<PathBuf>,
@@ -61,9 +81,39 @@ struct CliOptions {
     /// Size of the ring in the recovery measurement.
     #[arg(long, global = true, default_value = "4GiB", value_parser = parse_size)]
     recovery_ring: u64,
+    /// Further kills in the recovery measurement, each with its pause.
+    #[arg(long, global = true, default_value_t = 20)]
+    recovery_kills: usize,
     /// Size of the cache in the memory measurement.
     #[arg(long, global = true, default_value = "2GiB", value_parser = parse_size)]
     memory_cache: u64,
+    /// Bytes in use of the stores that are collected, separated by commas.
+    #[arg(long, global = true, default_value = "1GiB,10GiB,100GiB", value_delimiter = ',', value_parser = parse_size)]
+    gc_sizes: Vec<u64>,
+    /// Bytes in use of the store whose number of snapshots and disks is varied.
+    #[arg(long, global = true, default_value = "10GiB", value_parser = parse_size)]
+    gc_varied: u64,
+    /// Snapshots of one disk in it, one store per number.
+    #[arg(long, global = true, default_value = "100,1000", value_delimiter = ',')]
+    gc_snapshots: Vec<u32>,
+    /// Disks in it, one store per number.
+    #[arg(long, global = true, default_value = "10,100", value_delimiter = ',')]
+    gc_disks: Vec<u32>,
+    /// Bytes in use of the store that is collected beside a guest.
+    #[arg(long, global = true, default_value = "300GiB", value_parser = parse_size)]
+    gc_beside: u64,
+    /// Clones of one snapshot.
+    #[arg(long, global = true, default_value_t = 1000)]
+    clones: u32,
+    /// Bytes of the disk that is cloned.
+    #[arg(long, global = true, default_value = "500000000000", value_parser = parse_size)]
+    clone_size: u64,
+    /// Bytes of it that were written.
+    #[arg(long, global = true, default_value = "10GiB", value_parser = parse_size)]
+    clone_used: u64,
+    /// Snapshots of one disk, one store per number.
+    #[arg(long, global = true, default_value = "0,10000,100000", value_delimiter = ',')]
+    snapshots: Vec<u32>,
     /// Times each server is measured per row.
     #[arg(long, global = true, default_value_t = 3)]
     rounds: usize,
@@ -99,16 +149,26 @@ fn main() -> Result<()> {
             compare(&settings, &out)?;
             if settings.ballast.is_some() {
                 memory(&settings, cli.options.memory_cache, &out)?;
-                recovery(&settings, cli.options.recovery_ring, &out)?;
+                recovery(&settings, &cli.options, &out)?;
                 outage(&settings, &out)?;
+                snapshots(&settings, &out)?;
+                snapshots_depth(&settings, &out)?;
+                snapshots_many(&settings, &cli.options, &out)?;
+                gc_beside(&settings, &cli.options, &out)?;
+                gc(&settings, &cli.options, &out)?;
             }
             Ok(())
         }
         Task::Limits => limits(&settings, &out),
         Task::Compare => compare(&settings, &out),
         Task::Memory => memory(&settings, cli.options.memory_cache, &out),
-        Task::Recovery => recovery(&settings, cli.options.recovery_ring, &out),
+        Task::Recovery => recovery(&settings, &cli.options, &out),
         Task::Outage => outage(&settings, &out),
+        Task::Gc => gc(&settings, &cli.options, &out),
+        Task::GcBeside => gc_beside(&settings, &cli.options, &out),
+        Task::Snapshots => snapshots(&settings, &out),
+        Task::SnapshotsDepth => snapshots_depth(&settings, &out),
+        Task::SnapshotsMany => snapshots_many(&settings, &cli.options, &out),
     }
 }
 
@@ -125,6 +185,14 @@ impl Output {
             Some(path) => report::write_section(path, name, text),
             None => Ok(()),
         }
+    }
+
+    /// A plot beside the document, in `plots`; the line that shows it there.
+    fn plot(&self, name: &str, plot: &Plot) -> Result<String> {
+        let Some(document) = &self.markdown else { return Ok(String::new()) };
+        let place = format!("plots/{name}.svg");
+        plot.write(&document.with_file_name(&place))?;
+        Ok(format!("![{}]({place})\n", plot.title))
     }
 }
 
@@ -205,18 +273,32 @@ fn memory_text(settings: &Settings, found: &Memory) -> String {
     )
 }
 
-fn recovery(settings: &Settings, ring_bytes: u64, out: &Output) -> Result<()> {
+fn recovery(settings: &Settings, options: &CliOptions, out: &Output) -> Result<()> {
+    let ring_bytes = options.recovery_ring;
     eprintln!("recovery of the agent …");
     let disk_bytes = settings.disk_bytes.max(ring_bytes);
     let settings = Settings { cache_bytes: ring_bytes, disk_bytes, ..settings.clone() };
-    out.section("recovery", &recovery_text(&recovery::run(&settings)?))
+    out.section("recovery", &recovery_text(&recovery::run(&settings, options.recovery_kills)?))
 }
 
 fn recovery_text(found: &Recovery) -> String {
+    let seconds =
+        |pause: Option<&Duration>| format!("{:.2}", pause.map_or(0.0, Duration::as_secs_f64));
+    let pauses = match &found.pauses[..] {
+        [] => String::new(),
+        pauses => format!(
+            " Killed {} times more, each time started at once: from the kill until a read was answered half of the pauses took at \
+             most {} s, 99 % at most {} s (target: 1 s for 1 GiB), the longest {} s.",
+            pauses.len(),
+            seconds(pauses.get((pauses.len() - 1) / 2)),
+            seconds(pauses.get((pauses.len() * 99).div_ceil(100) - 1)),
+            seconds(pauses.last()),
+        ),
+    };
     format!(
         "Ring of {} MiB filled with {} random 4 KiB writes while the shared device was frozen ({} MiB \
          dirty), agent killed and started with the device still frozen: its socket accepted after {:.2} s, the first read was served after \
-         {:.2} s (target: 5 s for 16 GiB), peak resident memory {} MiB.",
+         {:.2} s (target: 5 s for 16 GiB), peak resident memory {} MiB.{pauses}",
         found.ring_bytes >> 20,
         report::number(found.writes as f64),
         found.dirty_bytes >> 20,
@@ -243,12 +325,13 @@ fn outage_text(command: &str, settings: &Settings, found: &Outage) -> String {
     let rows = [
         row("there", &found.present),
         row("frozen (target: ≤ 1.1)", &found.away),
-        row("back, until 90 % is drained (target: ≤ 3)", &found.draining),
+        row("back, with a full ring, until 90 % is drained", &found.from_full.writes),
+        row("back, with half of the ring dirty, the same (target: ≤ 3)", &found.from_half.writes),
     ];
     format!(
         "`{command}`\n\nDisk {} MiB, ring {} MiB; 4k random writes, one at a time; target and client share a core.\n\n{}\n\
-         Writers were slowed when {} % of the ring was dirty (target: ≥ 75 %), and stopped at {} %. The store answered {:.1} s after its \
-         return; 90 % was drained after {:.1} s.",
+         Writers were slowed when {} % of the ring was dirty (target: ≥ 75 %), and stopped at {} %. The store answered {:.1} s and {:.1} s after its \
+         returns; 90 % was drained after {:.1} s and {:.1} s.",
         settings.disk_bytes >> 20,
         found.ring_bytes >> 20,
         report::table(
@@ -257,9 +340,115 @@ fn outage_text(command: &str, settings: &Settings, found: &Outage) -> String {
         ),
         100 * found.absorbed_bytes / found.ring_bytes,
         100 * found.full_bytes / found.ring_bytes,
-        found.answered.as_secs_f64(),
-        found.drained.as_secs_f64(),
+        found.from_full.answered.as_secs_f64(),
+        found.from_half.answered.as_secs_f64(),
+        found.from_full.drained.as_secs_f64(),
+        found.from_half.drained.as_secs_f64(),
     )
+}
+
+fn gc(settings: &Settings, options: &CliOptions, out: &Output) -> Result<()> {
+    // The agent uses all cores, as it does in earnest; nothing else is under load.
+    process::unpin_self()?;
+    let varied = Shape { used_bytes: options.gc_varied, ..Shape::default() };
+    let sizes = options.gc_sizes.iter().map(|&used_bytes| Shape { used_bytes, ..varied });
+    let snapshots = options.gc_snapshots.iter().map(|&snapshots| Shape { snapshots, ..varied });
+    let disks = options.gc_disks.iter().map(|&disks| Shape { disks, ..varied });
+    let mut found = Vec::new();
+    for shape in sizes.chain(snapshots).chain(disks) {
+        eprintln!(
+            "a store with {} MiB in use, {} disks, {} snapshots …",
+            shape.used_bytes >> 20,
+            shape.disks,
+            shape.snapshots
+        );
+        found.push(collecting::run(settings, shape)?);
+        if let Some(last) = found.last() {
+            eprint!("{}", collecting_report::cycles(std::slice::from_ref(last)));
+        }
+    }
+    let text = format!(
+        "`{}`\n\nSynthetic stores (real metadata, no data) in a sparse file; the agent without a limit (`--gc-rate 0`), on all \
+         cores; before each snapshot {} random blocks were overwritten. \"Device\" is the same metadata read in order with \
+         direct I/O right after the cycle; \"bits\" one bit per block of the store.\n\n{}\n{}{}",
+        out.command,
+        synthetic::WRITES_PER_SNAPSHOT,
+        collecting_report::cycles(&found),
+        out.plot("gc-time", &collecting_report::time_plot(&found))?,
+        out.plot("gc-number", &collecting_report::number_plot(&found))?,
+    );
+    out.section("gc", &text)
+}
+
+fn gc_beside(settings: &Settings, options: &CliOptions, out: &Output) -> Result<()> {
+    eprintln!("a guest beside garbage collection …");
+    let text = format!(
+        "`{}`\n\nDisk {} MiB, cache {} MiB, in a synthetic store with {} GiB of another disk; {} rounds in turn; collection at \
+         its default limit. The agent is on core {}, the client on core {}.\n\n{}",
+        out.command,
+        settings.disk_bytes >> 20,
+        settings.cache_bytes >> 20,
+        options.gc_beside >> 30,
+        settings.rounds,
+        suite::SERVER_CORE,
+        suite::CLIENT_CORE,
+        snapshots_report::beside(&beside::run(settings, options.gc_beside)?),
+    );
+    out.section("gc-beside", &text)
+}
+
+fn snapshots(settings: &Settings, out: &Output) -> Result<()> {
+    eprintln!("snapshots under load …");
+    let text = format!(
+        "`{}`\n\nDisk {} MiB, cache {} MiB; 4k random writes, depth {}; {} rounds in turn; snapshots through the control socket. \
+         The agent is on core {}, all clients on core {}.\n\n{}",
+        out.command,
+        settings.disk_bytes >> 20,
+        settings.cache_bytes >> 20,
+        snapping::DEPTH,
+        settings.rounds,
+        suite::SERVER_CORE,
+        suite::CLIENT_CORE,
+        snapshots_report::snapping(&snapping::run(settings)?),
+    );
+    out.section("snapshots", &text)
+}
+
+fn snapshots_depth(settings: &Settings, out: &Output) -> Result<()> {
+    eprintln!("reads by the number of snapshots …");
+    let found = depths::run(settings)?;
+    let text = format!(
+        "`{}`\n\n4k random reads, depth 32, of a disk of {} MiB that was written once, and {} random blocks of it before each \
+         snapshot or into each overlay; the agent's cache is too small for it, so reads go to the store. {} rounds, depths in \
+         turn. Servers are on core {}, the client on core {}.\n\n{}\n{}",
+        out.command,
+        settings.disk_bytes.min(depths::DISK_BYTES_MAX) >> 20,
+        synthetic::WRITES_PER_SNAPSHOT,
+        settings.rounds,
+        suite::SERVER_CORE,
+        suite::CLIENT_CORE,
+        snapshots_report::depths(&found),
+        out.plot("snapshots-depth", &snapshots_report::depth_plot(&found))?,
+    );
+    out.section("snapshots-depth", &text)
+}
+
+fn snapshots_many(settings: &Settings, options: &CliOptions, out: &Output) -> Result<()> {
+    // The agent uses all cores, as it does in earnest.
+    process::unpin_self()?;
+    eprintln!("{} clones …", options.clones);
+    let clones = clones::clones(settings, options.clone_size, options.clone_used, options.clones)?;
+    eprintln!("empty snapshots …");
+    let empty = clones::empty(settings)?;
+    let mut many = Vec::new();
+    for &snapshots in &options.snapshots {
+        eprintln!("a disk with {snapshots} snapshots …");
+        many.push(clones::many(settings, snapshots)?);
+    }
+    process::pin_self(suite::CLIENT_CORE)?;
+    let text =
+        format!("`{}`\n\n{}", out.command, snapshots_report::numbers(&clones, &many, &empty));
+    out.section("snapshots-many", &text)
 }
 
 fn machine_text(settings: &Settings) -> String {
@@ -282,6 +471,7 @@ fn settings(options: &CliOptions, agent_needed: bool) -> Result<Settings> {
     };
     ensure!(options.rounds > 0, "--rounds must be at least 1");
     Ok(Settings {
+        san_dir: options.san_dir.clone().unwrap_or_else(|| dir.clone()),
         dir,
         ballast,
         disk_bytes: options.disk_size,
@@ -326,7 +516,8 @@ fn parse_size(text: &str) -> Result<u64, String> {
         "KiB" => 10,
         "MiB" => 20,
         "GiB" => 30,
-        other => return Err(format!("{other}: KiB, MiB or GiB")),
+        "TiB" => 40,
+        other => return Err(format!("{other}: KiB, MiB, GiB or TiB")),
     };
     number
         .checked_mul(1 << shift)

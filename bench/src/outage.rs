@@ -2,8 +2,8 @@
 //! how much the ring takes before writers are slowed.
 //!
 //! The load is one client that writes random 4 KiB blocks, one at a time, as fast as they are answered; only to fill the
-//! ring it keeps many in flight. All but that goes on while the ring has room: from its return the device has a full ring
-//! to take.
+//! ring it keeps many in flight. The device returns twice: to a ring that is full, where writers wait for room whatever the
+//! drain does, and to one that is half dirty.
 
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -54,12 +54,21 @@ pub struct Outage {
     pub present: Latency,
     /// With the device frozen, and room in the ring.
     pub away: Latency,
-    /// From the device's return until the ring was nearly drained.
-    pub draining: Latency,
     /// Bytes of log that the ring held, none of them in the store, when writers were slowed.
     pub absorbed_bytes: u64,
     /// The same when nothing was answered any more.
     pub full_bytes: u64,
+    /// The device returned to a full ring.
+    pub from_full: Return,
+    /// It returned to a ring of which half was dirty.
+    pub from_half: Return,
+}
+
+/// One return of the device.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Return {
+    /// Until the ring was nearly drained.
+    pub writes: Latency,
     /// From the device's return until the store answered.
     pub answered: Duration,
     /// From the device's return until the ring was nearly drained.
@@ -73,7 +82,8 @@ pub struct Outage {
 pub fn run(settings: &Settings) -> Result<Outage> {
     let binary = settings.ballast.as_ref().context("no `ballast` binary to measure")?;
     let dir = tempfile::tempdir_in(&settings.dir).context("make a directory")?;
-    let image = dir.path().join("lun.img");
+    let san_dir = tempfile::tempdir_in(&settings.san_dir).context("make a directory")?;
+    let image = san_dir.path().join("lun.img");
     let store_bytes = 3 * settings.disk_bytes + (1 << 30);
     File::create(&image)
         .and_then(|file| file.set_len(store_bytes))
@@ -101,7 +111,7 @@ pub fn run(settings: &Settings) -> Result<Outage> {
     let (held, _, _) = ballast.agent().cache_bytes()?;
     drop(disk);
     let (mut answers, start) = (Vec::new(), Instant::now());
-    fill_ring(ballast.socket(), settings.disk_bytes, &mut |_| {
+    fill_ring(ballast.socket(), settings.disk_bytes, u64::MAX, &mut |_| {
         let slice = (start.elapsed().as_millis() / SLICE.as_millis()) as usize;
         answers.resize(answers.len().max(slice + 1), 0);
         answers[slice] += 1;
@@ -109,6 +119,29 @@ pub fn run(settings: &Settings) -> Result<Outage> {
     let (full, _, ring_bytes) = ballast.agent().cache_bytes()?;
     let filled = full - held;
 
+    let from_full = device_returns(&san, &ballast, settings, ring_bytes)?;
+
+    ballast.settle()?;
+    san.freeze()?;
+    fill_ring(ballast.socket(), settings.disk_bytes, ring_bytes / 2 / 4096, &mut |_| {})?;
+    let from_half = device_returns(&san, &ballast, settings, ring_bytes)?;
+    Ok(Outage {
+        ring_bytes,
+        present,
+        away,
+        absorbed_bytes: held + (filled as f64 * share_before_slowing(&answers)) as u64,
+        full_bytes: full,
+        from_full,
+        from_half,
+    })
+}
+
+fn device_returns(
+    san: &FreezableSan,
+    ballast: &Ballast,
+    settings: &Settings,
+    ring_bytes: u64,
+) -> Result<Return> {
     let mut disk = Disk::connect(ballast.socket(), &Options::default())?;
     san.thaw()?;
     let back = Instant::now();
@@ -126,27 +159,18 @@ pub fn run(settings: &Settings) -> Result<Outage> {
         ensure!(back.elapsed() < DRAIN_TIMEOUT, "{dirty} bytes are still dirty");
     }
     let drained = back.elapsed();
-    Ok(Outage {
-        ring_bytes,
-        present,
-        away,
-        draining: Latency::of(&times),
-        absorbed_bytes: held + (filled as f64 * share_before_slowing(&answers)) as u64,
-        full_bytes: full,
-        answered: answered.unwrap_or(drained),
-        drained,
-    })
+    Ok(Return { writes: Latency::of(&times), answered: answered.unwrap_or(drained), drained })
 }
 
 impl Latency {
-    fn of(times: &Histogram<u64>) -> Self {
+    pub(crate) fn of(times: &Histogram<u64>) -> Self {
         let at = |quantile| Duration::from_nanos(times.value_at_quantile(quantile));
         let max = Duration::from_nanos(times.max());
         Self { writes: times.len(), p50: at(0.5), p99: at(0.99), max }
     }
 }
 
-fn histogram() -> Result<Histogram<u64>> {
+pub(crate) fn histogram() -> Result<Histogram<u64>> {
     Histogram::new_with_bounds(1, 120_000_000_000, 3).context("histogram")
 }
 

@@ -207,6 +207,18 @@ pub fn pin_self(core: usize) -> Result<()> {
         .with_context(|| format!("pin the client to core {core}: the measurements need two cores"))
 }
 
+/// Lets the calling thread, and those it starts from now on, run on every core.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn unpin_self() -> Result<()> {
+    let mut set = CpuSet::new();
+    for core in 0..CpuSet::count() {
+        set.set(core).context("name all cores")?;
+    }
+    sched_setaffinity(Pid::from_raw(0), &set).context("run on all cores")
+}
+
 fn one_core(core: usize) -> Result<CpuSet> {
     let mut set = CpuSet::new();
     set.set(core).with_context(|| format!("no core {core}"))?;

@@ -17,7 +17,7 @@ use crate::server::Server;
 use crate::suite::{CLIENT_CORE, SERVER_CORE, Settings};
 
 /// One recovery.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Recovery {
     /// Size of the ring.
     pub ring_bytes: u64,
@@ -31,14 +31,16 @@ pub struct Recovery {
     pub first_read: Duration,
     /// Most memory the recovered agent held by then.
     pub peak_bytes: u64,
+    /// From each further kill until the first read is answered by the agent started right after it, the shortest first.
+    pub pauses: Vec<Duration>,
 }
 
 /// Fills a ring of `settings.cache_bytes` with random 4 KiB writes while the shared device is frozen,
-/// kills the agent, restarts it with the device still frozen, reads the last block written.
+/// kills the agent, restarts it with the device still frozen, reads the last block written; and `kills` times more.
 ///
 /// # Errors
 /// When there is no agent to measure, it fails, or it returns something else than was written.
-pub fn run(settings: &Settings) -> Result<Recovery> {
+pub fn run(settings: &Settings, kills: usize) -> Result<Recovery> {
     let binary = settings.ballast.as_ref().context("no `ballast` binary to measure")?;
     let dir = tempfile::tempdir_in(&settings.dir).context("make a directory")?;
     let image = dir.path().join("lun.img");
@@ -62,7 +64,7 @@ pub fn run(settings: &Settings) -> Result<Recovery> {
     let socket = ballast.socket().to_owned();
 
     san.freeze()?;
-    let filled = fill(&socket, settings.disk_bytes, &mut |_| {});
+    let filled = fill(&socket, settings.disk_bytes, u64::MAX, &mut |_| {});
     let dirty = ballast.agent().info(DISK_NAME).map(|info| info.dirty_bytes);
     ballast.agent_mut().process_mut().kill()?;
     let (filled, dirty_bytes) = (filled?, dirty?);
@@ -71,12 +73,24 @@ pub fn run(settings: &Settings) -> Result<Recovery> {
 
     // The device stays frozen: the local one must be enough.
     let start = Instant::now();
-    let agent = Agent::spawn(&config)?;
+    let mut agent = Agent::spawn(&config)?;
     let mut disk = connect(&socket, start)?;
     let connected = start.elapsed();
     let read = Request::Read { sector: filled.last_sector, sectors: 8 };
     disk.execute(&read, Duration::from_secs(600))?;
     let first_read = start.elapsed();
+    let peak_bytes = agent.process().memory("VmHWM")?;
+    let mut pauses = Vec::new();
+    for _ in 0..kills {
+        let start = Instant::now();
+        agent.process_mut().kill()?;
+        config.wait_for_release()?;
+        agent = Agent::spawn(&config)?;
+        disk = connect(&socket, start)?;
+        disk.execute(&read, Duration::from_secs(600))?;
+        pauses.push(start.elapsed());
+    }
+    pauses.sort_unstable();
     drop(san);
     // A write that was in flight at the kill may have gone over it.
     let found = u64::from_le_bytes(disk.buffer(0)[..8].try_into().expect("eight bytes"));
@@ -91,7 +105,8 @@ pub fn run(settings: &Settings) -> Result<Recovery> {
         dirty_bytes,
         connected,
         first_read,
-        peak_bytes: agent.process().memory("VmHWM")?,
+        peak_bytes,
+        pauses,
     })
 }
 

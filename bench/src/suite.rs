@@ -29,6 +29,8 @@ pub const CLIENT_CORE: usize = 1;
 pub struct Settings {
     /// Where files are made; on the file system to measure.
     pub dir: PathBuf,
+    /// Where the image behind an iSCSI target is made: on another device than the cache, if there is one.
+    pub san_dir: PathBuf,
     /// The `ballast` binary; `None` measures the peer alone.
     pub ballast: Option<PathBuf>,
     /// Bytes of the disk.

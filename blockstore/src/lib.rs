@@ -34,16 +34,19 @@ pub mod alloc;
 pub mod buf;
 pub mod commit;
 pub mod crc;
+pub mod describe;
 pub mod device;
 pub mod eras;
 pub mod error;
 pub mod format;
+pub mod holds;
 pub mod io;
 pub mod name;
 pub mod node_cache;
 pub mod policy;
 pub mod root;
 pub mod sabotage;
+pub mod schedule;
 pub mod slot;
 pub mod snapshots;
 pub mod store;
@@ -54,11 +57,14 @@ pub mod vdi;
 pub use commit::publish::Prepared;
 pub use commit::{Batch, Change, Committed, Cut, SnapshotLabel};
 pub use error::{Result, StoreError, StoreErrorKind};
+pub use holds::{SnapshotHold, SnapshotHolds};
 pub use io::Health;
-pub use policy::WhenOffline;
+pub use policy::{Policy, PolicyChange, WhenOffline};
+pub use schedule::Schedule;
 pub use store::{
-    AttachOptions, CHANGES_MAX, Collection, Difference, ExportReport, FormatOptions, HostInfo,
-    ImageInfo, LostLog, OpenOptions, OwnerInfo, Reclaimed, Rewound, Space, Store, StoreInfo,
+    AttachOptions, CHANGES_MAX, Collection, Cure, Difference, ExportReport, Fingerprint, Fix,
+    FormatOptions, Held, HostInfo, ImageInfo, LostLog, OpenOptions, OwnerInfo, REPAIR_HOST,
+    Reclaimed, Repairer, Rewound, SnapshotImage, Space, Store, StoreInfo, TableProblem, Thinned,
     VdiInfo,
 };
 pub use vdi::{CommittedState, Vdi};

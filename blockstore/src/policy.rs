@@ -1,11 +1,53 @@
-//! What becomes of a guest's requests that cannot go on without the store. Pure.
+//! What was chosen for a disk: what becomes of requests that cannot go on without the store, and its schedule of snapshots. Pure.
 //!
-//! It is a policy of the disk: noted in its immutable block in the store, and, while a host serves it, in that host's cache
+//! It is noted in the disk's immutable block in the store, and, while a host serves it, in that host's cache
 //! (docs/decisions say which counts when). Only requests of which nothing was taken may fail by it.
 
+use crate::schedule::Schedule;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
+
+/// What was chosen for a disk, wherever it is served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// What becomes of requests that cannot go on without the store.
+    pub when_offline: WhenOffline,
+    /// Its snapshots by themselves.
+    pub schedule: Schedule,
+}
+
+/// A change of a disk's policy: what is none stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PolicyChange {
+    /// See [`Policy`].
+    pub when_offline: Option<WhenOffline>,
+    /// See [`Policy`].
+    pub schedule: Option<Schedule>,
+}
+
+impl PolicyChange {
+    /// The policy after the change.
+    #[must_use]
+    pub fn of(self, policy: Policy) -> Policy {
+        Policy {
+            when_offline: self.when_offline.unwrap_or(policy.when_offline),
+            schedule: self.schedule.unwrap_or(policy.schedule),
+        }
+    }
+}
+
+impl From<Policy> for PolicyChange {
+    fn from(policy: Policy) -> Self {
+        Self { when_offline: Some(policy.when_offline), schedule: Some(policy.schedule) }
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "while the store is away, {}; snapshots: {}", self.when_offline, self.schedule)
+    }
+}
 
 /// With the store away: what happens to writes when the ring is full, and to reads of what is not held locally.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -101,10 +143,10 @@ impl FromStr for WhenOffline {
 
 /// Serializes as [`fmt::Display`] writes it.
 pub(crate) fn in_words<S: serde::Serializer>(
-    policy: &WhenOffline,
+    choice: &impl fmt::Display,
     to: S,
 ) -> Result<S::Ok, S::Error> {
-    to.collect_str(policy)
+    to.collect_str(choice)
 }
 
 #[cfg(test)]

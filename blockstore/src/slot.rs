@@ -6,8 +6,9 @@
 //!
 //! A change whose outcome is unknown is resolved by reading the record: it holds the new bytes
 //! (landed), the old ones (issue the identical change again), or something else (lost to another
-//! writer; the caller judges what that means).
+//! writer; the caller judges what that means, once it is durable).
 
+use crate::device::CawOutcome;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::head::{Damage, HEAD_SIZE, Head, Record, is_unused};
 use crate::io::{Errors, Io};
@@ -205,6 +206,37 @@ impl Records {
         }
     }
 
+    /// Makes records durable that were read: they may be in a volatile cache only, of an operation that ended with an error, or
+    /// be what a failed flush left behind, which no later flush covers. Each is written over itself. False: one is not what was
+    /// read any more.
+    ///
+    /// # Errors
+    /// The device's final errors, `Closing`.
+    pub async fn seal<T: Record>(&self, io: &Io, views: &[View<T>]) -> Result<bool> {
+        let mut attempts = io.attempts();
+        loop {
+            let epoch = io.device().epoch();
+            for view in views {
+                // Without compare-and-write it might go over what came since: it is flushed only.
+                if self.single_host || !matches!(view.content, Content::Valid(_)) {
+                    continue;
+                }
+                loop {
+                    let (offset, raw) = (view.slot.first.byte_offset(), view.raw.clone());
+                    let again = io.device().compare_and_write(offset, raw.clone(), raw);
+                    match attempts.once(again, Errors::AllAreRetried).await? {
+                        Some(CawOutcome::Written) => break,
+                        Some(CawOutcome::Miscompare) => return Ok(false),
+                        None => {}
+                    }
+                }
+            }
+            if io.flush_since(epoch, &mut attempts).await? {
+                return Ok(true);
+            }
+        }
+    }
+
     /// Single-host mode: the slot of the pair that is not the newest.
     async fn write_turn<T: Record>(
         &self,
@@ -248,17 +280,22 @@ impl Records {
         let offset = current.slot.first.byte_offset();
         let mut block = vec![0; self.logical_block];
         block[..HEAD_SIZE].copy_from_slice(&next.encode(current.slot.first));
-        let new = Bytes::from(block);
-        let mut expected = current.raw.clone();
+        let mut new = Bytes::from(block);
+        let (mut was, mut expected) = (current.raw.clone(), current.raw.clone());
         let mut contradictions = 0;
         let mut attempts = io.attempts();
+        // What is there instead. It may be in a volatile cache only, and is believed once it is durable.
+        let mut other = None;
         loop {
             let epoch = io.device().epoch();
             let operation = io.device().compare_and_write(offset, expected.clone(), new.clone());
             let outcome = attempts.once(operation, Errors::AllAreRetried).await?;
-            let written = outcome == Some(crate::device::CawOutcome::Written);
+            let written = outcome == Some(CawOutcome::Written);
             let assumed = outcome.is_none() && sabotage::on(Bug::AssumeLanded);
             if assumed || (written && io.flush_since(epoch, &mut attempts).await?) {
+                if let Some(found) = other {
+                    return Ok(Swap::Lost(found));
+                }
                 let content = Content::Valid(next);
                 return Ok(Swap::Done(View { slot: current.slot, content, raw: new }));
             }
@@ -268,13 +305,14 @@ impl Records {
                 return Err(damaged(io, current.slot, damage));
             }
             // By their heads, which checksums cover: what follows may have been read wrongly.
-            let (is, was) = (&found.raw[..HEAD_SIZE], &current.raw[..HEAD_SIZE]);
-            if *is == new[..HEAD_SIZE] || is == was {
+            let is = &found.raw[..HEAD_SIZE];
+            expected = found.raw.clone();
+            if *is == new[..HEAD_SIZE] || *is == was[..HEAD_SIZE] {
                 // If it landed, then maybe only in a volatile cache: the same bytes are written over themselves.
-                expected = found.raw.clone();
                 contradictions += u32::from(outcome.is_some() && !written);
             } else {
-                return Ok(Swap::Lost(found));
+                (new, was) = (found.raw.clone(), found.raw.clone());
+                other = Some(found);
             }
             if contradictions > CONTRADICTIONS_MAX {
                 return Err(StoreError::new(
@@ -288,9 +326,12 @@ impl Records {
     }
 }
 
-/// Of two alternating copies the one that counts.
+/// Of two alternating copies the one that counts. One of a newer version is never passed over for an older one that can be
+/// read: the record would go back.
 fn newest<T: Record>(a: View<T>, b: View<T>) -> View<T> {
     match (&a.content, &b.content) {
+        (Content::Damaged(Damage::Newer(_)), _) => a,
+        (_, Content::Damaged(Damage::Newer(_))) => b,
         (Content::Valid(x), Content::Valid(y)) => {
             if x.sequence > y.sequence {
                 a

@@ -14,7 +14,7 @@ use crate::format::node::{Node, height_for};
 use crate::format::pointer::Pointer;
 use crate::format::vdi::VdiHead;
 use crate::io::Io;
-use crate::policy::WhenOffline;
+use crate::policy::{Policy, PolicyChange};
 use crate::root::{Garbage, GarbageSink, Root};
 use crate::slot::View;
 use crate::snapshots::edit::KnownLeaf;
@@ -23,9 +23,9 @@ use crate::store::write_meta;
 use crate::types::{Birth, Generation, Lba, Lsn};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use serde::Serialize;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use uuid::Uuid;
 
 /// What the store holds of a disk.
@@ -58,8 +58,8 @@ pub(crate) struct VdiInner {
     pub core: Arc<Core>,
     pub uuid: Uuid,
     pub name: String,
-    /// As noted in the head's immutable block, see [`WhenOffline::to_bits`].
-    pub when_offline: AtomicU32,
+    /// As noted in the head's immutable block. Held for moments only.
+    pub policy: Mutex<Policy>,
     pub root: ArcSwap<Root>,
     pub sink: Arc<dyn GarbageSink>,
     pub control: tokio::sync::Mutex<Control>,
@@ -158,13 +158,8 @@ impl Vdi {
         let inner = &self.inner;
         // Held until the data is here: no block of this version is used again before.
         let root = inner.root.load_full();
-        let reader = &inner.core.reader;
-        let named = |error| inner.named(error);
-        let pointers = reader.resolve(&root.head, lba, blocks).await.map_err(named)?;
-        let stored: Vec<Pointer> = pointers.iter().copied().filter(|p| !p.is_sparse()).collect();
-        let mut data = reader.read_blocks(&stored).await.map_err(named)?.into_iter();
-        let block = |p: &Pointer| if p.is_sparse() { None } else { data.next() };
-        Ok(pointers.iter().map(block).collect())
+        let read = inner.core.reader.read(&root.head, lba, blocks).await;
+        read.map_err(|error| inner.named(error))
     }
 
     /// Where blocks of the committed image lie, sparse for holes.
@@ -214,21 +209,18 @@ impl Vdi {
         self.unstoppable(move |inner| async move { inner.resize(size_bytes).await }).await
     }
 
-    /// What becomes of requests that cannot go on without the store, as the store notes it.
+    /// What was chosen for the disk, as the store notes it.
     #[must_use]
-    pub fn when_offline(&self) -> WhenOffline {
-        WhenOffline::from_bits(self.inner.when_offline.load(Ordering::Relaxed))
+    pub fn policy(&self) -> Policy {
+        *self.inner.policy.lock()
     }
 
-    /// Notes a new policy. Waits while the store is unreachable.
+    /// Notes a change of policy; returns what is noted then. Waits while the store is unreachable.
     ///
     /// # Errors
     /// Those of [`commit`](Self::commit).
-    pub async fn set_when_offline(&self, policy: WhenOffline) -> Result<()> {
-        if self.when_offline() == policy {
-            return Ok(());
-        }
-        self.unstoppable(move |inner| async move { inner.set_when_offline(policy).await }).await
+    pub async fn set_policy(&self, change: PolicyChange) -> Result<Policy> {
+        self.unstoppable(move |inner| async move { inner.set_policy(change).await }).await
     }
 
     /// Since when the store has not answered, in milliseconds since 1970; none while it does.
@@ -279,9 +271,14 @@ impl VdiInner {
         }
     }
 
-    async fn set_when_offline(&self, policy: WhenOffline) -> Result<()> {
+    async fn set_policy(&self, change: PolicyChange) -> Result<Policy> {
         let mut control = self.control.lock().await;
         control.check(self)?;
+        let present = *self.policy.lock();
+        let policy = change.of(present);
+        if policy == present {
+            return Ok(present);
+        }
         loop {
             let base = self.root.load_full();
             let meta = base.head.meta_block(self.name.clone(), policy);
@@ -294,8 +291,8 @@ impl VdiInner {
                 let former = Some(base.head.meta).filter(|meta| !meta.is_sparse());
                 let blocks = former.iter().map(|meta| meta.gba).collect();
                 base.retire(next, Garbage { blocks, ..Garbage::default() }, since);
-                self.when_offline.store(policy.to_bits(), Ordering::Relaxed);
-                return Ok(());
+                *self.policy.lock() = policy;
+                return Ok(policy);
             }
         }
     }

@@ -5,7 +5,7 @@ pub(crate) mod deferred;
 use async_trait::async_trait;
 use blockstore::types::{Lba, Lsn};
 pub use blockstore::{Batch, Change};
-use blockstore::{StoreError, StoreErrorKind, Vdi, WhenOffline};
+use blockstore::{Policy, StoreError, StoreErrorKind, Vdi};
 use bytes::Bytes;
 use std::fmt;
 
@@ -31,9 +31,9 @@ pub trait Backing: Send + Sync + fmt::Debug + 'static {
         Ok(self.read(lba, blocks).await?.iter().map(Option::is_some).collect())
     }
 
-    /// What becomes of requests that cannot go on without the store, as the store notes it for this disk.
-    fn when_offline(&self) -> WhenOffline {
-        WhenOffline::Stall
+    /// What was chosen for this disk, as the store notes it.
+    fn policy(&self) -> Policy {
+        Policy::default()
     }
 
     /// The outage that is going on, if one is: since when the store has not answered, in milliseconds since 1970. A store
@@ -80,8 +80,8 @@ impl Backing for Vdi {
         Ok(pointers.iter().map(|pointer| !pointer.is_sparse()).collect())
     }
 
-    fn when_offline(&self) -> WhenOffline {
-        Vdi::when_offline(self)
+    fn policy(&self) -> Policy {
+        Vdi::policy(self)
     }
 
     fn away_since_ms(&self) -> Option<u64> {

@@ -22,9 +22,9 @@ use crate::log_open::Ground;
 use crate::pool::Pool;
 use crate::vdi::{HydrateError, HydrateStatus, PinError, VdiHandle, VdiStatus};
 use crate::witness::{Witness, WitnessSeat};
-use blockstore::WhenOffline;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
+use blockstore::{Policy, PolicyChange};
 use hashbrown::{HashMap, HashSet};
 use parking_lot::Mutex;
 use replacing::Replacing;
@@ -270,6 +270,7 @@ impl Cache {
             epoch: 0,
             first_lsn: Lsn(1),
             durable: Lsn(0),
+            alone_from: None,
             policy: DiskPolicy::default(),
             left_behind: None,
             boot_trace: Vec::new(),
@@ -320,14 +321,14 @@ impl Cache {
         self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.resize(vdi, bytes).await
     }
 
-    /// What becomes of requests of an attached disk that cannot go on without the store: takes effect at once, and holds
-    /// until the disk is detached. Durable in the disk's slot when this returns.
+    /// Changes the policy of an attached disk: takes effect at once, and holds until the disk is detached. Durable in the
+    /// disk's slot when this returns what holds now.
     ///
     /// # Errors
     /// The local device's; nothing was changed.
-    pub async fn set_when_offline(&self, vdi: Uuid, policy: WhenOffline) -> Result<(), CacheError> {
+    pub async fn set_policy(&self, vdi: Uuid, change: PolicyChange) -> Result<Policy, CacheError> {
         let handle = self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?;
-        handle.set_when_offline(vdi, policy).await
+        handle.set_policy(vdi, change).await
     }
 
     /// Keeps what is held of an attached disk: its clean segments are not evicted while anything else could be, and what is

@@ -30,6 +30,7 @@ pub mod local;
 mod log_open;
 pub mod pending;
 pub mod pool;
+pub mod read_only;
 pub mod recovery;
 pub mod release;
 mod vdi;

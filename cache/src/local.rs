@@ -8,13 +8,14 @@
 //! A leg that does not answer is treated as one that failed, while another does: `local/waiting.rs`.
 //!
 //! Where to read on: `local/opening.rs` (which legs are the cache), `local/create.rs`, `local/joining.rs` (a leg that is to
-//! become a member).
+//! become a member), `local/slots.rs`.
 
 mod choose;
 mod create;
 mod joining;
 mod opening;
 mod replace;
+mod slots;
 #[cfg(test)]
 mod tests;
 mod waiting;
@@ -26,11 +27,10 @@ pub use waiting::LEG_TIMEOUT;
 
 use crate::disk::plan::SegmentId;
 use crate::error::CacheError;
+use crate::format::Geometry;
 use crate::format::legs::LegSet;
 use crate::format::segment::SegmentHeader;
-use crate::format::slot::VdiSlot;
 use crate::format::superblock::Superblock;
-use crate::format::{FormatError, Geometry};
 use crate::link::{DiskSender, ToDisk};
 use blockstore::buf::AlignedBuf;
 use blockstore::device::file::FileDevice;
@@ -296,50 +296,6 @@ impl Local {
         leg.map_or(&self.path, |leg| &leg.path).clone()
     }
 
-    /// All slots; those never written are free. A slot of which all copies are damaged is an error, since a disk's log
-    /// hangs on it. What a leg is behind in is written to it.
-    pub async fn read_slots(&self) -> Result<Vec<VdiSlot>, CacheError> {
-        let slots = self.geometry.slots;
-        let first = Geometry::slot_offset(0, 0);
-        let len = (Geometry::slot_offset(slots, 0) - first) as usize;
-        let tables = self.read_each(first, len).await?;
-        let mut newest_of_all = Vec::new();
-        for slot in 0..slots {
-            let at = slot as usize * 2 * BLOCK_SIZE;
-            let copies: Vec<(u8, Result<VdiSlot, FormatError>)> = tables
-                .iter()
-                .map(|(leg, table)| {
-                    let (a, b) = (at, at + BLOCK_SIZE);
-                    (*leg, newest(slot, [&table[a..b], &table[b..b + BLOCK_SIZE]]))
-                })
-                .collect();
-            let best = copies.iter().filter_map(|(_, copy)| copy.as_ref().ok());
-            let Some(best) = best.max_by_key(|copy| copy.sequence).cloned() else {
-                let source = copies.into_iter().find_map(|(_, copy)| copy.err());
-                let why = source.map(|source| source.to_string()).unwrap_or_default();
-                return Err(CacheError::Unsupported {
-                    path: self.path.clone(),
-                    what: format!(
-                        "slot {slot}: {why}; the disk whose log it holds cannot be told: restore the device from a good copy"
-                    ),
-                });
-            };
-            for (leg, _) in copies.iter().filter(|(_, copy)| copy.as_ref() != Ok(&best)) {
-                let offset = Geometry::slot_offset(slot, best.sequence);
-                self.repair(*leg, offset, AlignedBuf::copy_of(&best.encode())).await?;
-            }
-            newest_of_all.push(best);
-        }
-        Ok(newest_of_all)
-    }
-
-    /// Writes a slot durably to the copy that its sequence selects.
-    pub async fn write_slot(&self, slot: &VdiSlot) -> Result<(), CacheError> {
-        let offset = Geometry::slot_offset(slot.slot, slot.sequence);
-        self.write(offset, AlignedBuf::copy_of(&slot.encode())).await?;
-        self.flush().await
-    }
-
     /// The headers of all segments that have one. Where legs differ, a crash came between their writes: the later one counts.
     pub async fn read_headers(&self) -> Result<Vec<SegmentHeader>, CacheError> {
         let cache = self.cache;
@@ -512,17 +468,4 @@ fn open_for_worker(path: &Path) -> Result<Arc<File>, CacheError> {
         what: "open",
         source,
     })
-}
-
-/// The newer valid copy of a slot.
-fn newest(slot: u32, copies: [&[u8]; 2]) -> Result<VdiSlot, FormatError> {
-    match copies.map(|copy| VdiSlot::decode(copy, slot)) {
-        [Ok(a), Ok(b)] => Ok(if a.sequence >= b.sequence { a } else { b }),
-        // A torn write destroys only the older copy; the younger one stands.
-        [Ok(one), Err(_)] | [Err(_), Ok(one)] => Ok(one),
-        [Err(FormatError::Absent(_)), Err(FormatError::Absent(_))] => {
-            Ok(VdiSlot { sequence: 0, slot, vdi: None, quarantined: None })
-        }
-        [Err(FormatError::Absent(_)), Err(error)] | [Err(error), Err(_)] => Err(error),
-    }
 }

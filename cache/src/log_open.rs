@@ -104,12 +104,14 @@ impl Ground {
     }
 
     /// Recovers the log of `record`, which says how far the store is, from `headers` (by sequence), and opens it under
-    /// the next epoch. If this fails, nothing was changed, or nothing that the next attempt would not do again.
+    /// the next epoch, `alone` if the store is not there to compare it with. If this fails, nothing was changed, or nothing
+    /// that the next attempt would not do again.
     pub async fn open_log(
         &self,
         slot: &VdiSlot,
         record: SlotVdi,
         headers: &[SegmentHeader],
+        alone: bool,
         progress: Arc<Progress>,
     ) -> Result<OpenLog, CacheError> {
         let started = Instant::now();
@@ -131,6 +133,7 @@ impl Ground {
                 .saturating_add(1),
             left_behind: None,
             first_lsn: recovered.last_lsn.plus(1),
+            alone_from: alone.then(|| record.alone_from.unwrap_or(recovered.last_lsn)),
             // Recovery flushed what it found.
             durable: recovered.last_lsn,
             sequence_seen: self.pool.next_seq(),

@@ -48,6 +48,7 @@ fn slot() -> VdiSlot {
         epoch: 1,
         first_lsn: Lsn(5),
         durable: Lsn(0),
+        alone_from: None,
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),

@@ -72,6 +72,7 @@ fn step(script: &mut Script<'_>) {
     let path = match choice & 15 {
         0 | 1 => "/v1/vdis".to_owned(),
         2 => format!("/v1/vdis/{name}"),
+        3 | 4 if kind & 12 == 12 => format!("/v1/vdis/{name}%40{}/attach", script.byte() & 7),
         3 | 4 => format!("/v1/vdis/{name}/attach"),
         5 => format!("/v1/vdis/{name}/detach"),
         6 => format!("/v1/vdis/{name}/resize"),
@@ -85,7 +86,8 @@ fn step(script: &mut Script<'_>) {
             let what = ["list", "label", "delete"][usize::from(script.byte()) % 3];
             format!("/v1/vdis/{name}/snapshots/{what}")
         }
-        14 => "/v1/gc".to_owned(),
+        14 if kind & 8 == 0 => "/v1/gc".to_owned(),
+        14 => format!("/v1/vdis/{name}/schedule"),
         _ => {
             let len = usize::from(script.byte() & 31);
             let tail = script.bytes(len).escape_ascii().to_string().replace([' ', '\\'], "%");
@@ -93,12 +95,15 @@ fn step(script: &mut Script<'_>) {
         }
     };
     let number = script.number(8) >> (kind & 15) * 4;
-    let body = match script.byte() & 7 {
+    let body = match script.byte() & 15 {
         0 => Vec::new(),
         1 | 2 => format!(r#"{{"name":"{name}","size":{number}}}"#).into_bytes(),
         3 => format!(r#"{{"size":{number}}}"#).into_bytes(),
         4 => format!(r#"{{"time_ms":{number}}}"#).into_bytes(),
         5 => format!(r#"{{"force":{}}}"#, number & 1 == 0).into_bytes(),
+        8 => format!(r#"{{"schedule":"every {number}ms keep {}"}}"#, number & 7).into_bytes(),
+        9 => br#"{"schedule":"every 100ms keep 3, every 1h keep 2"}"#.to_vec(),
+        10 => br#"{"read_only":true}"#.to_vec(),
         6 => format!(r#"{{"label":"{name}","snapshots":["{number}","{name}"]}}"#).into_bytes(),
         _ => {
             let len = script.number(2) as usize;
@@ -113,8 +118,18 @@ fn step(script: &mut Script<'_>) {
 
 /// Leaves the daemon without disks.
 fn clear() {
-    let answer = String::from_utf8_lossy(&request("GET", "/v1/vdis", b"")).into_owned();
-    assert!(answer.starts_with("HTTP/1.1 200"), "the daemon is not well: {answer}");
+    let list = || {
+        let answer = String::from_utf8_lossy(&request("GET", "/v1/vdis", b"")).into_owned();
+        assert!(answer.starts_with("HTTP/1.1 200"), "the daemon is not well: {answer}");
+        answer
+    };
+    let answer = list();
+    let names = answer.split(r#""name":""#).skip(1).filter_map(|rest| rest.split('"').next());
+    for (vdi, lsn) in names.filter_map(|name| name.split_once('@')) {
+        // A snapshot that is attached, of a disk whose name needs no escapes.
+        request("POST", &format!("/v1/vdis/{vdi}%40{lsn}/detach"), br#"{"force":true}"#);
+    }
+    let answer = list();
     for uuid in answer.split(r#""uuid":""#).skip(1).filter_map(|rest| rest.get(..36)) {
         request("DELETE", &format!("/v1/vdis/{uuid}/drill"), b"");
         request("POST", &format!("/v1/vdis/{uuid}/detach"), br#"{"force":true}"#);

@@ -284,6 +284,7 @@ fuzz_target!(|input: &[u8]| {
         epoch,
         first_lsn: Lsn(script.number(1)),
         durable: Lsn(0),
+        alone_from: None,
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),

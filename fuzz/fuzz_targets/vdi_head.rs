@@ -160,9 +160,7 @@ fn name_block(script: &mut Script<'_>, raw: bool) {
         VdiMeta::decode(script.rest())
     } else {
         let meta =
-            VdiMeta {
-                uuid, name: "Диск".into(), when_offline: Default::default(), created_ms: 9
-            };
+            VdiMeta { uuid, name: "Диск".into(), policy: Default::default(), created_ms: 9 };
         let mut bytes = meta.encode();
         script.patch_all(&mut bytes);
         VdiMeta::decode(&bytes)

@@ -17,11 +17,13 @@ impl Bits {
 
     /// True if the block is in the set. Blocks beyond the end are not.
     #[must_use]
+    #[inline]
     pub fn contains(&self, gba: Gba) -> bool {
         self.words.get((gba.0 / 64) as usize).is_some_and(|word| word >> (gba.0 % 64) & 1 == 1)
     }
 
     /// Puts a block in; false if it was in already. Blocks beyond the end are ignored.
+    #[inline]
     pub fn insert(&mut self, gba: Gba) -> bool {
         let Some(word) = self.words.get_mut((gba.0 / 64) as usize) else { return false };
         let bit = 1 << (gba.0 % 64);

@@ -10,12 +10,13 @@
 //! the check starts over, a few times; then it says so.
 
 use crate::bits::Bits;
-use crate::mark::{Marks, Problems, take_page};
-use blockstore::format::bitmap::BitmapPage;
+use crate::collect::Progress;
+use crate::mark::{Holds, Marks, Problems, take_page};
+use blockstore::format::bitmap::{BitmapKind, BitmapPage, PAGE_BITS};
 use blockstore::format::extent::ExtentType;
 use blockstore::format::vdi::{VdiHead, VdiState};
 use blockstore::slot::Content;
-use blockstore::{Result, Store};
+use blockstore::{Cure, Fix, Result, Store};
 use serde::Serialize;
 use std::collections::HashMap;
 use uuid::Uuid;
@@ -55,10 +56,14 @@ pub struct Report {
     pub blocks_leaked: u64,
     /// Pages of BMaps that a power loss, or rot, left damaged: their free blocks are among the leaked.
     pub bitmap_pages_damaged: u64,
+    /// Pages of reclaim bitmaps that are damaged: the next cycle of garbage collection writes them anew.
+    pub reclaim_pages_damaged: u64,
     /// The store was in use and kept changing; problems may be due to that.
     pub changed_during_check: bool,
     /// What is wrong, in sentences.
     pub problems: Vec<String>,
+    /// For each of them what the operator can do; none: it is repaired by `store repair`.
+    pub advice: Vec<Option<&'static str>>,
     /// Problems found beyond those listed.
     pub problems_not_listed: u64,
 }
@@ -72,9 +77,10 @@ impl Report {
 }
 
 impl Problems for Report {
-    fn report(&mut self, problem: String) {
+    fn report(&mut self, problem: String, advice: Option<&'static str>) {
         if self.problems.len() < PROBLEMS_MAX {
             self.problems.push(problem);
+            self.advice.push(advice);
         } else {
             self.problems_not_listed += 1;
         }
@@ -86,9 +92,21 @@ impl Problems for Report {
 /// # Errors
 /// The device's. Damage is in the report.
 pub async fn check(store: &Store, options: CheckOptions) -> Result<Report> {
+    check_with(store, options, &Progress::default()).await
+}
+
+/// As [`check`], and tells how far it is.
+///
+/// # Errors
+/// The device's. Damage is in the report.
+pub async fn check_with(
+    store: &Store,
+    options: CheckOptions,
+    progress: &Progress,
+) -> Result<Report> {
     let mut attempt = 1;
     loop {
-        let (mut report, heads) = check_once(store, options).await?;
+        let Examined { mut report, heads, .. } = examine(store, options, progress).await?;
         if report.is_sound() || !changed(store, &heads).await? {
             return Ok(report);
         }
@@ -108,11 +126,38 @@ async fn changed(store: &Store, heads: &Heads) -> Result<bool> {
     Ok(now.iter().map(|(slot, view)| (*slot, view.sequence())).ne(heads.iter().copied()))
 }
 
-async fn check_once(store: &Store, options: CheckOptions) -> Result<(Report, Heads)> {
+/// One look at everything.
+pub(crate) struct Examined {
+    pub(crate) report: Report,
+    heads: Heads,
+    /// What was reached.
+    pub(crate) marks: Marks,
+    /// Blocks of the tables that have one right content.
+    pub(crate) fixes: Vec<Fix>,
+}
+
+const VDI_ADVICE: &str = "the disk cannot be reached, others go on, and nothing is collected: put the block back from a copy \
+     of the device. 'store dump' shows what is there";
+const TWINS_ADVICE: &str =
+    "both are reached by their UUIDs; copy one out with 'store export', and delete it";
+
+pub(crate) async fn examine(
+    store: &Store,
+    options: CheckOptions,
+    progress: &Progress,
+) -> Result<Examined> {
     let mut report =
         Report { store: store.uuid(), url: store.url().to_owned(), ..Report::default() };
+    let (mut fixes, mut hidden) = (Vec::new(), 0);
     for problem in store.verify_tables().await? {
-        report.report(problem);
+        hidden += u64::from(problem.hides_disks);
+        match problem.cure {
+            Cure::Write(fix) => {
+                fixes.push(fix);
+                report.report(problem.what, None);
+            }
+            Cure::Advice(advice) => report.report(problem.what, Some(advice)),
+        }
     }
     // Heads before bitmaps: what a root reaches was allocated before the root was written.
     let registry = store.scan_vdis().await?;
@@ -122,30 +167,37 @@ async fn check_once(store: &Store, options: CheckOptions) -> Result<(Report, Hea
     for (slot, view) in registry {
         match &view.content {
             Content::Unused => {}
-            Content::Damaged(damage) => report.report(format!(
-                "The VDI record in slot {slot} (block {}) is damaged: {damage}.",
-                view.slot.first
-            )),
+            Content::Damaged(damage) => {
+                hidden += 1;
+                let at = view.slot.first;
+                let words =
+                    format!("The VDI record in slot {slot} (block {at}) is damaged: {damage}.");
+                report.report(words, Some(VDI_ADVICE));
+            }
             Content::Valid(head) if is_root(&head.record) => {
                 let head = &head.record;
-                let name = store.read_name(head).await?;
+                let name = store.read_name_block(head).await?;
                 marks.mark(&store.reader(), &name, head, options.data, &mut report).await?;
+                progress.note(marks.nodes, marks.reached.len());
                 report.vdis += 1;
+                let Ok(name) = name else { continue };
                 if let Some(other) = names.insert(name.clone(), head.uuid) {
                     let own = head.uuid;
-                    report.report(format!("The VDIs {other} and {own} are both named '{name}'."));
+                    let words = format!("The VDIs {other} and {own} are both named '{name}'.");
+                    report.report(words, Some(TWINS_ADVICE));
                 }
             }
             Content::Valid(_) => {}
         }
     }
+    marks.doubts += hidden;
     report.snapshots = marks.snapshots;
     report.nodes = marks.nodes;
     report.data_blocks_checked = marks.data_checked;
     report.blocks_reachable = marks.reached.len();
     report.blocks_allocated = marks.allocated.len();
     report.blocks_leaked = marks.allocated.count_without(&marks.reached);
-    Ok((report, heads))
+    Ok(Examined { report, heads, marks, fixes })
 }
 
 /// A disk that is being created is a root already, one that is being deleted is none any more.
@@ -158,11 +210,18 @@ async fn load_bitmaps(store: &Store, report: &mut Report) -> Result<Marks> {
     let mut allocated = Bits::new(geometry.total_blocks());
     let mut kinds = Vec::new();
     for (number, view) in (0..).zip(store.scan_extents().await?) {
-        let record = view.record();
-        let kind = record.map_or(ExtentType::Unused, |record| record.kind);
-        kinds.push(kind);
-        let holds_blocks = matches!(kind, ExtentType::Data | ExtentType::Metadata);
-        if !holds_blocks || record.is_none_or(|record| !record.ready) {
+        let holds = match &view.content {
+            Content::Damaged(_) => Holds::Unknown,
+            Content::Unused => Holds::Nothing(ExtentType::Unused),
+            Content::Valid(head) => match head.record.kind {
+                kind @ (ExtentType::Data | ExtentType::Metadata) if head.record.ready => {
+                    Holds::Blocks(kind)
+                }
+                kind => Holds::Nothing(kind),
+            },
+        };
+        kinds.push(holds);
+        if !matches!(holds, Holds::Blocks(_)) {
             continue;
         }
         for (page, content) in (0..).zip(store.read_bmap(number).await?) {
@@ -171,8 +230,22 @@ async fn load_bitmaps(store: &Store, report: &mut Report) -> Result<Marks> {
                 report.bitmap_pages_damaged += 1;
                 BitmapPage::full()
             });
+            let first = geometry.extent_base(number).plus(u64::from(page) * PAGE_BITS);
+            let own = |bit: &u64| !geometry.is_allocatable(first.plus(*bit));
+            if (0..geometry.page_bits(page)).filter(own).any(|bit| !content.get(bit)) {
+                let at = geometry.bmap_page(number, page);
+                report.report(
+                    format!(
+                        "Blocks of extent {number} that hold its header or bitmaps are marked free in page {page} of its \
+                         bitmap (block {at})."
+                    ),
+                    None,
+                );
+            }
             take_page(&mut allocated, &geometry, number, page, &content);
         }
+        let reclaim = store.read_bitmap(BitmapKind::Reclaim, number).await?;
+        report.reclaim_pages_damaged += reclaim.iter().filter(|page| page.is_err()).count() as u64;
     }
     Ok(Marks::new(kinds, without_overhead(allocated, &geometry), &geometry))
 }

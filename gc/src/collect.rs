@@ -46,6 +46,12 @@ impl Progress {
         self.reached.fetch_add(blocks, Ordering::Relaxed);
     }
 
+    /// What was found so far, in all.
+    pub(crate) fn note(&self, nodes: u64, reached: u64) {
+        self.nodes.store(nodes, Ordering::Relaxed);
+        self.reached.store(reached, Ordering::Relaxed);
+    }
+
     /// Nodes read.
     #[must_use]
     pub fn nodes(&self) -> u64 {

@@ -16,11 +16,22 @@ use blockstore::tree::Reader;
 use blockstore::types::{Gba, Lsn};
 use blockstore::{Result, StoreErrorKind};
 
+/// What the catalogue says of an extent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holds {
+    /// Its record is damaged.
+    Unknown,
+    /// Nothing that counts: it is unused, the system's, or still being set up.
+    Nothing(ExtentType),
+    /// Blocks of this kind, with a BMap.
+    Blocks(ExtentType),
+}
+
 /// What the bitmaps and the catalogue say, and what was reached so far.
 #[derive(Debug)]
 pub struct Marks {
     /// What each extent holds.
-    pub extents: Vec<ExtentType>,
+    pub extents: Vec<Holds>,
     /// Blocks whose BMap bit is set.
     pub allocated: Bits,
     /// Blocks that some tree reaches.
@@ -33,6 +44,8 @@ pub struct Marks {
     pub snapshots: u64,
     /// Data blocks read and checked.
     pub data_checked: u64,
+    /// Problems that leave open what is reachable.
+    pub doubts: u64,
 }
 
 /// A node to visit.
@@ -45,14 +58,23 @@ struct Visit {
 
 /// Takes problems, as sentences.
 pub trait Problems {
-    /// One more.
-    fn report(&mut self, problem: String);
+    /// One more, with what the operator can do; none: it is repaired by `store repair`.
+    fn report(&mut self, problem: String, advice: Option<&'static str>);
 }
+
+const MAP_ADVICE: &str = "the disk blocks below it cannot be read: put the block back from a copy of the device, or take the disk \
+     back to a snapshot that the check does not name ('vdi rollback --to')";
+const DATA_ADVICE: &str =
+    "reads of it fail: let the guest write it anew, or take it from a backup or a snapshot";
+const SNAPSHOTS_ADVICE: &str = "snapshots in it cannot be read, and the disk takes no commits that change the list: put the block \
+     back from a copy of the device, or copy the disk out with 'store export'";
+const NAME_ADVICE: &str = "the disk goes on under its UUID";
+const ENTRY_ADVICE: &str = "this was not written by a sound program: copy the disk out with 'store export', delete it, and report this";
 
 impl Marks {
     /// Nothing is reached yet.
     #[must_use]
-    pub fn new(extents: Vec<ExtentType>, allocated: Bits, geometry: &Geometry) -> Self {
+    pub fn new(extents: Vec<Holds>, allocated: Bits, geometry: &Geometry) -> Self {
         let blocks = geometry.total_blocks();
         Self {
             extents,
@@ -62,22 +84,30 @@ impl Marks {
             nodes: 0,
             snapshots: 0,
             data_checked: 0,
+            doubts: 0,
         }
     }
 
-    /// Marks everything that a disk and its snapshots reach. With `data`, data blocks are read and checked too.
+    /// Marks everything that a disk and its snapshots reach. With `data`, data blocks are read and checked too. `name` is the
+    /// disk's, or what is wrong with it.
     ///
     /// # Errors
     /// The device's; damage is reported as a problem.
     pub async fn mark(
         &mut self,
         reader: &Reader,
-        name: &str,
+        name: &Result<String, String>,
         head: &VdiHead,
         data: bool,
         problems: &mut (dyn Problems + Send),
     ) -> Result<()> {
-        let mut tree = TreeWalk { marks: self, reader, name, head, problems, snapshot: None };
+        let unnamed = String::from("unnamed");
+        let label = name.as_ref().unwrap_or(&unnamed);
+        let mut tree =
+            TreeWalk { marks: self, reader, name: label, head, problems, snapshot: None };
+        if let Err(damage) = name {
+            tree.tell(format!("its name block is damaged: {damage}"), Some(NAME_ADVICE));
+        }
         tree.reach_own(head.meta, "its name block");
         tree.walk_all(data).await?;
         tree.walk_snapshots(data).await
@@ -130,14 +160,15 @@ impl TreeWalk<'_> {
     /// Checks an entry and marks its block; true if what is below is to be visited.
     fn enter(&mut self, parent: Visit, child: Pointer, level: u8, base: u64) -> bool {
         if base >= self.head.blocks() {
-            self.say(format!("an entry for block {base} lies beyond the disk's end"));
+            self.say(format!("an entry for block {base} lies beyond the disk's end"), ENTRY_ADVICE);
             return false;
         }
         if child.birth > parent.pointer.birth {
-            self.say(format!(
-                "the entry for block {base} (birth {}) is younger than its node (birth {})",
-                child.birth, parent.pointer.birth
-            ));
+            let (birth, node) = (child.birth, parent.pointer.birth);
+            self.say(
+                format!("the entry for block {base} (birth {birth}) is younger than its node (birth {node})"),
+                ENTRY_ADVICE,
+            );
         }
         if level == 1 {
             self.reach(child, ExtentType::Data, &format!("disk block {base}"))
@@ -165,22 +196,31 @@ impl TreeWalk<'_> {
             return false;
         }
         if !geometry.is_allocatable(gba) {
-            self.say(format!("{what} is said to be at block {gba}, which no tree block can be"));
+            let words = format!("{what} is said to be at block {gba}, which no tree block can be");
+            self.say(words, MAP_ADVICE);
             return false;
         }
         let extent = geometry.extent_of(gba);
-        let found = self.marks.extents[extent as usize];
-        if found != kind {
-            self.say(format!(
-                "{what} is at block {gba} of extent {extent}, which holds {found:?}, not {kind:?}"
-            ));
-        }
-        if !self.marks.allocated.contains(gba) {
-            self.say(format!("{what} is at block {gba}, which is marked free"));
+        match self.marks.extents[extent as usize] {
+            // Its record is reported; what its BMap says is not known to count.
+            Holds::Unknown => {}
+            Holds::Blocks(found) | Holds::Nothing(found) if found != kind => self.say(
+                format!("{what} is at block {gba} of extent {extent}, which holds {found:?}, not {kind:?}"),
+                ENTRY_ADVICE,
+            ),
+            Holds::Nothing(_) => self.say(
+                format!("{what} is at block {gba} of extent {extent}, which is still being set up"),
+                ENTRY_ADVICE,
+            ),
+            Holds::Blocks(_) if !self.marks.allocated.contains(gba) => {
+                self.tell(format!("{what} is at block {gba}, which is marked free"), None);
+            }
+            Holds::Blocks(_) => {}
         }
         let fresh = self.marks.reached.insert(gba);
         if !fresh && (own || self.marks.exclusive.contains(gba)) {
-            self.say(format!("{what} is at block {gba}, which something else uses too"));
+            let words = format!("{what} is at block {gba}, which something else uses too");
+            self.say(words, ENTRY_ADVICE);
         }
         if own {
             self.marks.exclusive.insert(gba);
@@ -202,10 +242,11 @@ impl TreeWalk<'_> {
                     match self.reader.read_nodes(&[visit.pointer]).await {
                         Ok(mut nodes) => good.push((nodes.remove(0), *visit)),
                         Err(error) if error.kind == StoreErrorKind::Corrupt => {
-                            self.say(format!(
-                                "its map from block {} on is damaged: {error}",
-                                visit.base
-                            ));
+                            let base = visit.base;
+                            self.say(
+                                format!("its map from block {base} on is damaged: {error}"),
+                                MAP_ADVICE,
+                            );
                         }
                         Err(error) => return Err(error),
                     }
@@ -227,7 +268,9 @@ impl TreeWalk<'_> {
                     match self.reader.read_blocks(&[visit.pointer]).await {
                         Ok(_) => {}
                         Err(error) if error.kind == StoreErrorKind::Corrupt => {
-                            self.say(format!("its block {} is damaged: {error}", visit.base));
+                            // What is reachable is known all the same.
+                            let words = format!("its block {} is damaged: {error}", visit.base);
+                            self.tell(words, Some(DATA_ADVICE));
                         }
                         Err(error) => return Err(error),
                     }
@@ -239,10 +282,16 @@ impl TreeWalk<'_> {
         Ok(())
     }
 
-    fn say(&mut self, what: String) {
+    /// A problem that leaves open what the disk reaches.
+    fn say(&mut self, what: String, advice: &'static str) {
+        self.marks.doubts += 1;
+        self.tell(what, Some(advice));
+    }
+
+    fn tell(&mut self, what: String, advice: Option<&'static str>) {
         let snapshot = self.snapshot.map_or(String::new(), |lsn| format!(", snapshot {lsn}"));
         let problem = format!("VDI '{}' ({}){snapshot}: {what}.", self.name, self.head.uuid);
-        self.problems.report(problem);
+        self.problems.report(problem, advice);
     }
 }
 

@@ -7,12 +7,15 @@
 
 use crate::bits::Bits;
 use crate::collect::Progress;
+use blockstore::format::node::Node;
 use blockstore::format::pointer::Pointer;
 use blockstore::format::vdi::{SnapshotIndex, VdiHead};
 use blockstore::tree::Reader;
 use blockstore::types::{BLOCK_SIZE, Birth, Gba};
 use blockstore::{Result, StoreError, StoreErrorKind};
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -38,6 +41,8 @@ impl Entry {
 pub(crate) struct Reach<'a> {
     reader: Reader,
     reached: Bits,
+    /// Blocks of it that `progress` was not told of yet.
+    fresh: u64,
     /// By level; leaves at 1.
     frontier: Vec<Vec<Entry>>,
     disks: Vec<Uuid>,
@@ -57,7 +62,7 @@ impl<'a> Reach<'a> {
     ) -> Self {
         let reached = Bits::new(reader.geometry().total_blocks());
         let (frontier, disks, pace) = (Vec::new(), Vec::new(), Pace::new(rate));
-        Self { reader, reached, frontier, disks, goes_on, pace, progress }
+        Self { reader, reached, fresh: 0, frontier, disks, goes_on, pace, progress }
     }
 
     /// Marks what disks and their snapshots reach.
@@ -75,8 +80,13 @@ impl<'a> Reach<'a> {
         while let Some(mut nodes) = self.frontier.pop() {
             let level = self.frontier.len();
             nodes.sort_unstable();
-            for batch in nodes.chunks(BATCH) {
-                for (entry, node) in batch.iter().zip(self.read(batch).await?) {
+            // While one batch is looked through, the next is read, and its checksums are compared.
+            let mut batches = nodes.chunks(BATCH);
+            let mut ahead = batches.next().map(|batch| (batch, self.fetch(batch)));
+            while let Some((batch, fetched)) = ahead {
+                let read = self.fetched(batch, fetched).await?;
+                ahead = batches.next().map(|batch| (batch, self.fetch(batch)));
+                for (entry, node) in batch.iter().zip(read) {
                     for (_, child) in node.children() {
                         if self.reach(child, entry.disk)? && level > 1 {
                             self.push(level - 1, child, entry.disk);
@@ -85,6 +95,7 @@ impl<'a> Reach<'a> {
                 }
             }
         }
+        self.progress.note_reached(std::mem::take(&mut self.fresh));
         Ok(())
     }
 
@@ -109,20 +120,23 @@ impl<'a> Reach<'a> {
     }
 
     /// Sets a block's bit; true if it was not set before.
+    #[inline]
     fn reach(&mut self, pointer: Pointer, disk: u32) -> Result<bool> {
         if pointer.is_sparse() {
             return Ok(false);
         }
         if !self.reader.geometry().is_allocatable(pointer.gba) {
-            let words =
-                format!("a pointer names block {}, which no tree block can be", pointer.gba);
-            return Err(self.damaged(disk, &words));
+            return Err(self.misplaced(pointer, disk));
         }
         let fresh = self.reached.insert(pointer.gba);
-        if fresh {
-            self.progress.note_reached(1);
-        }
+        self.fresh += u64::from(fresh);
         Ok(fresh)
+    }
+
+    #[cold]
+    fn misplaced(&self, pointer: Pointer, disk: u32) -> StoreError {
+        let words = format!("a pointer names block {}, which no tree block can be", pointer.gba);
+        self.damaged(disk, &words)
     }
 
     /// The tree that lists a disk's snapshots, and the root of each.
@@ -157,13 +171,35 @@ impl<'a> Reach<'a> {
     }
 
     /// Reads nodes of one level.
-    async fn read(
+    async fn read(&mut self, batch: &[Entry]) -> Result<Vec<Arc<Node>>> {
+        let fetched = self.fetch(batch);
+        self.fetched(batch, fetched).await
+    }
+
+    /// Begins to read nodes, on another core if there is one; given up when it is dropped.
+    fn fetch(&self, batch: &[Entry]) -> JoinSet<Result<Vec<Arc<Node>>>> {
+        let pointers: Vec<Pointer> = batch.iter().map(|entry| entry.pointer()).collect();
+        let reader = self.reader.clone();
+        let mut fetched = JoinSet::new();
+        fetched.spawn(async move { reader.read_nodes(&pointers).await });
+        fetched
+    }
+
+    /// The nodes that are being read.
+    async fn fetched(
         &mut self,
         batch: &[Entry],
-    ) -> Result<Vec<std::sync::Arc<blockstore::format::node::Node>>> {
+        mut fetched: JoinSet<Result<Vec<Arc<Node>>>>,
+    ) -> Result<Vec<Arc<Node>>> {
         (self.goes_on)()?;
-        let pointers: Vec<Pointer> = batch.iter().map(|entry| entry.pointer()).collect();
-        let nodes = match self.reader.read_nodes(&pointers).await {
+        let read = match fetched.join_next().await {
+            Some(Ok(read)) => read,
+            // It was stopped with its runtime, or failed inside: then it is told where.
+            _ => {
+                self.reader.read_nodes(&batch.iter().map(|e| e.pointer()).collect::<Vec<_>>()).await
+            }
+        };
+        let nodes = match read {
             Ok(nodes) => nodes,
             Err(error) if error.kind == StoreErrorKind::Corrupt => {
                 return Err(self.blame(batch, error).await);
@@ -171,6 +207,7 @@ impl<'a> Reach<'a> {
             Err(error) => return Err(error),
         };
         self.progress.note_nodes(batch.len() as u64);
+        self.progress.note_reached(std::mem::take(&mut self.fresh));
         self.pace.after(batch.len()).await;
         Ok(nodes)
     }

@@ -195,6 +195,15 @@ pub fn until(rig: &AgentRig, what: &str, wanted: impl Fn(&Value) -> bool) -> Res
     }
 }
 
+/// Detaches the only disk, `db`, whose front end has just gone: that may not be noticed yet.
+///
+/// # Errors
+/// It stays connected; the command's.
+pub fn detach(rig: &AgentRig) -> Result<()> {
+    until(rig, "disconnected", |status| status["vdis"][0]["front_end_connected"] == false)?;
+    control(rig, "vdi detach db").map(drop)
+}
+
 /// What the store has of a disk or snapshot, as another process reads it.
 ///
 /// # Errors

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tests::agent_rig::AgentRig;
-use tests::single::{CHUNK, Disk, San, control, until};
+use tests::single::{CHUNK, Disk, San, control, detach, until};
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 8 * MIB;
@@ -88,7 +88,7 @@ fn what_deleted_snapshots_held_comes_back() -> Result<()> {
     control(&rig, "gc run --wait")?;
     ensure_same(&rig, "db", &content)?;
     drop(disk);
-    control(&rig, "vdi detach db")?;
+    detach(&rig)?;
     control(&rig, "vdi delete db --with-snapshots")?;
     control(&rig, "gc run --wait")?;
     control(&rig, "gc run --wait")?;

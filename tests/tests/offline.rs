@@ -10,15 +10,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tests::agent_rig::AgentRig;
-use tests::single::{CHUNK, Disk, San, control, until};
+use tests::single::{CHUNK, Disk, San, control, detach, until};
 
 const MIB: u64 = 1 << 20;
-
-/// The front end that has just gone may not be noticed yet.
-fn detach(rig: &AgentRig) -> Result<()> {
-    until(rig, "disconnected", |status| status["vdis"][0]["front_end_connected"] == false)?;
-    control(rig, "vdi detach db").map(drop)
-}
 
 /// The byte that each part of the test's disk is full of, by where it begins.
 const PARTS: [(u64, u8); 4] = [(0, 1), (5 * MIB, 2), (20 * MIB, 3), (40 * MIB, 4)];

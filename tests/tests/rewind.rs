@@ -7,7 +7,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tests::agent_rig::{AgentRig, StoreSpec};
-use tests::single::{CHUNK, Content, Disk, control, ensure_same, in_the_store};
+use tests::single::{CHUNK, Content, Disk, control, detach, ensure_same, in_the_store};
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 8 * MIB;
@@ -87,7 +87,7 @@ fn a_disk_goes_back_and_no_cache_brings_back_what_it_was() -> Result<()> {
     now.extend(fill(&mut disk, 90..110, 3)?);
     rig.agent()?.drain()?;
     drop(disk);
-    control(&rig, "vdi detach db")?;
+    detach(&rig)?;
     control(&rig, "vdi rollback db --to base --discard-present")?;
     ensure_same(&in_the_store(&rig, "db")?, DISK, &base, "the disk, again")?;
     ensure!(control(&rig, "snap list db")?["snapshots"].as_array().is_some_and(|l| l.len() == 2));
@@ -113,7 +113,7 @@ fn a_disk_goes_back_and_no_cache_brings_back_what_it_was() -> Result<()> {
     let mut disk = Disk::connect(&mut rig, &socket)?;
     ensure_read(&mut disk, &base, "after the old log went into quarantine")?;
     drop(disk);
-    control(&rig, "vdi detach db")?;
+    detach(&rig)?;
     // There and back again.
     control(&rig, &format!("vdi rollback db --to {kept} --label base-again"))?;
     ensure_same(&in_the_store(&rig, "db")?, DISK, &wrong, "the rollback undone")?;

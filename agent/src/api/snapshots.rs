@@ -1,6 +1,8 @@
 //! Snapshots, as they cross the control socket.
 
+use super::VdiState;
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use uuid::Uuid;
 
 /// A snapshot.
@@ -40,9 +42,68 @@ pub struct SnapRequest {
     pub wait_ms: Option<u64>,
 }
 
+/// Body of `snap create --quiesce`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapSetRequest {
+    /// Disks of one virtual machine.
+    pub vdis: Vec<String>,
+    /// For people; all snapshots get it.
+    #[serde(default)]
+    pub label: String,
+    /// How long to wait until all are durable, milliseconds; none: ten seconds.
+    #[serde(default)]
+    pub wait_ms: Option<u64>,
+    /// How its guest is frozen meanwhile.
+    pub quiesce: QuiesceRequest,
+}
+
+/// How a guest is frozen.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuiesceRequest {
+    /// The socket of the guest agent's channel.
+    pub guest_agent: PathBuf,
+    /// How long the guest may take to freeze, milliseconds; none: ten seconds.
+    #[serde(default)]
+    pub timeout_ms: Option<u64>,
+    /// If it cannot be frozen, the snapshots are taken all the same.
+    #[serde(default)]
+    pub or_crash_consistent: bool,
+}
+
+/// Answer of `snap create --quiesce`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SnapSet {
+    /// One of each disk, in the order asked for.
+    pub snapshots: Vec<Snapped>,
+    /// The guest meanwhile.
+    #[serde(flatten)]
+    pub guest: Quiesced,
+}
+
+/// How a guest was while snapshots were taken.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Quiesced {
+    /// Its file systems were frozen from before the snapshots to after them.
+    pub quiesced: bool,
+    /// How many file systems those were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file_systems: Option<u64>,
+    /// How long they were frozen, milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen_ms: Option<u64>,
+    /// Why they were not, though it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_quiesced_because: Option<String>,
+}
+
 /// Answer of `snap create` and `snap label`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Snapped {
+    /// What names this snapshot for good, wherever VDI@SNAP is asked for: the disk's identity, `@`, the LSN.
+    #[serde(default)]
+    pub id: String,
     /// The disk.
     pub name: String,
     /// Its identity.
@@ -50,6 +111,14 @@ pub struct Snapped {
     /// The snapshot.
     #[serde(flatten)]
     pub snapshot: Snapshot,
+}
+
+impl Snapped {
+    /// A snapshot of a disk.
+    #[must_use]
+    pub fn new(name: &str, uuid: Uuid, snapshot: Snapshot) -> Self {
+        Self { id: format!("{uuid}@{}", snapshot.lsn), name: name.to_owned(), uuid, snapshot }
+    }
 }
 
 /// Body of `snap list`.
@@ -144,4 +213,45 @@ pub struct Rewound {
     pub kept_label: Option<String>,
     /// The LSN of the rollback: the next write comes after it.
     pub committed_lsn: u64,
+}
+
+/// A snapshot that is attached read-only, as `status` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachedSnapshot {
+    /// `VDI@LSN`.
+    pub name: String,
+    /// The disk's name.
+    pub vdi: String,
+    /// The disk's identity.
+    pub uuid: Uuid,
+    /// The snapshot's LSN.
+    pub snapshot: u64,
+    /// Its label when it was attached.
+    pub label: String,
+    /// When it was taken, in milliseconds of UNIX time.
+    pub time: u64,
+    /// Bytes that the guest sees.
+    pub size: u64,
+    /// Always.
+    pub read_only: bool,
+    /// The vhost-user socket.
+    pub socket: Option<PathBuf>,
+    /// What it is doing: `recovering` while it waits for the store after the agent's start.
+    pub state: VdiState,
+    /// Why it is not running, if it is not.
+    pub last_error: Option<String>,
+    /// A virtual machine is connected.
+    pub front_end_connected: bool,
+    /// Reads, in pieces, that wait for the store.
+    pub waiting_reads: u64,
+    /// Read requests since it was served.
+    pub reads: u64,
+    /// Bytes that they asked for.
+    pub read_bytes: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Requests that were refused: writes, and what makes no sense.
+    pub refused: u64,
+    /// Requests that ended with an I/O error although they were valid.
+    pub failed: u64,
 }

@@ -9,13 +9,14 @@ use super::tables;
 use super::tree;
 use crate::api::snapshots::RewindRequest;
 use crate::api::{
-    Attached, CacheStatus, CreateRequest, Created, DeleteRequest, DetachRequest, Done,
-    DrainRequest, Drained, Pinned, ResizeRequest, Set, SetRequest, Status, Vdi, VdiInfo,
+    AttachRequest, Attached, CacheStatus, CreateRequest, Created, DeleteRequest, DetachRequest,
+    Done, DrainRequest, Drained, Pinned, ResizeRequest, Set, SetRequest, Status, Vdi, VdiInfo,
 };
 use crate::control::client::Client;
 use crate::error::{Failure, Kind, Result};
 use crate::names::{check_vdi_name, percent_escape};
 use crate::units::format_size;
+use blockstore::Schedule;
 use std::io::IsTerminal;
 use std::path::Path;
 use std::time::Duration;
@@ -45,6 +46,10 @@ pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()>
                 format!("{}: while the store is away, {}", set.name, set.when_offline)
             })
         }
+        VdiCommand::Schedule { name, rules, clear } => {
+            let rules = rules.or_else(|| clear.then(Schedule::default));
+            super::schedule::run(&client, &name, rules, out).await
+        }
         VdiCommand::List => {
             let vdis: Vec<Vdi> = client.get("/v1/vdis").await?;
             out.print(&vdis, |vdis| tables::vdi_list(vdis))
@@ -61,8 +66,9 @@ pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()>
             let info: VdiInfo = client.get(&at(&name, "")?).await?;
             out.print(&info, tables::vdi_info)
         }
-        VdiCommand::Attach { name } => {
-            let attached: Attached = client.post(&at(&name, "/attach")?, &()).await?;
+        VdiCommand::Attach { name, read_only } => {
+            let request = AttachRequest { read_only };
+            let attached: Attached = client.post(&at(&name, "/attach")?, &request).await?;
             out.print(&attached, |attached| attached.socket.display().to_string())
         }
         VdiCommand::Pin { name } => {

@@ -11,10 +11,14 @@ mod diff;
 mod drill;
 mod gc;
 mod hydrate;
+mod looking;
 mod loss;
 mod output;
+mod schedule;
 mod snap;
 mod store_commands;
+mod store_dump;
+mod store_repair;
 mod tables;
 mod tree;
 
@@ -23,7 +27,7 @@ use crate::config::{AgentArgs, DeviceArgs, RUN_DIR_DEFAULT};
 use crate::error::{EXIT_CODES, ErrorBody, Failure, Kind, Result};
 use crate::machine::MACHINE_ID_FILE;
 use crate::units::{parse_duration, parse_rate, parse_size};
-use blockstore::WhenOffline;
+use blockstore::{Schedule, WhenOffline};
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -49,7 +53,7 @@ enum Command {
     /// Run the daemon
     #[command(after_help = EXIT_CODES)]
     Agent(Box<AgentArgs>),
-    /// Format and examine a shared store, without the daemon
+    /// Format, examine and repair a shared store, without the daemon
     #[command(subcommand, arg_required_else_help = true)]
     Store(StoreCommand),
     /// Manage virtual disks
@@ -72,6 +76,16 @@ enum Command {
     #[command(subcommand, arg_required_else_help = true)]
     Outage(OutageCommand),
 }
+
+const REPAIR_CODES: &str = "\
+Exit codes:
+  0  the store is sound: there was nothing to repair, or all of it is repaired
+  1  the device failed, or holds a store that cannot be opened; the same again ends what was begun
+  2  wrong flags, or nobody can be asked: standard input is no terminal, and neither --yes nor --dry-run is given
+  3  no Ballast store
+  5  problems are left: they have no one right answer, or --dry-run, or the answer was no
+  6  somebody uses the store: it says who
+  7  the store cannot be reached";
 
 /// A store's device.
 #[derive(Clone, Debug, clap::Args)]
@@ -111,6 +125,29 @@ enum StoreCommand {
         #[arg(long)]
         data: bool,
     },
+    /// Show any block, or a table, in words, with what is wrong with it; changes nothing
+    ///
+    /// WHAT is one of superblock, gc, hosts, extents, heads, vdi NAME, snapshots NAME, or a block's number (or --offset). Of a
+    /// block it tells where it lies, what it holds, whether its checksum is right, and who points at it.
+    #[command(after_help = EXIT_CODES)]
+    Dump {
+        #[command(flatten)]
+        store: StoreArgs,
+        #[command(flatten)]
+        args: store_dump::DumpArgs,
+    },
+    /// Check a store that no agent uses, and write what has one right answer, after asking
+    ///
+    /// That is: bits of bitmaps, from what disks and snapshots reach; a superblock, from its copy; headers of extents; records of
+    /// garbage collection. All else is named, with what can be done, and left as it is. Killed at any moment, the same again ends
+    /// what was begun.
+    #[command(after_help = REPAIR_CODES)]
+    Repair {
+        #[command(flatten)]
+        store: StoreArgs,
+        #[command(flatten)]
+        args: store_repair::RepairArgs,
+    },
     /// Write the committed image of a disk, or a snapshot, to a sparse file
     Export {
         #[command(flatten)]
@@ -149,6 +186,21 @@ enum VdiCommand {
         #[arg(long, value_name = "POLICY", required = true)]
         when_offline: Option<WhenOffline>,
     },
+    /// Show, set or end a disk's schedule of snapshots; also while the store is away
+    ///
+    /// A rule takes a snapshot in each interval of the wall clock (UTC) in which something was written, and keeps the last
+    /// ones; older ones are deleted. Snapshots that people took or labelled, and those that have clones, are never deleted.
+    Schedule {
+        /// The disk: name or UUID
+        name: String,
+        /// 'every 10s keep 6, every 1h keep 24': up to 8 rules, TIME in ms, s, m, h, d or w; none: end it, and keep
+        /// what it took [default: show it]
+        #[arg(value_name = "RULES")]
+        rules: Option<Schedule>,
+        /// As 'none'
+        #[arg(long, conflicts_with = "rules")]
+        clear: bool,
+    },
     /// List the store's disks
     List,
     /// Show which disk was cloned from which snapshot: disks, snapshots with clones, and how many others there are
@@ -165,10 +217,17 @@ enum VdiCommand {
         /// The disk: name or UUID
         name: String,
     },
-    /// Serve a disk on this host; prints its vhost-user socket
+    /// Serve a disk on this host, or a snapshot of one read-only; prints its vhost-user socket
+    ///
+    /// A snapshot is served as a disk of its own, wherever its disk is attached, and cannot be deleted meanwhile. Reads of it go
+    /// to the store, and wait while that is away.
     Attach {
-        /// The disk: name or UUID
+        /// The disk: name or UUID; with --read-only, a snapshot: VDI@LSN or VDI@LABEL
+        #[arg(value_name = "VDI[@SNAP]")]
         name: String,
+        /// Serve a snapshot, and refuse all that writes
+        #[arg(long)]
+        read_only: bool,
     },
     /// Fetch a disk from the store into the cache, so that it can be read without the store
     Hydrate {
@@ -191,9 +250,10 @@ enum VdiCommand {
         /// The disk: name or UUID
         name: String,
     },
-    /// Stop serving a disk: drains its log to the store, then releases it
+    /// Stop serving a disk: drains its log to the store, then releases it; or stop serving a snapshot
     Detach {
-        /// The disk: name or UUID
+        /// The disk: name or UUID; or a snapshot that is attached: VDI@LSN or VDI@LABEL
+        #[arg(value_name = "VDI[@SNAP]")]
         name: String,
         /// Even while a virtual machine is connected to it
         #[arg(long)]
@@ -437,16 +497,27 @@ mod tests {
             "store info file:/x",
             "store check file:/x --json",
             "store check file:/x --data",
+            "store dump file:/x",
+            "store dump file:/x 17 --who --json",
+            "store dump file:/x --offset 69632",
+            "store dump file:/x vdi db",
+            "store repair file:/x --dry-run",
+            "store repair file:/x --yes --no-host-runs --json",
             "store export file:/x disk /tmp/out",
             "agent --store file:/x --cache /c --cache /d --cache-size 2GiB --run-dir /r",
             "agent --config /f",
             "--run-dir /r vdi create db --size 4GiB",
             "--run-dir /r vdi attach db --json",
+            "vdi attach db@1834 --read-only",
+            "vdi detach db@1834 --force",
             "--json --run-dir /r vdi list",
             "vdi create db --size 1T --when-offline fail-after=30s",
             "vdi set db --when-offline stall",
             "vdi hydrate db",
             "vdi pin db",
+            "vdi schedule db",
+            "vdi schedule db none",
+            "vdi schedule db --clear --json",
             "vdi unpin db",
             "vdi hydrate db --boot-trace --wait --json",
             "vdi info db",
@@ -456,6 +527,9 @@ mod tests {
             "vdi rollback db",
             "--run-dir /r vdi rollback db --accept-loss --json",
             "vdi rollback db --to 1834",
+            "snap create db --label x --wait 5s",
+            "snap create db --quiesce --guest-agent /run/vm.qga --json",
+            "snap create db log --quiesce=try --guest-agent vm.qga --freeze-timeout 30s",
             "snap diff db@1834 db",
             "vdi tree",
             "vdi tree --dot",
@@ -493,16 +567,29 @@ mod tests {
             "vdi create db --size lots",
             "vdi create db --size 1T --when-offline fail",
             "vdi set db",
+            "vdi schedule",
+            "vdi schedule db hourly",
+            "vdi schedule db none --clear",
             "vdi attach",
             "vdi rollback db --to 7 --accept-loss",
             "vdi rollback db --to 7 --discard-present --label x",
             "vdi rollback db --label x",
+            "snap create",
+            "snap create db --quiesce",
+            "snap create db --guest-agent /run/vm.qga",
+            "snap create db --quiesce=perhaps --guest-agent /run/vm.qga",
+            "snap create db --freeze-timeout 5s",
             "snap diff db",
             "vdi tree --dot --svg",
             "snap diff db@ db",
             "vdi rollback db --discard-present",
             "store",
             "store format",
+            "store dump",
+            "store dump file:/x vdi a b",
+            "store dump file:/x 17 --offset 17",
+            "store repair",
+            "store repair file:/x --yes --dry-run",
             "agent --queues 0",
             "agent --queue-size 100",
             "status --frob",

@@ -5,31 +5,58 @@ use super::diff::parse_image;
 use super::output::{Output, Table};
 use crate::api::diff::ImageName;
 use crate::api::snapshots::{
-    RewindRequest, Rewound, SnapDeleteRequest, SnapDeleted, SnapLabelRequest, SnapListRequest,
-    SnapRequest, Snapped, SnapshotPlace, Snapshots,
+    QuiesceRequest, Quiesced, RewindRequest, Rewound, SnapDeleteRequest, SnapDeleted,
+    SnapLabelRequest, SnapListRequest, SnapRequest, SnapSet, SnapSetRequest, Snapped,
+    SnapshotPlace, Snapshots,
 };
 use crate::control::client::Client;
-use crate::error::Result;
+use crate::error::{Failure, Kind, Result};
 use crate::units::{format_size, parse_duration};
-use clap::Subcommand;
-use std::path::Path;
+use clap::{Subcommand, ValueEnum};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
 /// From here on years have five digits.
 const YEAR_10000_MS: u64 = 253_402_300_800_000;
 
+/// What if the guest cannot be frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Quiesce {
+    /// No snapshot is taken
+    Must,
+    /// It is taken all the same
+    Try,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum SnapCommand {
     /// Take a snapshot of an attached disk, exact at one point of its writes; also while the store is away
+    ///
+    /// With --quiesce the guest's file systems are frozen meanwhile, by the QEMU guest agent in it, so that they are whole in the
+    /// snapshot. The agent freezes, takes and thaws, whatever becomes of this command. The guest stands still from the freeze to
+    /// the thaw: at most for --freeze-timeout, --wait and some seconds.
+    #[command(after_help = crate::error::EXIT_CODES)]
     Create {
-        /// The disk: name or UUID
-        vdi: String,
+        /// The disk: name or UUID; with --quiesce also several, all disks of one virtual machine
+        #[arg(required = true)]
+        vdis: Vec<String>,
         /// For people, at most 64 bytes
         #[arg(long, value_name = "LABEL", default_value = "")]
         label: String,
-        /// Wait at most so long until it is durable; it may be taken all the same [default: 30s]
+        /// Wait at most so long until it is durable; it may be taken all the same [default: 30s; 10s while a guest is frozen]
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         wait: Option<Duration>,
+        /// Freeze the guest meanwhile; with =try, take the snapshot all the same if it cannot be frozen
+        #[arg(long, value_enum, value_name = "HOW", num_args = 0..=1, require_equals = true)]
+        #[arg(default_missing_value = "must", requires = "guest_agent")]
+        quiesce: Option<Quiesce>,
+        /// The socket on which QEMU has the guest agent's channel, org.qemu.guest_agent.0
+        #[arg(long, value_name = "PATH", requires = "quiesce")]
+        guest_agent: Option<PathBuf>,
+        /// The guest may take at most so long to freeze [default: 10s]
+        #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "quiesce")]
+        freeze_timeout: Option<Duration>,
     },
     /// List a disk's snapshots, newest first
     List {
@@ -79,11 +106,25 @@ pub enum SnapCommand {
 pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()> {
     let client = Client::new(run_dir);
     match command {
-        SnapCommand::Create { vdi, label, wait } => {
+        SnapCommand::Create { vdis, label, wait, quiesce, guest_agent, freeze_timeout } => {
             let wait_ms = wait.map(|wait| wait.as_millis() as u64);
-            let path = at(&vdi, "/snapshots")?;
+            if let (Some(how), Some(path)) = (quiesce, guest_agent) {
+                let quiesce = QuiesceRequest {
+                    guest_agent: absolute(path)?,
+                    timeout_ms: freeze_timeout.map(|time| time.as_millis() as u64),
+                    or_crash_consistent: how == Quiesce::Try,
+                };
+                let request = SnapSetRequest { vdis, label, wait_ms, quiesce };
+                return quiesced(&client, &request, out).await;
+            }
+            let [vdi] = &vdis[..] else {
+                let words = "several disks at once need --quiesce: without it each snapshot would be of another moment";
+                return Err(Failure::new(Kind::Usage, words));
+            };
+            let path = at(vdi, "/snapshots")?;
             let taken: Snapped = client.post(&path, &SnapRequest { label, wait_ms }).await?;
-            out.print(&taken, |taken| format!("{}@{}", taken.name, taken.snapshot.lsn))
+            let guest = Quiesced::default();
+            out.print(&One { snapshot: &taken, guest: &guest }, |one| name_of(one.snapshot))
         }
         SnapCommand::List { vdi, limit, beyond, oldest_first } => {
             let limit = limit.unwrap_or_default();
@@ -111,6 +152,41 @@ pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()
     }
 }
 
+/// `snap create` of one disk, as JSON.
+#[derive(Serialize)]
+struct One<'a> {
+    #[serde(flatten)]
+    snapshot: &'a Snapped,
+    #[serde(flatten)]
+    guest: &'a Quiesced,
+}
+
+async fn quiesced(client: &Client, request: &SnapSetRequest, out: Output) -> Result<()> {
+    let set: SnapSet = client.post("/v1/snapshots", request).await?;
+    if let Some(why) = set.guest.not_quiesced_because.as_ref().filter(|_| !out.json) {
+        eprintln!(
+            "ballast: the guest was not frozen, its file systems are as after a crash: {why}"
+        );
+    }
+    match &set.snapshots[..] {
+        [snapshot] => out.print(&One { snapshot, guest: &set.guest }, |one| name_of(one.snapshot)),
+        _ => {
+            out.print(&set, |set| set.snapshots.iter().map(name_of).collect::<Vec<_>>().join("\n"))
+        }
+    }
+}
+
+fn name_of(snapped: &Snapped) -> String {
+    format!("{}@{}", snapped.name, snapped.snapshot.lsn)
+}
+
+/// The agent's working directory is another one.
+fn absolute(path: PathBuf) -> Result<PathBuf> {
+    std::path::absolute(&path).map_err(|error| {
+        Failure::new(Kind::Usage, format!("guest agent '{}': {error}", path.display()))
+    })
+}
+
 /// `vdi rollback --to`.
 pub async fn rewind(
     client: &Client,
@@ -131,7 +207,7 @@ pub async fn rewind(
 }
 
 /// A time of day, or the bare number if no calendar has it.
-fn time_of(ms: u64) -> String {
+pub(super) fn time_of(ms: u64) -> String {
     if ms >= YEAR_10000_MS {
         return format!("{ms} ms");
     }

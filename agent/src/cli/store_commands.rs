@@ -1,9 +1,10 @@
 //! Commands that work on a store's device directly.
 //!
-//! All but `format` only read, and may run beside an agent that uses the store.
+//! All but `format` and `repair` only read, and may run beside an agent that uses the store.
 
+use super::looking::Looking;
 use super::output::Output;
-use super::{StoreArgs, StoreCommand, tables};
+use super::{StoreArgs, StoreCommand, store_dump, store_repair, tables};
 use crate::error::{Failure, Kind, Result};
 use crate::host::store::{Access, open_device, open_read_only};
 use blockstore::{FormatOptions, Store, StoreError, StoreErrorKind};
@@ -29,7 +30,10 @@ pub async fn run(command: StoreCommand, out: Output) -> Result<()> {
         }
         StoreCommand::Check { store, data } => {
             let opened = open_read_only(&store.url, &store.device).await?;
-            let report = gc::check(&opened, gc::CheckOptions { data }).await?;
+            let looking = Looking::begin(out);
+            let options = gc::CheckOptions { data };
+            let report = gc::check_with(&opened, options, looking.progress()).await?;
+            looking.end();
             out.print(&report, tables::store_report)?;
             if report.is_sound() {
                 return Ok(());
@@ -37,6 +41,8 @@ pub async fn run(command: StoreCommand, out: Output) -> Result<()> {
             // The report has said it all.
             Err(Failure::new(Kind::ProblemsFound, ""))
         }
+        StoreCommand::Dump { store, args } => store_dump::run(&store, &args, out).await,
+        StoreCommand::Repair { store, args } => store_repair::run(&store, &args, out).await,
         StoreCommand::Export { store, vdi, outfile, force } => {
             let opened = open_read_only(&store.url, &store.device).await?;
             let exported = export(&opened, &vdi, outfile, force).await?;
@@ -59,6 +65,11 @@ fn file_of(url: &str) -> Option<&Path> {
     path.or_else(|| url.starts_with('/').then_some(url)).map(Path::new)
 }
 
+/// How to open a device that nobody else may use. A reservation on an iSCSI LUN would outlive the command.
+pub fn alone(url: &str) -> Access {
+    if file_of(url).is_some() { Access::Exclusive } else { Access::Shared }
+}
+
 async fn format(store: &StoreArgs, options: FormatOptions) -> Result<()> {
     let new_file = file_of(&store.url).filter(|path| !path.exists() && !path.starts_with("/dev"));
     if let (Some(path), None) = (new_file, options.size) {
@@ -70,8 +81,7 @@ async fn format(store: &StoreArgs, options: FormatOptions) -> Result<()> {
             ),
         ));
     }
-    // A reservation on an iSCSI LUN would outlive this command.
-    let access = if file_of(&store.url).is_some() { Access::Exclusive } else { Access::Shared };
+    let access = alone(&store.url);
     let create_size = new_file.and(options.size);
     let device = open_device(&store.url, &store.device, access, create_size).await?;
     let formatted = Store::format(device, options).await;

@@ -1,6 +1,7 @@
 //! What people see of the objects in `api`.
 
 use super::output::{Table, fields};
+use crate::api::snapshots::AttachedSnapshot;
 use crate::api::{
     CacheStatus, Drained, DrillReport, Outlook, Readiness, Replacement, Status, StoreStatus, Vdi,
     VdiInfo, VdiState,
@@ -24,7 +25,7 @@ pub fn vdi_list(vdis: &[Vdi]) -> String {
         table.row([
             vdi.name.clone(),
             format_size(vdi.size),
-            vdi.state.as_str().into(),
+            format!("{}{}", vdi.state.as_str(), if vdi.read_only { ", read-only" } else { "" }),
             vdi.committed_lsn.to_string(),
             dash(vdi.owner.clone(), |owner| owner),
             dash(vdi.socket.as_deref(), show_path),
@@ -72,6 +73,7 @@ pub fn vdi_info(info: &VdiInfo) -> String {
         ),
     ];
     pairs.push(("store away", offline(info)));
+    pairs.push(("snapshot schedule", schedule(info)));
     if info.pinned {
         pairs.push(("pinned", "yes".into()));
     }
@@ -83,7 +85,8 @@ pub fn vdi_info(info: &VdiInfo) -> String {
     }
     if !vdi.attached {
         pairs.retain(|(key, _)| {
-            ["name", "uuid", "size", "state", "owner", "store away"].contains(key)
+            ["name", "uuid", "size", "state", "owner", "store away", "snapshot schedule"]
+                .contains(key)
         });
         pairs.push(("committed LSN", vdi.committed_lsn.to_string()));
     }
@@ -95,6 +98,14 @@ fn offline(info: &VdiInfo) -> String {
     match info.totals.failed_by_policy {
         0 => info.when_offline.clone(),
         failed => format!("{}, {failed} requests failed by it", info.when_offline),
+    }
+}
+
+fn schedule(info: &VdiInfo) -> String {
+    let rules = info.vdi.schedule.as_deref().unwrap_or("none");
+    match &info.schedule_trouble {
+        Some(trouble) => format!("{rules}; {trouble}"),
+        None => rules.to_owned(),
     }
 }
 
@@ -280,8 +291,40 @@ pub fn status(status: &Status) -> String {
         text.push_str(&format!("ATTENTION: {what}\n"));
     }
     if status.vdis.is_empty() {
-        return format!("{text}\nNo disk is attached to this host.\n");
+        text.push_str("\nNo disk is attached to this host.\n");
+    } else {
+        text.push_str(&disks(status));
     }
+    if !status.snapshots.is_empty() {
+        text.push_str(&format!("\n{}", snapshots(&status.snapshots)));
+    }
+    text
+}
+
+fn snapshots(attached: &[AttachedSnapshot]) -> String {
+    let head = ["SNAPSHOT, READ-ONLY", ">SIZE", "VM", ">READS", "WAITING", "STATE"];
+    let mut table = Table::new(&head);
+    for found in attached {
+        let state = found.state.as_str();
+        table.row([
+            found.name.clone(),
+            format_size(found.size),
+            if found.front_end_connected { "yes" } else { "-" }.into(),
+            found.reads.to_string(),
+            match found.waiting_reads {
+                0 => "-".into(),
+                reads => format!("{reads} reads for the store"),
+            },
+            match &found.last_error {
+                Some(why) => format!("{state}: {why}"),
+                None => state.to_owned(),
+            },
+        ]);
+    }
+    table.render()
+}
+
+fn disks(status: &Status) -> String {
     let head =
         ["DISK", ">SIZE", "VM", ">LAST", ">FLUSHED", ">COMMITTED", "NOT IN THE STORE", "STATE"];
     let mut table = Table::new(&head);
@@ -297,8 +340,7 @@ pub fn status(status: &Status) -> String {
             state(info),
         ]);
     }
-    text.push('\n');
-    text.push_str(&table.render());
+    let mut text = format!("\n{}", table.render());
     let head =
         ["DISK", ">WRITES", ">RUNWAY", ">DRAIN", ">HELD LOCALLY", ">RECENT READS", "WAITING"];
     let mut table = Table::new(&head);
@@ -495,8 +537,21 @@ pub fn store_report(report: &gc::Report) -> String {
             report.bitmap_pages_damaged
         ));
     }
+    if report.reclaim_pages_damaged > 0 {
+        text.push_str(&format!(
+            "{} reclaim pages damaged: the next cycle of garbage collection writes them anew\n",
+            report.reclaim_pages_damaged
+        ));
+    }
     text.push('\n');
     text.push_str(&findings(&report.problems));
+    let repairable = report.advice.iter().filter(|advice| advice.is_none()).count();
+    if repairable > 0 {
+        text.push_str(&format!("'ballast store repair' can mend {repairable} of them\n"));
+    }
+    let mut advice: Vec<_> = report.advice.iter().flatten().collect();
+    advice.dedup();
+    text.extend(advice.iter().take(8).map(|advice| format!("ADVICE: {advice}\n")));
     if report.problems_not_listed > 0 {
         text.push_str(&format!("and {} more that are not listed\n", report.problems_not_listed));
     }

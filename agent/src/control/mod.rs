@@ -17,18 +17,21 @@
 //! POST   /v1/vdis/NAME/snapshots/label     SnapLabelRequest  → Snapped
 //! POST   /v1/vdis/NAME/snapshots/delete    SnapDeleteRequest → SnapDeleted
 //! POST   /v1/vdis/NAME/snapshots/rollback  RewindRequest     → Rewound
+//! POST   /v1/snapshots              SnapSetRequest → SnapSet: of several disks, their guest frozen
+//! GET    /v1/vdis/NAME/schedule     ScheduleStatus
+//! POST   /v1/vdis/NAME/schedule     ScheduleRequest → ScheduleStatus
 //! GET    /v1/gc                     GcStatus
 //! POST   /v1/gc                     GcStatus, of the cycle that runs then
 //! POST   /v1/diff                   DiffRequest    → Diff, by the page
 //! GET    /v1/tree                   Forest
-//! POST   /v1/vdis/NAME/attach       Attached
+//! POST   /v1/vdis/NAME/attach       AttachRequest  → Attached
 //! POST   /v1/vdis/NAME/detach       DetachRequest  → Done
 //! POST   /v1/vdis/NAME/resize       ResizeRequest  → Created
 //! POST   /v1/vdis/NAME/drill        DrillRequest   → DrillBegun
 //! DELETE /v1/vdis/NAME/drill        Done
 //! ```
 //!
-//! NAME is a percent-escaped name or UUID. A failure has a status of 400 and above and the body
+//! NAME is a percent-escaped name or UUID; to attach or detach a snapshot, `VDI@LSN` or `VDI@LABEL`. A failure has a status of 400 and above and the body
 //! `{"error": {"kind": …, "message": …}}`.
 
 pub mod client;

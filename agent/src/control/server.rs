@@ -7,12 +7,14 @@
 use super::REQUEST_BYTES_MAX;
 use crate::api::diff::DiffRequest;
 use crate::api::loss::RollbackRequest;
+use crate::api::schedule::ScheduleRequest;
 use crate::api::snapshots::{
     RewindRequest, SnapDeleteRequest, SnapLabelRequest, SnapListRequest, SnapRequest,
+    SnapSetRequest,
 };
 use crate::api::{
-    CreateRequest, DeleteRequest, DetachRequest, DrainRequest, DrillRequest, HydrateRequest,
-    ReplaceRequest, ResizeRequest, SetRequest,
+    AttachRequest, CreateRequest, DeleteRequest, DetachRequest, DrainRequest, DrillRequest,
+    HydrateRequest, ReplaceRequest, ResizeRequest, SetRequest,
 };
 use crate::error::{ErrorBody, Failure, Kind, Result};
 use crate::host::Host;
@@ -120,6 +122,7 @@ fn router(gate: Gate) -> Router {
         .route("/v1/cache/drain", post(drain))
         .route("/v1/cache/quarantine/{name}", axum::routing::delete(discard_quarantine))
         .route("/v1/cache/replace", get(replacement).post(replace).delete(cancel_replacement))
+        .route("/v1/snapshots", post(snap_quiesced))
         .route("/v1/diff", post(diff))
         .route("/v1/tree", get(forest))
         .route("/v1/gc", get(gc_status).post(gc_run))
@@ -134,6 +137,7 @@ fn router(gate: Gate) -> Router {
         .route("/v1/vdis/{name}/detach", post(detach))
         .route("/v1/vdis/{name}/resize", post(resize))
         .route("/v1/vdis/{name}/set", post(set))
+        .route("/v1/vdis/{name}/schedule", get(schedule).post(set_schedule))
         .route("/v1/vdis/{name}/rollback", post(rollback))
         .route("/v1/vdis/{name}/snapshots/rollback", post(rewind))
         .route("/v1/vdis/{name}/hydrate", post(hydrate))
@@ -250,6 +254,17 @@ async fn snap(State(gate): Gated, name: Name, body: Body) -> Response {
     )
 }
 
+async fn snap_quiesced(State(gate): Gated, body: Body) -> Response {
+    answer(
+        async {
+            let request: SnapSetRequest = parse(body)?;
+            let host = gate.host()?;
+            to_the_end(async move { host.snap_quiesced(request).await }).await
+        }
+        .await,
+    )
+}
+
 async fn snapshots(State(gate): Gated, name: Name, body: Body) -> Response {
     answer(
         async {
@@ -293,11 +308,14 @@ async fn delete(State(gate): Gated, name: Name, body: Body) -> Response {
     )
 }
 
-async fn attach(State(gate): Gated, name: Name) -> Response {
+async fn attach(State(gate): Gated, name: Name, body: Body) -> Response {
     answer(
         async {
+            // Commands of former versions send 'null'.
+            let request: Option<AttachRequest> = parse_or_default(body)?;
+            let AttachRequest { read_only } = request.unwrap_or_default();
             let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.attach(&name).await }).await
+            to_the_end(async move { host.attach(&name, read_only).await }).await
         }
         .await,
     )
@@ -377,6 +395,21 @@ async fn set(State(gate): Gated, name: Name, body: Body) -> Response {
             let request: SetRequest = parse(body)?;
             let (name, host) = (name_of(name)?, gate.host()?);
             to_the_end(async move { host.set(&name, request).await }).await
+        }
+        .await,
+    )
+}
+
+async fn schedule(State(gate): Gated, name: Name) -> Response {
+    answer(async { gate.host()?.schedule(&name_of(name)?).await }.await)
+}
+
+async fn set_schedule(State(gate): Gated, name: Name, body: Body) -> Response {
+    answer(
+        async {
+            let request: ScheduleRequest = parse(body)?;
+            let (name, host) = (name_of(name)?, gate.host()?);
+            to_the_end(async move { host.set_schedule(&name, request).await }).await
         }
         .await,
     )

@@ -5,7 +5,7 @@
 //! restarts has forgotten it. Nothing is at stake: the log takes what is written, as always.
 
 use async_trait::async_trait;
-use blockstore::WhenOffline;
+use blockstore::Policy;
 use blockstore::types::{Lba, Lsn};
 use bytes::Bytes;
 use cache::backing::{Backing, BackingError, Batch};
@@ -111,8 +111,8 @@ impl<B: Backing> Backing for Switched<B> {
         self.behind.commit(batch).await
     }
 
-    fn when_offline(&self) -> WhenOffline {
-        self.behind.when_offline()
+    fn policy(&self) -> Policy {
+        self.behind.policy()
     }
 
     /// A drill is no outage: it must not fail a guest's requests.

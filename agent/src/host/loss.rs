@@ -106,8 +106,9 @@ impl Host {
             Some(disk) => disk,
             None => self.show_lost(&info),
         };
-        let receipt =
-            disk.give_up_log(&self.parts, self.roll_back_closed(info, accept_loss)).await?;
+        let receipt = disk
+            .give_up_log(&self.parts, Box::pin(self.roll_back_closed(info, accept_loss)))
+            .await?;
         self.notes.forget(disk.uuid);
         if let Some(log) = receipt.log_id {
             self.left_behind.forget(log.as_u128());

@@ -2,7 +2,7 @@
 //!
 //! `store` opens a store, `opening` this host's, `seat` is where it is found, `parts` is what all disks share, `served` is one disk, `requests` and `report` are
 //! what the control API does and shows, `meters` what the counters foretell, `drill` cuts a disk off
-//! on purpose, `collecting` collects garbage, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
+//! on purpose, `collecting` collects garbage, `schedules` takes and thins snapshots, `read_only` serves them, `quiesce` freezes guests for snapshots and sees to it that they are thawed, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
 //!
 //! A disk that does not come back at the start, or whose worker fails, is shown as failed; all others go on.
 
@@ -18,11 +18,14 @@ mod meters;
 mod notes;
 mod opening;
 mod parts;
+mod quiesce;
+mod read_only;
 mod receipt;
 mod replacing;
 mod report;
 mod requests;
 mod rewind;
+mod schedules;
 mod seat;
 mod served;
 mod snapshots;
@@ -66,6 +69,12 @@ pub struct Host {
     notes: notes::Notes,
     /// Garbage collection.
     collecting: collecting::Collecting,
+    /// Snapshots by themselves.
+    schedules: Arc<schedules::Schedules>,
+    /// Snapshots that are served.
+    read_only: read_only::ReadOnlyDisks,
+    /// Guests that are frozen for a snapshot.
+    quiescing: Arc<quiesce::Quiescing>,
     /// Logs that the store has left behind.
     left_behind: Arc<left_behind::LogsLeftBehind>,
     /// Heartbeat, and disks on their way back. Ended at the stop.
@@ -80,6 +89,8 @@ impl Host {
         run_dir: &Path,
         progress: &(dyn Fn(&str) + Sync),
     ) -> Result<Arc<Self>> {
+        // First of all: nothing that follows is needed for it, and much of it may take long or fail.
+        let quiescing = quiesce::Quiescing::open(run_dir);
         let name = host_name();
         let legs = config.caches();
         for path in &legs {
@@ -109,6 +120,7 @@ impl Host {
         let identity = cache.identity().await;
         progress(&format!("opening the store {}", store::without_secrets(&config.store)));
         let seat = Arc::new(Seat::new(&config.store, identity.store));
+        let holds = Arc::default();
         let opening = Opening {
             url: config.store.clone(),
             device: config.device.clone(),
@@ -117,13 +129,15 @@ impl Host {
                 host_name: name.clone(),
                 take_over_host: config.take_over_host,
                 node_cache_bytes: config.node_memory,
+                holds: Arc::clone(&holds),
                 ..OpenOptions::default()
             },
             cache: Arc::clone(&cache),
             cache_path: config.cache.clone(),
         };
         let mut tasks = JoinSet::new();
-        if cache.attached().await.iter().any(|disk| disk.was_served) {
+        let has_disks = cache.attached().await.iter().any(|disk| disk.was_served);
+        if has_disks || read_only::ReadOnlyDisks::were_any(run_dir) {
             let trying = AbortOnDrop(opening.start(&seat).await?);
             tasks.spawn(async move {
                 let mut trying = trying;
@@ -132,7 +146,9 @@ impl Host {
         } else {
             opening.wait_for(&seat, &config, progress).await?;
         }
-        let parts = Arc::new(Parts { config, run_dir: run_dir.to_owned(), store: seat, cache });
+        let parts =
+            Arc::new(Parts { config, run_dir: run_dir.to_owned(), store: seat, cache, holds });
+        let read_only = read_only::ReadOnlyDisks::recall(&parts);
         let host = Arc::new(Self {
             parts,
             identity,
@@ -142,15 +158,21 @@ impl Host {
             meters: Mutex::default(),
             notes: notes::Notes::open(run_dir),
             collecting: collecting::Collecting::default(),
+            schedules: Arc::default(),
+            read_only,
+            quiescing,
             left_behind,
             tasks: Mutex::new(tasks),
         });
         host.bring_back().await;
+        host.bring_back_snapshots().await;
         host.spawn(heartbeat(Arc::clone(&host.parts)));
         host.spawn(watch::workers(Arc::downgrade(&host)));
         host.spawn(report::read_meters(Arc::downgrade(&host)));
         host.spawn(notes::keep(Arc::downgrade(&host)));
         host.spawn(collecting::by_itself(Arc::downgrade(&host)));
+        host.spawn(schedules::taking::by_itself(Arc::downgrade(&host)));
+        host.spawn(schedules::thinning::by_itself(Arc::downgrade(&host)));
         host.spawn(loss::find(Arc::downgrade(&host)));
         Ok(host)
     }
@@ -197,6 +219,8 @@ impl Host {
     /// Stops serving, drains for at most `timeout`, closes everything. What is left is safe in the log.
     pub async fn stop(&self, timeout: Duration) {
         let deadline = tokio::time::Instant::now() + timeout;
+        // While their disks are served: a guest that is freezing writes before it can thaw.
+        self.quiescing.settle(tokio::time::Instant::now() + timeout / 2).await;
         self.tasks.lock().abort_all();
         let served: Vec<_> = self.served.lock().values().cloned().collect();
         let mut stopping = JoinSet::new();
@@ -226,6 +250,7 @@ impl Host {
             });
         }
         while stopping.join_next().await.is_some() {}
+        self.stop_snapshots().await;
         notify::status("closing");
         self.parts.cache.close().await;
         if let Some(store) = self.parts.store.opened()

@@ -3,6 +3,7 @@
 use super::seat::Seat;
 use crate::config::AgentConfig;
 use crate::error::{Failure, Kind, Result};
+use blockstore::SnapshotHolds;
 use cache::Cache;
 use std::fmt;
 use std::path::PathBuf;
@@ -19,6 +20,8 @@ pub struct Parts {
     pub store: Arc<Seat>,
     /// The local cache.
     pub cache: Arc<Cache>,
+    /// Snapshots that nobody may delete; the store, once it is open, knows of them.
+    pub holds: Arc<SnapshotHolds>,
 }
 
 impl Parts {

@@ -3,12 +3,14 @@
 use super::Host;
 use super::meters::{PERIOD, Reading};
 use super::served::Served;
+use crate::api::snapshots::AttachedSnapshot;
 use crate::api::{
-    AgentStatus, CacheStatus, Readiness, Status, StoreStatus, Totals, Vdi, VdiInfo, VdiState,
-    Waiting,
+    AgentStatus, CacheStatus, FrozenGuest, Readiness, Status, StoreStatus, Totals, Vdi, VdiInfo,
+    VdiState, Waiting,
 };
 use crate::error::Result;
 use crate::units::format_size;
+use blockstore::Schedule;
 use cache::ReplacementState;
 use std::collections::BTreeMap;
 use std::sync::Weak;
@@ -54,7 +56,10 @@ impl Host {
         let dirty: BTreeMap<_, _> =
             vdis.iter().map(|info| (info.vdi.uuid, info.dirty_bytes)).collect();
         let outlook = self.meters.lock().outlook_of_all(&dirty, room(&cache));
-        let degraded = degraded(&store, &cache, &vdis);
+        let snapshots = self.attached_snapshots();
+        let frozen_guests = self.quiescing.owed();
+        let mut degraded = degraded(&store, &cache, &vdis, &snapshots);
+        degraded.splice(0..0, frozen_guests.iter().map(frozen));
         Status {
             agent: AgentStatus {
                 pid: std::process::id(),
@@ -66,8 +71,10 @@ impl Host {
             store,
             cache,
             vdis,
+            snapshots,
             outlook,
             degraded,
+            frozen_guests,
         }
     }
 
@@ -114,6 +121,7 @@ impl Host {
         let view = disk.view();
         let log = self.parts.cache.vdi_status(disk.uuid).unwrap_or_default();
         let stats = disk.stats().unwrap_or_default();
+        let schedule = self.schedules.counts(disk.uuid);
         let ring = self.parts.cache.status();
         let (outlook, readiness) = {
             let meters = self.meters.lock();
@@ -142,6 +150,9 @@ impl Host {
                 committed_lsn: log.committed_lsn,
                 state,
                 owner: Some(self.name.clone()),
+                schedule: in_words(log.policy.schedule),
+                snapshot: None,
+                read_only: false,
             },
             last_lsn: log.last_lsn,
             flushed_lsn: log.flushed_lsn,
@@ -165,11 +176,14 @@ impl Host {
                 failed_by_policy: stats.failed_by_policy,
                 commits: log.commits,
                 replayed_bytes: log.replayed_bytes,
+                snapshots_scheduled: schedule.taken,
+                snapshots_thinned: schedule.deleted,
             },
             drill_until: disk.drill.until_ms(),
-            when_offline: log.when_offline.to_string(),
+            when_offline: log.policy.when_offline.to_string(),
             hydrate: log.hydrate,
             pinned: log.pinned,
+            schedule_trouble: schedule.trouble,
         }
     }
 
@@ -191,6 +205,9 @@ impl Host {
                 committed_lsn: found.committed_lsn.0,
                 state: owner.map_or(VdiState::Detached, |_| VdiState::Elsewhere),
                 owner: owner.map(|o| o.host_name.clone().unwrap_or_else(|| o.host.to_string())),
+                schedule: in_words(found.schedule),
+                snapshot: None,
+                read_only: false,
             },
             last_lsn: found.committed_lsn.0,
             flushed_lsn: found.committed_lsn.0,
@@ -208,13 +225,15 @@ impl Host {
             when_offline: found.when_offline.to_string(),
             hydrate: None,
             pinned: false,
+            schedule_trouble: None,
         }
     }
 
-    /// All disks of the store.
+    /// All disks of the store, and the snapshots that this host serves.
     pub async fn list(&self) -> Result<Vec<Vdi>> {
         let found = self.parts.store.get()?.list_vdis().await?;
         let mut list: Vec<_> = found.iter().map(|found| self.describe_stored(found).vdi).collect();
+        list.extend(self.snapshots_as_disks());
         list.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(list)
     }
@@ -226,6 +245,11 @@ impl Host {
             None => Ok(self.describe_stored(&self.parts.store.get()?.lookup_vdi(name).await?)),
         }
     }
+}
+
+/// A schedule, if there is one.
+fn in_words(schedule: Schedule) -> Option<String> {
+    (!schedule.is_none()).then(|| schedule.to_string())
 }
 
 /// Bytes that writers can have of the ring while the store is away.
@@ -256,12 +280,36 @@ fn readiness(disk: &Served, log: &cache::VdiStatus, known: Readiness) -> Readine
     Readiness { boot_trace_share, metadata: metadata.into(), missing, ..known }
 }
 
+/// The last year that a date is written for.
+const YEAR_9999_MS: u64 = 253_370_764_800_000;
+
+fn frozen(guest: &FrozenGuest) -> String {
+    format!(
+        "a guest may be frozen since {}, agent {}: thawing it is tried again and again ({}); 'echo j > /proc/sysrq-trigger' in a \
+         Linux guest thaws it",
+        humantime::format_rfc3339_seconds(
+            std::time::UNIX_EPOCH + std::time::Duration::from_millis(guest.since.min(YEAR_9999_MS))
+        ),
+        guest.guest_agent.display(),
+        guest.why
+    )
+}
+
 /// What is not as it should be, the worst first.
-fn degraded(store: &StoreStatus, cache: &CacheStatus, vdis: &[VdiInfo]) -> Vec<String> {
+fn degraded(
+    store: &StoreStatus,
+    cache: &CacheStatus,
+    vdis: &[VdiInfo],
+    snapshots: &[AttachedSnapshot],
+) -> Vec<String> {
     let mut found = Vec::new();
     for info in vdis.iter().filter(|info| info.vdi.state == VdiState::Failed) {
         let why = info.last_error.as_deref().unwrap_or("see the agent's log");
         found.push(format!("disk '{}' has failed: {why}", info.vdi.name));
+    }
+    for snapshot in snapshots.iter().filter(|snapshot| snapshot.state == VdiState::Failed) {
+        let why = snapshot.last_error.as_deref().unwrap_or("see the agent's log");
+        found.push(format!("snapshot {}, attached read-only, has failed: {why}", snapshot.name));
     }
     for info in vdis.iter().filter(|info| info.write_through) {
         let why = info.last_error.as_deref().unwrap_or("see the agent's log");
@@ -278,7 +326,8 @@ fn degraded(store: &StoreStatus, cache: &CacheStatus, vdis: &[VdiInfo]) -> Vec<S
     }
     if !store.reachable {
         found.push("the store does not answer: serving from the cache".to_owned());
-        let reads: u64 = vdis.iter().map(|info| info.waiting.reads).sum();
+        let of_disks: u64 = vdis.iter().map(|info| info.waiting.reads).sum();
+        let reads = of_disks + snapshots.iter().map(|found| found.waiting_reads).sum::<u64>();
         if reads > 0 {
             found.push(format!("{reads} reads of what is not held locally wait for the store"));
         }
@@ -288,6 +337,11 @@ fn degraded(store: &StoreStatus, cache: &CacheStatus, vdis: &[VdiInfo]) -> Vec<S
             "disk '{}' fails requests that wait for the store ({}): {} so far",
             info.vdi.name, info.when_offline, info.totals.failed_by_policy
         ));
+    }
+    for info in vdis {
+        if let Some(trouble) = &info.schedule_trouble {
+            found.push(format!("schedule of disk '{}': {trouble}", info.vdi.name));
+        }
     }
     for info in vdis.iter().filter(|info| info.pinned) {
         if let Some(missing) = &info.readiness.missing {

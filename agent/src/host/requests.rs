@@ -2,13 +2,14 @@
 
 use super::Host;
 use super::drill::TIME_MAX;
+use super::read_only::snapshot_named;
 use super::served::{Served, Way};
 use crate::api::{
     Attached, Created, Done, Drained, DrainedVdi, DrillBegun, Set, SetRequest, VdiState,
 };
 use crate::error::{Failure, Kind, Result};
 use crate::names::check_vdi_name;
-use blockstore::WhenOffline;
+use blockstore::{Policy, PolicyChange, WhenOffline};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
@@ -56,11 +57,30 @@ impl Host {
         } else {
             store.delete_vdi(&uuid).await?;
         }
+        self.schedules.release_held();
         Ok(Done { name: info.name, uuid: info.uuid })
     }
 
-    /// Serves a disk. One that is served already stays as it is; one that failed is tried again.
-    pub async fn attach(&self, name: &str) -> Result<Attached> {
+    /// Serves a disk, or, `read_only`, a snapshot. One that is served already stays as it is; one that failed is tried again.
+    pub async fn attach(&self, name: &str, read_only: bool) -> Result<Attached> {
+        match snapshot_named(name) {
+            Some(snapshot) if read_only => return self.attach_snapshot(&snapshot).await,
+            Some(_) => {
+                let words = format!(
+                    "'{name}' is a snapshot, which never changes: attach it with --read-only, or, to write, a clone of it \
+                     ('ballast vdi create NAME --from {name}')"
+                );
+                return Err(Failure::new(Kind::Usage, words));
+            }
+            None if read_only => {
+                let words = format!(
+                    "disk '{name}' cannot be attached read-only, but its snapshots can: 'ballast snap create {name}', then \
+                     'ballast vdi attach {name}@LSN --read-only'"
+                );
+                return Err(Failure::new(Kind::Usage, words));
+            }
+            None => {}
+        }
         loop {
             let (disk, is_new) = match self.find_served(name) {
                 Some(disk) => (disk, false),
@@ -69,7 +89,12 @@ impl Host {
             match disk.bring_up(&self.parts, None, Way::Asked).await {
                 Ok(()) => {
                     let socket = disk.socket.clone().unwrap_or_default();
-                    return Ok(Attached { name: disk.name.clone(), uuid: disk.uuid, socket });
+                    return Ok(Attached {
+                        name: disk.name.clone(),
+                        uuid: disk.uuid,
+                        socket,
+                        read_only: false,
+                    });
                 }
                 // It waited for a detach to end.
                 Err(_) if disk.is_gone() => self.remove(&disk),
@@ -123,8 +148,11 @@ impl Host {
         }
     }
 
-    /// Drains a disk and releases it.
+    /// Drains a disk and releases it, or stops serving a snapshot.
     pub async fn detach(&self, name: &str, force: bool) -> Result<Done> {
+        if let Some(snapshot) = snapshot_named(name) {
+            return self.detach_snapshot(&snapshot, force).await;
+        }
         let Some(disk) = self.find_served(name) else {
             // Tells a wrong name from a disk that is not attached.
             let info = self.parts.store.get()?.lookup_vdi(name).await?;
@@ -172,16 +200,26 @@ impl Host {
     /// Changes how a disk is served. For a disk of this host it takes effect at once, store or not; the store's record
     /// follows, at the latest when the disk is detached.
     pub async fn set(&self, name: &str, request: SetRequest) -> Result<Set> {
-        let policy = request.when_offline.as_deref().map(policy_of).transpose()?;
+        let when_offline = request.when_offline.as_deref().map(policy_of).transpose()?;
+        let change = PolicyChange { when_offline, ..PolicyChange::default() };
+        let (name, uuid, policy) = self.change_policy(name, change).await?;
+        Ok(Set { name, uuid, when_offline: policy.when_offline.to_string() })
+    }
+
+    /// Changes the policy of a disk, wherever that is kept now.
+    pub(super) async fn change_policy(
+        &self,
+        name: &str,
+        change: PolicyChange,
+    ) -> Result<(String, Uuid, Policy)> {
         if let Some(disk) = self.find_served(name) {
-            let now = disk.set_when_offline(&self.parts, policy).await?;
-            return Ok(Set { name: disk.name.clone(), uuid: disk.uuid, when_offline: now });
+            let policy = disk.set_policy(&self.parts, change).await?;
+            return Ok((disk.name.clone(), disk.uuid, policy));
         }
         let store = self.parts.store.get()?;
         let info = store.lookup_vdi(name).await?;
-        let policy = policy.unwrap_or(info.when_offline);
-        store.set_when_offline(&info.uuid.to_string(), policy).await?;
-        Ok(Set { name: info.name, uuid: info.uuid, when_offline: policy.to_string() })
+        let policy = store.set_policy(&info.uuid.to_string(), change).await?;
+        Ok((info.name, info.uuid, policy))
     }
 
     /// Cuts a disk off from the store for a while.

@@ -12,11 +12,12 @@
 use super::drill::{Switch, Switched};
 use super::parts::Parts;
 use crate::api::VdiState;
+use crate::config::AgentConfig;
 use crate::error::{Failure, Kind, Result};
 use crate::names::socket_path;
 use ballast_vhost::{DiskServer, Listening, NotServed, ServerOptions, Stats};
 use blockstore::types::Lsn;
-use blockstore::{AttachOptions, SnapshotLabel, Vdi, WhenOffline};
+use blockstore::{AttachOptions, Policy, PolicyChange, SnapshotLabel, Vdi};
 use cache::disk::AttachedDisk;
 use cache::{CacheError, SnapshotTaken, VdiIdentity};
 use parking_lot::Mutex;
@@ -116,21 +117,16 @@ impl Served {
         self.server.lock().as_ref().map(DiskServer::stats)
     }
 
+    /// It is attached in the store, by no transition that is still under way.
+    pub fn is_joined(&self) -> bool {
+        self.handle.try_lock().is_ok_and(|handle| handle.is_some())
+    }
+
     /// Opens its socket, before its log is recovered, so that front ends find it early.
     pub async fn listen(&self, parts: &Parts) -> Result<Listening> {
         let socket = socket_path(&parts.run_dir, &self.name, self.uuid);
         let socket = socket.map_err(|words| Failure::new(Kind::Usage, words))?;
-        let config = &parts.config;
-        let options = ServerOptions {
-            socket,
-            mode: config.socket_mode,
-            owner: socket_owner(config.socket_owner),
-            queues: config.queues,
-            queue_size_max: config.queue_size,
-            serial: serial(self.uuid),
-            read_only: false,
-            poll_us: config.poll_us,
-        };
+        let options = server_options(&parts.config, socket, serial(self.uuid));
         blocking(move || DiskServer::listen(options)).await
     }
 
@@ -380,7 +376,7 @@ impl Served {
         parts.cache.drain(self.uuid).await?;
         self.stop_server(parts).await?;
         let drained = parts.cache.drain(self.uuid).await?;
-        vdi.set_when_offline(policy_here(parts, self.uuid)).await?;
+        vdi.set_policy(policy_here(parts, self.uuid).into()).await?;
         vdi.detach(drained).await?;
         *handle = None;
         Ok(parts.cache.detach(self.uuid).await?)
@@ -470,24 +466,18 @@ impl Served {
         Ok(())
     }
 
-    /// Sets what becomes of requests that cannot go on without the store, if anything is given; returns what holds now.
-    pub async fn set_when_offline(
-        &self,
-        parts: &Parts,
-        policy: Option<WhenOffline>,
-    ) -> Result<String> {
+    /// Changes its policy; returns what holds now.
+    pub async fn set_policy(&self, parts: &Parts, change: PolicyChange) -> Result<Policy> {
         let handle = self.handle.lock().await;
         self.refuse_gone()?;
         if parts.cache.vdi_status(self.uuid).is_none() {
             return Err(self.log_not_open());
         }
-        if let Some(policy) = policy {
-            parts.cache.set_when_offline(self.uuid, policy).await?;
-        }
+        let policy = parts.cache.set_policy(self.uuid, change).await?;
         if let Some(vdi) = handle.as_ref() {
             self.note_policy(parts, vdi);
         }
-        Ok(policy_here(parts, self.uuid).to_string())
+        Ok(policy)
     }
 
     /// Has the store's record follow what this host's slot says, now or when the store is back. What counts here is the
@@ -497,7 +487,7 @@ impl Served {
         tokio::spawn(async move {
             // Read now, so that of two changes the later one stays.
             let Some(status) = cache.vdi_status(vdi.uuid()) else { return };
-            if let Err(error) = vdi.set_when_offline(status.when_offline).await {
+            if let Err(error) = vdi.set_policy(status.policy.into()).await {
                 tracing::warn!(
                     vdi = vdi.name(),
                     "the store's record of its policy is behind: {error}"
@@ -542,8 +532,26 @@ impl Served {
 }
 
 /// What this host's slot says of a disk that is attached.
-fn policy_here(parts: &Parts, uuid: Uuid) -> WhenOffline {
-    parts.cache.vdi_status(uuid).map(|status| status.when_offline).unwrap_or_default()
+fn policy_here(parts: &Parts, uuid: Uuid) -> Policy {
+    parts.cache.vdi_status(uuid).map(|status| status.policy).unwrap_or_default()
+}
+
+/// How the agent serves a disk at `socket`.
+pub(super) fn server_options(
+    config: &AgentConfig,
+    socket: PathBuf,
+    serial: String,
+) -> ServerOptions {
+    ServerOptions {
+        socket,
+        mode: config.socket_mode,
+        owner: socket_owner(config.socket_owner),
+        queues: config.queues,
+        queue_size_max: config.queue_size,
+        serial,
+        read_only: false,
+        poll_us: config.poll_us,
+    }
 }
 
 /// What the guest sees as serial number: 20 bytes hold the first ten bytes of the UUID in hexadecimal.
@@ -558,7 +566,7 @@ fn socket_owner((user, group): (Option<u32>, Option<u32>)) -> Option<(u32, u32)>
 }
 
 /// Runs what may block off the runtime's threads.
-async fn blocking<T: Send + 'static, E: Into<Failure> + Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static, E: Into<Failure> + Send + 'static>(
     work: impl FnOnce() -> Result<T, E> + Send + 'static,
 ) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {

@@ -4,6 +4,7 @@
 //! in the log is drained there first.
 
 use super::Host;
+use super::parts::Parts;
 use super::requests::policy_of;
 use super::served::Served;
 use crate::api::snapshots::{
@@ -13,6 +14,7 @@ use crate::api::snapshots::{
 use crate::api::{Created, Origin};
 use crate::error::{Failure, Kind, Result};
 use crate::names::check_vdi_name;
+use blockstore::schedule::is_automatic;
 use blockstore::snapshots::{PAGE_MAX, Page};
 use blockstore::types::Lsn;
 use blockstore::{SnapshotLabel, WhenOffline};
@@ -34,28 +36,9 @@ impl Host {
     pub async fn snap(&self, name: &str, request: SnapRequest) -> Result<Snapped> {
         let label = label_of(request.label)?;
         let disk = self.served_or_reason(name).await?;
-        let text = label.as_str().to_owned();
         // A log without room may stay so for hours: callers that wait for it must not use up the control socket.
         let wait = request.wait_ms.map_or(WAIT, Duration::from_millis).min(WAIT_MAX);
-        let taken = tokio::time::timeout(wait, disk.snapshot(&self.parts, label)).await;
-        let taken = taken.unwrap_or_else(|_| {
-            let words = format!(
-                "it is not durable in the log after {wait:?}, which may have no room; it may be taken yet: \
-                 'ballast status' shows the ring, 'ballast snap list' the snapshots"
-            );
-            Err(Failure::new(Kind::Unavailable, words))
-        });
-        let taken = taken.map_err(|failure| {
-            failure.within(format_args!("no snapshot of disk '{}' is known to be taken", disk.name))
-        })?;
-        let snapshot = Snapshot {
-            lsn: taken.lsn.0,
-            time: taken.time_ms,
-            label: text,
-            place: SnapshotPlace::Log,
-            size: None,
-        };
-        Ok(Snapped { name: disk.name.clone(), uuid: disk.uuid, snapshot })
+        take(&self.parts, &disk, label, wait).await
     }
 
     /// A page of a disk's snapshots, those that are still in the log among them.
@@ -136,7 +119,8 @@ impl Host {
         lsns.sort_unstable();
         lsns.dedup();
         self.parts.store.get()?.delete_snapshots(&vdi, lsns.clone()).await?;
-        let deleted = lsns.iter().map(|lsn| lsn.0).collect();
+        let deleted: Vec<u64> = lsns.iter().map(|lsn| lsn.0).collect();
+        self.schedules.forget(uuid, deleted.iter().copied());
         Ok(SnapDeleted { name, uuid, deleted })
     }
 
@@ -147,8 +131,9 @@ impl Host {
         let vdi = uuid.to_string();
         let found = self.find_stored(&vdi, &request.snapshot).await?;
         self.parts.store.get()?.label_snapshot(&vdi, found.lsn, label.clone()).await?;
+        self.schedules.forget(uuid, [found.lsn.0]);
         let snapshot = Snapshot { label: label.into(), ..in_store(&found) };
-        Ok(Snapped { name, uuid, snapshot })
+        Ok(Snapped::new(&name, uuid, snapshot))
     }
 
     /// Creates a disk that begins as a snapshot of another.
@@ -176,7 +161,7 @@ impl Host {
     }
 
     /// A snapshot in the store; one that is still in this host's log is drained there first.
-    async fn find_stored(
+    pub(super) async fn find_stored(
         &self,
         vdi: &str,
         snapshot: &str,
@@ -215,7 +200,44 @@ impl Host {
     }
 }
 
+/// Takes a snapshot of a disk and waits at most so long until it is durable.
+pub(super) async fn take(
+    parts: &Parts,
+    disk: &Served,
+    label: SnapshotLabel,
+    wait: Duration,
+) -> Result<Snapped> {
+    let text = label.as_str().to_owned();
+    let taken = tokio::time::timeout(wait, disk.snapshot(parts, label)).await;
+    let taken = taken.unwrap_or_else(|_| {
+        let words = format!(
+            "it is not durable in the log after {wait:?}, which may have no room; it may be taken yet: \
+             'ballast status' shows the ring, 'ballast snap list' the snapshots"
+        );
+        Err(Failure::new(Kind::Unavailable, words))
+    });
+    let taken = taken.map_err(|failure| {
+        failure.within(format_args!("no snapshot of disk '{}' is known to be taken", disk.name))
+    })?;
+    let snapshot = Snapshot {
+        lsn: taken.lsn.0,
+        time: taken.time_ms,
+        label: text,
+        place: SnapshotPlace::Log,
+        size: None,
+    };
+    Ok(Snapped::new(&disk.name, disk.uuid, snapshot))
+}
+
+/// A label that people give.
 pub(super) fn label_of(label: String) -> Result<SnapshotLabel> {
+    if is_automatic(&label) {
+        let words = format!(
+            "the label '{label}' has the form of those that schedules give, and what has them is deleted when no rule keeps \
+             it: choose another"
+        );
+        return Err(Failure::new(Kind::Usage, words));
+    }
     SnapshotLabel::new(label).map_err(|words| Failure::new(Kind::Usage, words))
 }
 

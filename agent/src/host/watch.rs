@@ -19,6 +19,7 @@ const WINDOW: Duration = Duration::from_secs(600);
 /// Watches all disks for as long as the host lives.
 pub async fn workers(host: Weak<Host>) {
     let mut deaths: BTreeMap<Uuid, Deaths> = BTreeMap::new();
+    let mut of_snapshots: BTreeMap<(Uuid, u64), Deaths> = BTreeMap::new();
     let mut tick = tokio::time::interval(PERIOD);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -32,6 +33,11 @@ pub async fn workers(host: Weak<Host>) {
                 let parts = Arc::clone(&host.parts);
                 // Its state tells how it went.
                 let _ = disk.bring_up(&parts, None, Way::Again).await;
+            }
+        }
+        for snapshot in host.dead_snapshots() {
+            if of_snapshots.entry(snapshot).or_default().may_come_back(Instant::now()) {
+                host.revive_snapshot(snapshot).await;
             }
         }
     }

@@ -425,11 +425,14 @@ impl Pages {
             sweep_epoch: extent.view.record().map_or(0, |r| r.sweep_epoch),
             ..ExtentRecord::unused()
         };
-        // Bits were cleared before, so nothing in the pool lies here.
-        territory.records.swap(io, &extent.view, unused).await?;
+        // Bits were cleared before, so nothing in the pool lies here. If it is not known what becomes of the record, nothing is
+        // given out of the extent any more: others may find it unused.
+        let view = extent.view.clone();
         self.extents.remove(&number);
         self.loaded.retain(|(extent, _), _| *extent != number);
-        self.catalogue[number as usize] = ExtentType::Unused;
+        if let Swap::Done(_) = territory.records.swap(io, &view, unused).await? {
+            self.catalogue[number as usize] = ExtentType::Unused;
+        }
         Ok(())
     }
 
@@ -552,24 +555,14 @@ fn page_write(
 /// Everything an empty extent starts with.
 fn fresh_extent(territory: &Territory, number: u32, kind: ExtentType) -> Vec<Write> {
     let g = &territory.geometry;
-    let header = ExtentHeader {
-        extent: number,
-        kind,
-        extent_blocks: g.extent_blocks,
-        first_block: g.extent_overhead(),
-        bmap_pages: g.bmap_pages(),
-    };
+    let header = ExtentHeader::of(g, number, kind);
     let base = g.extent_base(number);
     let head = Head { store: territory.records.store, sequence: 1, record: header };
     let mut block = Bytes::copy_from_slice(&head.encode_block(base));
     debug_assert_eq!(block.len(), BLOCK_SIZE);
     let mut pieces = vec![block.split_off(0)];
     for page in 0..g.bmap_pages() {
-        let mut content = BitmapPage::clear().with_sequence(1);
-        if page == 0 {
-            (0..g.extent_overhead()).for_each(|bit| content.set(bit, true));
-        }
-        (g.page_bits(page)..PAGE_BITS).for_each(|bit| content.set(bit, true));
+        let content = BitmapPage::fresh(g, page).with_sequence(1);
         pieces.extend(page_write(territory, number, page, &content, BitmapKind::Allocation).1);
     }
     for page in 0..g.bmap_pages() {

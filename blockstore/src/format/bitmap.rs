@@ -3,6 +3,7 @@
 //! The BMap is written only by the extent's owner, in place. A page that fails its checks reads as
 //! "everything allocated": blocks leak until the garbage collector's next cycle, none is given twice.
 
+use crate::format::geometry::Geometry;
 use crate::format::head::Damage;
 use crate::types::{BLOCK_SIZE, Gba};
 use std::fmt;
@@ -83,6 +84,17 @@ impl BitmapPage {
             owner_generation: 0,
             bits: Box::new([0; BIT_BYTES]),
         }
+    }
+
+    /// A page of the BMap of an extent whose blocks are all free: what is no block of disks is set.
+    #[must_use]
+    pub fn fresh(geometry: &Geometry, page: u32) -> Self {
+        let mut content = Self::clear();
+        let first = u64::from(page) * PAGE_BITS;
+        let overhead = geometry.extent_overhead().saturating_sub(first);
+        (0..overhead.min(PAGE_BITS)).for_each(|bit| content.set(bit, true));
+        (geometry.page_bits(page)..PAGE_BITS).for_each(|bit| content.set(bit, true));
+        content
     }
 
     /// A page with every bit set: how a damaged BMap page is read.

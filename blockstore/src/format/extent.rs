@@ -3,6 +3,7 @@
 //! The catalogue is the authority; the header lets tools recognise an extent without it. A zero
 //! catalogue block means that the extent was never used.
 
+use crate::format::geometry::Geometry;
 use crate::format::head::{BODY_SIZE, Body, Damage, Record, RecordKind};
 use crate::format::{optional_uuid, uuid_bytes};
 use crate::types::Generation;
@@ -79,6 +80,12 @@ impl ExtentRecord {
             sweep_epoch: 0,
         }
     }
+
+    /// Extent 0.
+    #[must_use]
+    pub const fn system() -> Self {
+        Self { kind: ExtentType::System, ready: true, ..Self::unused() }
+    }
 }
 
 impl Record for ExtentRecord {
@@ -137,6 +144,20 @@ pub struct ExtentHeader {
     pub first_block: u64,
     /// Pages of its BMap, and of its reclaim bitmap.
     pub bmap_pages: u32,
+}
+
+impl ExtentHeader {
+    /// The header of an extent that was claimed for `kind`.
+    #[must_use]
+    pub fn of(geometry: &Geometry, extent: u32, kind: ExtentType) -> Self {
+        Self {
+            extent,
+            kind,
+            extent_blocks: geometry.extent_blocks,
+            first_block: geometry.extent_overhead(),
+            bmap_pages: geometry.bmap_pages(),
+        }
+    }
 }
 
 impl Record for ExtentHeader {

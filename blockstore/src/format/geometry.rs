@@ -157,6 +157,13 @@ impl Geometry {
         [Gba(0), Gba(self.extent_blocks - 1)]
     }
 
+    /// Where the copy of the superblock can be on a device of that many bytes, whatever the extent size: at the end of extent 0.
+    pub fn copy_places(device_bytes: u64) -> impl Iterator<Item = Gba> {
+        std::iter::successors(Some(EXTENT_SIZE_MIN), |extent| Some(extent * 2))
+            .take_while(move |extent| *extent <= EXTENT_SIZE_MAX.min(device_bytes))
+            .map(|extent| Gba((extent >> BLOCK_SHIFT) - 1))
+    }
+
     /// First block of a host's pair.
     #[must_use]
     pub fn host_slot(&self, slot: u32) -> Gba {
@@ -219,10 +226,13 @@ impl Geometry {
 
     /// True if a pointer may name this block: in an extent other than the system's, after its bitmaps.
     #[must_use]
+    #[inline]
     pub fn is_allocatable(&self, gba: Gba) -> bool {
+        // Extents are a power of two of blocks long; collection asks this of each pointer there is, and a division takes long.
+        debug_assert!(self.extent_blocks.is_power_of_two());
         gba.0 < self.total_blocks()
             && gba.0 >= self.extent_blocks
-            && gba.0 % self.extent_blocks >= self.extent_overhead()
+            && gba.0 & (self.extent_blocks - 1) >= self.extent_overhead()
     }
 }
 

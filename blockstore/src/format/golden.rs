@@ -15,7 +15,7 @@ use crate::format::meta::VdiMeta;
 use crate::format::pointer::Pointer;
 use crate::format::superblock::Superblock;
 use crate::format::vdi::{Owner, SnapshotIndex, VdiHead, VdiState};
-use crate::policy::WhenOffline;
+use crate::policy::{Policy, WhenOffline};
 use crate::types::{Birth, Gba, Generation, Lsn};
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -150,7 +150,7 @@ fn golden_checksums() {
     let meta = VdiMeta {
         uuid: Uuid::from_u128(0x55),
         name: "Диск".into(),
-        when_offline: WhenOffline::Stall,
+        policy: Policy::default(),
         created_ms: 9,
     };
     let found = [
@@ -166,7 +166,16 @@ fn golden_checksums() {
     ];
     let golden = GOLDEN;
     assert_eq!(found, golden, "{found:#x?}");
-    assert_eq!(VdiMeta::decode(&meta.encode()), Ok(meta));
+    assert_eq!(VdiMeta::decode(&meta.encode()), Ok(meta.clone()));
+    let schedule = "every 10s keep 6, every 1h keep 24".parse().expect("a schedule");
+    let policy = Policy { when_offline: WhenOffline::FailAfter(1500), schedule };
+    let chosen = VdiMeta { policy, ..meta };
+    let bytes = chosen.encode();
+    let word = |offset: usize| u64::from_le_bytes(bytes[offset..offset + 8].try_into().expect("8"));
+    assert_eq!(bytes[12..16], 1500u32.to_le_bytes());
+    assert_eq!([word(296), word(304)], [10_000 << 24 | 6, 3_600_000 << 24 | 24]);
+    assert!(bytes[312..].iter().all(|&b| b == 0));
+    assert_eq!(VdiMeta::decode(&bytes), Ok(chosen));
 }
 
 fn survives<T: Record>(record: T) {

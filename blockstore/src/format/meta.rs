@@ -3,7 +3,8 @@
 
 use crate::format::head::Damage;
 use crate::format::{fill_text, text};
-use crate::policy::WhenOffline;
+use crate::policy::{Policy, WhenOffline};
+use crate::schedule::{RULES_MAX, Schedule};
 use crate::types::BLOCK_SIZE;
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -22,12 +23,14 @@ struct RawMeta {
     uuid: [u8; 16],
     created_ms: U64,
     name: [u8; 256],
-    reserved: [u8; 3800],
+    schedule: [U64; RULES_MAX],
+    reserved: [u8; 3736],
 }
 
 const _: () = {
     assert!(size_of::<RawMeta>() == BLOCK_SIZE);
     assert!(std::mem::offset_of!(RawMeta, name) == 40);
+    assert!(std::mem::offset_of!(RawMeta, schedule) == 296);
 };
 
 /// Name and policy of a virtual disk.
@@ -37,8 +40,8 @@ pub struct VdiMeta {
     pub uuid: Uuid,
     /// Its name.
     pub name: String,
-    /// What becomes of requests that cannot go on without the store.
-    pub when_offline: WhenOffline,
+    /// What was chosen for it.
+    pub policy: Policy,
     /// Milliseconds since 1970.
     pub created_ms: u64,
 }
@@ -53,11 +56,12 @@ impl VdiMeta {
             magic: MAGIC,
             version: U16::new(VERSION),
             name_len: U16::new(name_len),
-            when_offline: U32::new(self.when_offline.to_bits()),
+            when_offline: U32::new(self.policy.when_offline.to_bits()),
             uuid: self.uuid.into_bytes(),
             created_ms: U64::new(self.created_ms),
             name,
-            reserved: [0; 3800],
+            schedule: self.policy.schedule.to_bits().map(U64::new),
+            reserved: [0; 3736],
         };
         raw.as_bytes().to_vec()
     }
@@ -77,7 +81,10 @@ impl VdiMeta {
         Ok(Self {
             uuid: Uuid::from_bytes(raw.uuid),
             name: text(&raw.name, raw.name_len.get().into(), "name")?,
-            when_offline: WhenOffline::from_bits(raw.when_offline.get()),
+            policy: Policy {
+                when_offline: WhenOffline::from_bits(raw.when_offline.get()),
+                schedule: Schedule::from_bits(raw.schedule.map(U64::get)),
+            },
             created_ms: raw.created_ms.get(),
         })
     }

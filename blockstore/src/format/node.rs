@@ -55,8 +55,12 @@ impl Node {
     }
 
     /// All children that are not holes, with their slots.
+    #[inline]
     pub fn children(&self) -> impl Iterator<Item = (u8, Pointer)> + '_ {
-        (0..=255u8).map(|slot| (slot, self.get(slot))).filter(|(_, p)| !p.is_sparse())
+        let (entries, _) = self.raw.as_chunks::<POINTER_SIZE>();
+        let slots = (0..=255u8).zip(entries);
+        let pointers = slots.map(|(s, entry)| (s, Pointer::from_bits(u128::from_le_bytes(*entry))));
+        pointers.filter(|(_, p)| !p.is_sparse())
     }
 
     /// True if there is no child.

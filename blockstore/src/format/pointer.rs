@@ -79,6 +79,7 @@ impl Pointer {
     }
 
     /// Reads a pointer that was checked before.
+    #[inline]
     pub(crate) const fn from_bits(bits: u128) -> Self {
         Self {
             gba: Gba((bits & GBA_MASK) as u64),

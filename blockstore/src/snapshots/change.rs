@@ -1,4 +1,4 @@
-//! Deleting and labelling snapshots, of a disk that is attached here or nowhere.
+//! Deleting, thinning and labelling snapshots, of a disk that is attached here or nowhere.
 
 use crate::alloc::Purpose;
 use crate::alloc::runs::merge;
@@ -8,61 +8,95 @@ use crate::format::vdi::VdiHead;
 use crate::io::{Io, Patience, Write};
 use crate::root::{Garbage, Root};
 use crate::sabotage::{self, Bug};
+use crate::schedule::is_automatic;
 use crate::snapshots::Page;
 use crate::snapshots::edit::{Edited, Edits, Ground};
 use crate::tree::Reader;
 use crate::types::{Birth, Lsn};
 use crate::vdi::{Vdi, VdiInner};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// So long thinning waits for a commit of its disk.
+const THIN_WAIT: Duration = Duration::from_millis(100);
 
 /// What is to become of snapshots.
 #[derive(Clone, Debug)]
 pub(crate) enum Change {
     /// They are deleted. What only they hold is free after collection.
     Delete(Vec<Lsn>),
+    /// As [`Self::Delete`], but only those that are there and have the label of a schedule: people may have deleted others, or
+    /// made them theirs, since the caller looked.
+    Thin(Vec<Lsn>),
     /// One gets another label.
     Label(Lsn, SnapshotLabel),
+}
+
+/// What a change makes of a disk.
+#[derive(Debug)]
+pub(crate) struct Changed {
+    /// Its head then.
+    pub head: VdiHead,
+    /// What to write before it.
+    pub edited: Edited,
+    /// The snapshots that were changed.
+    pub snapshots: Vec<Lsn>,
 }
 
 impl Change {
     /// More room is not needed to give room back (rule C6).
     pub(crate) fn purpose(&self) -> Purpose {
         match self {
-            Self::Delete(_) => Purpose::GivesBack,
+            Self::Delete(_) | Self::Thin(_) => Purpose::GivesBack,
             Self::Label(..) => Purpose::Normal,
         }
     }
 
-    /// The head after the change, and what to write before it.
+    /// The disk after the change; none if there is nothing to change.
     ///
     /// # Errors
-    /// `NotFound` if there is no such snapshot: nothing was changed; those of reading.
+    /// `NotFound` if there is no such snapshot, unless they are thinned: nothing was changed; those of reading.
     pub(crate) async fn apply(
         &self,
         ground: &Ground<'_>,
         object: &str,
         head: &VdiHead,
-    ) -> Result<(VdiHead, Edited)> {
-        let wanted: Vec<Lsn> = match self {
-            Self::Delete(wanted) => wanted.clone(),
-            Self::Label(lsn, _) => vec![*lsn],
+    ) -> Result<Option<Changed>> {
+        let wanted: &[Lsn] = match self {
+            Self::Delete(wanted) | Self::Thin(wanted) => wanted,
+            Self::Label(lsn, _) => std::slice::from_ref(lsn),
         };
-        let mut edits = Edits::new();
+        let (mut edits, mut snapshots) = (Edits::new(), Vec::new());
+        // Those that are to go at once lie side by side, as a rule: so few leaves are read, not one search for each.
+        let mut leaf: Vec<(u64, Snapshot)> = Vec::new();
         for lsn in wanted {
-            let found = ground.reader.find_snapshot(&head.snapshots, lsn).await?;
-            let (place, snapshot) = found.ok_or_else(|| no_snapshot(object, lsn))?;
-            let edit = match self {
-                Self::Delete(_) => None,
-                Self::Label(_, label) => Some(Snapshot { label: label.clone(), ..snapshot }),
+            let mut found = leaf.iter().find(|(_, snapshot)| snapshot.lsn == *lsn).cloned();
+            if found.is_none() {
+                (found, leaf) = ground.reader.find_with_leaf(&head.snapshots, *lsn).await?;
+            }
+            let edit = match (self, found) {
+                (Self::Thin(_), None) => continue,
+                (_, None) => return Err(no_snapshot(object, *lsn)),
+                (Self::Thin(_), Some((_, snapshot))) if !is_automatic(snapshot.label.as_str()) => {
+                    continue;
+                }
+                (Self::Delete(_) | Self::Thin(_), Some((place, _))) => (place, None),
+                (Self::Label(_, label), Some((place, snapshot))) => {
+                    (place, Some(Snapshot { label: label.clone(), ..snapshot }))
+                }
             };
-            edits.insert(place, edit);
+            edits.insert(edit.0, edit.1);
+            snapshots.push(*lsn);
+        }
+        if edits.is_empty() {
+            return Ok(None);
         }
         let birth = head.birth.plus(1);
         let edited = ground.change(head.snapshots, &edits, birth).await?;
-        let falls = sabotage::on(Bug::BirthFalls) && matches!(self, Self::Delete(_));
+        let falls = sabotage::on(Bug::BirthFalls) && !matches!(self, Self::Label(..));
         let last_snapshot_birth = if falls { Birth(0) } else { head.last_snapshot_birth };
-        let snapshots = edited.index;
-        Ok((VdiHead { birth, last_snapshot_birth, snapshots, ..head.clone() }, edited))
+        let head = VdiHead { birth, last_snapshot_birth, snapshots: edited.index, ..head.clone() };
+        Ok(Some(Changed { head, edited, snapshots }))
     }
 }
 
@@ -92,18 +126,21 @@ impl Vdi {
         list.map_err(|error| inner.named(error))
     }
 
-    /// As long as `io` is patient: a commit that waits for space must not make the operator's commands wait with it.
-    pub(crate) async fn change_snapshots(&self, change: Change, io: Io) -> Result<()> {
+    /// Returns the snapshots that were changed. As long as `io` is patient: a commit that waits for space must not make the operator's commands wait with it.
+    pub(crate) async fn change_snapshots(&self, change: Change, io: Io) -> Result<Vec<Lsn>> {
         self.unstoppable(move |inner| async move { inner.change_snapshots(&change, &io).await })
             .await
     }
 }
 
 impl VdiInner {
-    async fn change_snapshots(&self, change: &Change, io: &Io) -> Result<()> {
+    async fn change_snapshots(&self, change: &Change, io: &Io) -> Result<Vec<Lsn>> {
         let mut control = match io.patience() {
             Patience::Forever => self.control.lock().await,
             Patience::Limited(limit) => {
+                // Nobody waits for thinning, and others wait for the registry meanwhile.
+                let thins = matches!(change, Change::Thin(_));
+                let limit = if thins { limit.min(THIN_WAIT) } else { limit };
                 let lock = tokio::time::timeout(limit, self.control.lock()).await;
                 lock.map_err(|_| {
                     StoreError::new(
@@ -119,7 +156,10 @@ impl VdiInner {
             let base = self.root.load_full();
             let reader = &Reader { io: io.clone(), ..self.core.reader.clone() };
             let ground = Ground { io, reader, ..self.snapshot_ground(change.purpose())? };
-            let (next, edited) = change.apply(&ground, &self.object(), &base.head).await?;
+            let changed = change.apply(&ground, &self.object(), &base.head).await?;
+            let Some(Changed { head: next, edited, snapshots }) = changed else {
+                return Ok(Vec::new());
+            };
             self.core.io.write_durable(&writes(&edited)).await?;
             control.last_leaf = None;
             let added = merge(edited.writes.iter().map(|(gba, _)| *gba).collect());
@@ -129,7 +169,7 @@ impl VdiInner {
                 self.root.store(Arc::clone(&next));
                 let garbage = Garbage { blocks: edited.replaced, ..Garbage::default() };
                 base.retire(next, garbage, since);
-                return Ok(());
+                return Ok(snapshots);
             }
             self.core.allocator()?.put_back(&added);
         }

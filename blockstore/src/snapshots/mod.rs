@@ -35,6 +35,9 @@ pub struct Page {
     pub limit: usize,
 }
 
+/// A snapshot with its place.
+pub(crate) type Placed = (u64, Snapshot);
+
 impl Snapshot {
     /// The snapshot as if it were the state of `disk`, for walks and reads; nothing in it counts as its own.
     #[must_use]
@@ -197,6 +200,22 @@ impl Reader {
     ) -> Result<Option<(u64, Snapshot)>> {
         let (place, found) = self.search_snapshot(index, lsn).await?;
         Ok(found.map(|found| (place, found)))
+    }
+
+    /// As [`Self::find_snapshot`], with all snapshots of the leaf that it is in.
+    pub(crate) async fn find_with_leaf(
+        &self,
+        index: &SnapshotIndex,
+        lsn: Lsn,
+    ) -> Result<(Option<Placed>, Vec<Placed>)> {
+        let Some((place, found)) = self.find_snapshot(index, lsn).await? else {
+            return Ok((None, Vec::new()));
+        };
+        let leaf = match self.seek_leaf(index, place / LEAF_SNAPSHOTS, false).await? {
+            Some((number, pointer)) => self.snapshot_leaf(number, pointer).await?,
+            None => Vec::new(),
+        };
+        Ok((Some((place, found)), leaf))
     }
 
     /// A page of snapshots.

@@ -144,6 +144,40 @@ async fn clones_are_disks_of_their_own_and_hold_their_source() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn thinning_takes_what_a_schedule_made_and_no_clone_hangs_on() {
+    let sim = sim(64 * MIB, 5);
+    let (store, vdi) = store_with_disk(&sim, 16 * MIB).await;
+    cut_at(&vdi, 1..=100).await;
+    let auto = SnapshotLabel::new("auto 10s 2026-11-22T08:00:00.000Z").expect("label");
+    let odd = || (1..=100).filter(|lsn| lsn % 2 == 1).map(Lsn);
+    for lsn in odd() {
+        store.label_snapshot("d", lsn, auto.clone()).await.expect("label");
+    }
+    store.clone_vdi("c", "d", Lsn(51), WhenOffline::default()).await.expect("clone");
+    let theirs = SnapshotLabel::new("auto, but ours").expect("label");
+    store.label_snapshot("d", Lsn(77), theirs).await.expect("label");
+    store.delete_snapshots("d", vec![Lsn(13)]).await.expect("delete");
+    let (uuid, before) = (vdi.uuid(), vdi.committed().birth);
+    let all: Vec<Lsn> = (0..=200).map(Lsn).collect();
+    let thinned = store.thin_snapshots(uuid, all.clone()).await.expect("thin");
+    let kept = [13, 51, 77].map(Lsn);
+    assert!(thinned.deleted.iter().copied().eq(odd().filter(|lsn| !kept.contains(lsn))));
+    assert_eq!(thinned.held, [Lsn(51)]);
+    let left: Vec<u64> = (1..=100).filter(|lsn| lsn % 2 == 0 || [51, 77].contains(lsn)).collect();
+    assert_eq!(lsns(&store, false, None, 1000).await, left);
+    // Nothing to do is nothing done; without its clone the rest goes, of a detached disk, too.
+    assert_eq!(vdi.committed().birth, before.plus(1));
+    let again = store.thin_snapshots(uuid, all.clone()).await.expect("thin");
+    assert!(again.deleted.is_empty());
+    assert_eq!(vdi.committed().birth, before.plus(1));
+    store.delete_vdi("c").await.expect("delete");
+    vdi.detach(Lsn(100)).await.expect("detach");
+    let rest = store.thin_snapshots(uuid, all).await.expect("thin");
+    assert_eq!((rest.deleted, rest.held), (vec![Lsn(51)], vec![]));
+    check_blocks(&store).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_cannot_be_done_is_refused_and_changes_nothing() {
     let sim = sim(64 * MIB, 4);
     let (store, vdi) = store_with_disk(&sim, 16 * MIB).await;

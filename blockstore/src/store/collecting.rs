@@ -3,7 +3,7 @@
 //! One cycle, in the order of its writes:
 //! 1. this host begins to note what it touches, and keeps what it frees in quarantine; GC record: next epoch, *prepare*; own
 //!    host record: the epoch is acknowledged; GC record: *mark*;
-//! 2. the caller reads roots and marks what they reach (`gc` does);
+//! 2. the caller reads roots, which are made durable, and marks what they reach (`gc` does);
 //! 3. GC record: *sweep*; a reclaim bitmap per own extent, durably; GC record: *done*;
 //! 4. once nobody reads, or has yet to free, what was cut off before the roots were read: each extent's bitmap is applied.
 //!
@@ -25,6 +25,12 @@ use bytes::Bytes;
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// Extents whose reclaim bitmaps are written together, with one flush.
+const EXTENTS_AT_ONCE: usize = 16;
+
+/// How often the registry is read until nobody has changed it meanwhile.
+const SCANS_MAX: usize = 16;
 
 /// What a cycle gave back, in blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -76,7 +82,8 @@ impl Store {
     /// Begins a cycle: the steps under 1.
     ///
     /// # Errors
-    /// `InUse` if one is under way; `ReadOnly`; `Damaged`; the device's.
+    /// `InUse` if one is under way; `ReadOnly`; `Damaged`, also if the registry has a gap, behind which there are disks that
+    /// nobody sees; the device's.
     pub async fn begin_collection(self: &Arc<Self>) -> Result<Collection> {
         self.change(|store| async move { store.begin_collection_now().await }).await
     }
@@ -84,6 +91,7 @@ impl Store {
     async fn begin_collection_now(self: &Arc<Self>) -> Result<Collection> {
         let writer = self.core.writer()?;
         let (host, generation) = (writer.host, writer.generation);
+        self.refuse_gap().await?;
         let record = self.read_gc().await?;
         let before = record.record().ok_or_else(|| self.bad_gc_record())?;
         let epoch = before.epoch + 1;
@@ -110,6 +118,38 @@ impl Store {
             }
         }
         Ok(cycle)
+    }
+}
+
+impl Store {
+    async fn roots_now(&self) -> Result<Vec<View<VdiHead>>> {
+        for _ in 0..SCANS_MAX {
+            let mut roots = Vec::new();
+            for (slot, view) in self.scan_vdis().await? {
+                if view.record().is_none() {
+                    return Err(StoreError::new(
+                        StoreErrorKind::Damaged,
+                        format!("{}, VDI record in slot {slot}", self.url()),
+                        "it is damaged, and what its disk holds is not known: nothing is collected. \
+                         'ballast store check' says more",
+                    ));
+                }
+                roots.push(view);
+            }
+            // What an attached disk's own head was before is settled by its next write, and stays until then.
+            let others = |view: &&View<VdiHead>| {
+                view.record().is_some_and(|head| self.attached_here(head).is_none())
+            };
+            let others: Vec<_> = roots.iter().filter(others).cloned().collect();
+            if self.core.records.seal(&self.core.io, &others).await? {
+                return Ok(roots);
+            }
+        }
+        Err(StoreError::new(
+            StoreErrorKind::InUse,
+            format!("{}, VDI registry", self.url()),
+            "other hosts keep changing disks while it is read; the next cycle tries again",
+        ))
     }
 }
 
@@ -140,24 +180,14 @@ impl Collection {
         self.store.reader()
     }
 
-    /// The registry as it is now. To be read before anything is marked, and once more afterwards (rule G3).
+    /// The registry as it is now, durably: none of these heads goes back to the one before it. To be read before anything is
+    /// marked, and once more afterwards (rule G3).
     ///
     /// # Errors
     /// The device's; `Damaged` if a record cannot be read: what it reaches is not known.
     pub async fn roots(&self) -> Result<Vec<View<VdiHead>>> {
-        let mut roots = Vec::new();
-        for (slot, view) in self.store.scan_vdis().await? {
-            if view.record().is_none() {
-                return Err(StoreError::new(
-                    StoreErrorKind::Damaged,
-                    format!("{}, VDI record in slot {slot}", self.store.url()),
-                    "it is damaged, and what its disk holds is not known: nothing is collected. \
-                     'ballast store check' says more",
-                ));
-            }
-            roots.push(view);
-        }
-        Ok(roots)
+        // Only disks that are attached here change meanwhile.
+        self.store.change(|store| async move { store.roots_now().await }).await
     }
 
     /// Makes sure that the cycle goes on.
@@ -193,14 +223,26 @@ impl Collection {
         let store = Arc::clone(&self.store);
         store.core.allocator()?.end_quarantine(self.epoch)?;
         self.go_to(GcPhase::Sweep).await?;
-        for extent in self.extents.clone() {
-            let write = self.reclaim_pages(extent, reached);
+        for group in self.extents.clone().chunks(EXTENTS_AT_ONCE) {
+            let writes: Vec<Write> =
+                group.iter().map(|extent| self.reclaim_pages(*extent, reached)).collect();
             // With limited patience: a page that lands late names a cycle that nobody asks for any more.
-            if let Err(error) = store.control_io.write_durable(&[write]).await {
-                if !store.core.io.health().reachable || error.kind == StoreErrorKind::Closing {
-                    return Err(error);
+            let Err(error) = store.control_io.write_durable(&writes).await else { continue };
+            let is_over = |error: &StoreError| {
+                !store.core.io.health().reachable || error.kind == StoreErrorKind::Closing
+            };
+            if is_over(&error) {
+                return Err(error);
+            }
+            // One bad extent does not keep the others from being collected.
+            for (extent, write) in group.iter().zip(writes) {
+                match store.control_io.write_durable(&[write]).await {
+                    Err(error) if is_over(&error) => return Err(error),
+                    Err(error) => {
+                        tracing::warn!(extent = extent.number, %error, "left to the next cycle");
+                    }
+                    Ok(()) => {}
                 }
-                tracing::warn!(extent = extent.number, %error, "left to the next cycle");
             }
         }
         self.go_to(GcPhase::Done).await

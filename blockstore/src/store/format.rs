@@ -2,12 +2,13 @@
 //!
 //! Order: the old superblock is wiped first and the new one written last, so a crash in between
 //! leaves a device without a store, never a mixture. Leftovers of an earlier store elsewhere carry its
-//! UUID and are not taken for this one's.
+//! UUID and are not taken for this one's; but its superblock's copy, which lies elsewhere if extents had another size, would be
+//! should both of this one's rot, and is wiped.
 
 use crate::device::Device;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::FORMAT_VERSION;
-use crate::format::extent::{ExtentRecord, ExtentType};
+use crate::format::extent::ExtentRecord;
 use crate::format::gc::GcRecord;
 use crate::format::geometry::{EXTENT_COUNT_MIN, EXTENT_SIZE_MIN, Geometry};
 use crate::format::head::{Head, MAGIC};
@@ -15,7 +16,7 @@ use crate::format::superblock::Superblock;
 use crate::format::vdi::VDI_SIZE_MAX;
 use crate::io::{Io, Patience, now_ms};
 use crate::store::Store;
-use crate::types::{BLOCK_SIZE, Gba, Generation};
+use crate::types::{BLOCK_SIZE, Gba};
 use bytes::Bytes;
 use std::time::Duration;
 use uuid::Uuid;
@@ -107,20 +108,18 @@ async fn write_store(io: &Io, store: Uuid, superblock: Superblock) -> Result<()>
     let g = superblock.geometry.clone();
     let [first, second] = g.superblocks();
     let zero = Bytes::from_static(&[0; BLOCK_SIZE]);
-    io.write_durable(&[(first, vec![zero.clone()]), (second, vec![zero])]).await?;
+    io.write_durable(&[(first, vec![zero.clone()]), (second, vec![zero.clone()])]).await?;
+    for place in Geometry::copy_places(superblock.device_size) {
+        if io.read(place, 1).await?.starts_with(&MAGIC) {
+            io.write(place, vec![zero.clone()]).await?;
+        }
+    }
     zero_tables(io, &g).await?;
     let block = |bytes: [u8; BLOCK_SIZE]| vec![Bytes::copy_from_slice(&bytes)];
     let gc = Head { store, sequence: 1, record: GcRecord::initial() };
     // Sequence 1 belongs in the second slot of a pair when slots alternate, in the first otherwise.
     let gc_place = Gba(g.gc_start + u64::from(superblock.single_host));
-    let system = ExtentRecord {
-        kind: ExtentType::System,
-        ready: true,
-        owner: None,
-        owner_generation: Generation(0),
-        sweep_epoch: 0,
-    };
-    let system = Head { store, sequence: 1, record: system };
+    let system = Head { store, sequence: 1, record: ExtentRecord::system() };
     let head = Head { store, sequence: 1, record: superblock };
     io.write_durable(&[
         (gc_place, block(gc.encode_block(gc_place))),

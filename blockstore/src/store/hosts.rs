@@ -5,7 +5,7 @@ use crate::format::geometry::Geometry;
 use crate::format::host::{HostRecord, HostState};
 use crate::io::{Io, now_ms};
 use crate::slot::{Content, Records, Slot, Swap, View};
-use crate::store::OpenOptions;
+use crate::store::{OpenOptions, REPAIR_HOST};
 use crate::types::Generation;
 
 /// How often a host tries to enter the table while its place there changes.
@@ -120,17 +120,24 @@ async fn try_register(
 
 fn in_use(io: &Io, other: &HostRecord) -> StoreError {
     let age = |ms: u64| now_ms().saturating_sub(ms) / 1000;
+    let advice = match other.uuid {
+        REPAIR_HOST => {
+            "wait for it, or, if it was killed, run 'ballast store repair' there once more"
+                .to_owned()
+        }
+        host => format!(
+            "stop the agent there, or, if that host is dead for certain, give --take-over-host {host}"
+        ),
+    };
     StoreError::new(
         StoreErrorKind::InUse,
         io.url(),
         format!(
-            "the store is in use by host '{}' ({}), up for {} s, last heartbeat {} s ago by its clock; \
-             stop the agent there, or, if that host is dead for certain, give --take-over-host {}",
+            "the store is in use by host '{}' ({}), up for {} s, last heartbeat {} s ago by its clock; {advice}",
             other.name,
             other.uuid,
             age(other.up_since_ms),
             age(other.heartbeat_ms),
-            other.uuid
         ),
     )
 }

@@ -1,14 +1,13 @@
 //! What the store says of itself, and copying a committed image out of it.
 
 use crate::error::{Result, StoreError, StoreErrorKind};
-use crate::format::bitmap::{BitmapKind, BitmapPage};
 use crate::format::extent::{ExtentRecord, ExtentType};
-use crate::format::head::Damage;
 use crate::format::host::{HostRecord, HostState};
 use crate::format::pointer::Pointer;
 use crate::format::vdi::{Origin, VdiHead, VdiState};
 use crate::io::{Health, now_ms};
 use crate::policy::WhenOffline;
+use crate::schedule::Schedule;
 use crate::slot::{Content, View};
 use crate::store::Store;
 use crate::store::registry::Found;
@@ -66,6 +65,9 @@ pub struct VdiInfo {
     /// know of a later choice.
     #[serde(serialize_with = "crate::policy::in_words")]
     pub when_offline: WhenOffline,
+    /// Its snapshots by themselves, as noted here, in the same way.
+    #[serde(serialize_with = "crate::policy::in_words")]
+    pub schedule: Schedule,
 }
 
 /// A host of the store.
@@ -162,31 +164,6 @@ impl Store {
     /// The same reader with the patience of a control operation.
     pub(super) fn control_reader(&self) -> Reader {
         Reader { io: self.control_io.clone(), ..self.core.reader.clone() }
-    }
-
-    /// An extent's BMap, page by page.
-    ///
-    /// # Errors
-    /// The device's; damaged pages are content.
-    pub async fn read_bmap(&self, extent: u32) -> Result<Vec<Result<BitmapPage, Damage>>> {
-        let g = &self.core.superblock.geometry;
-        let first = g.bmap_page(extent, 0);
-        let decode = |block: &[u8], page| {
-            let address = g.bmap_page(extent, page);
-            BitmapPage::decode(block, BitmapKind::Allocation, self.uuid(), address)
-        };
-        let bytes = self.control_io.read(first, u64::from(g.bmap_pages())).await?;
-        let mut pages = Vec::new();
-        for (block, page) in bytes.chunks_exact(BLOCK_SIZE).zip(0..) {
-            let mut content = decode(block, page);
-            if content.is_err() {
-                // Being written at this moment, or a fault on the way: look again.
-                let block = self.control_io.read(g.bmap_page(extent, page), 1).await?;
-                content = decode(&block, page);
-            }
-            pages.push(content);
-        }
-        Ok(pages)
     }
 
     /// Everything `store info` shows.
@@ -320,7 +297,8 @@ impl Store {
             height: head.height,
             root: head.root,
             created_ms: head.created_ms,
-            when_offline: found.when_offline,
+            when_offline: found.policy.when_offline,
+            schedule: found.policy.schedule,
         })
     }
 

@@ -4,9 +4,11 @@ mod collecting;
 mod differences;
 mod format;
 mod hosts;
+mod image;
 mod info;
 pub(crate) mod open;
 mod registry;
+mod repair;
 mod rewind;
 mod rollback;
 mod snapshots;
@@ -15,12 +17,16 @@ mod verify;
 pub use collecting::{Collection, Reclaimed};
 pub use differences::{CHANGES_MAX, Difference, ImageInfo};
 pub use format::{FormatOptions, check_size, foreign_signature};
+pub use image::SnapshotImage;
 pub use info::{ExportReport, HostInfo, OwnerInfo, Space, StoreInfo, VdiInfo};
 pub use open::OpenOptions;
 pub use registry::AttachOptions;
 pub(crate) use registry::write_meta;
+pub use repair::{Fingerprint, Held, REPAIR_HOST, Repairer};
 pub use rewind::Rewound;
 pub use rollback::LostLog;
+pub use snapshots::Thinned;
+pub use verify::{Cure, Fix, TableProblem};
 
 use crate::alloc::Allocator;
 use crate::error::{Result, StoreError, StoreErrorKind};
@@ -29,6 +35,7 @@ use crate::format::geometry::Geometry;
 use crate::format::host::{HostRecord, HostState};
 use crate::format::superblock::Superblock;
 use crate::format::vdi::VdiHead;
+use crate::holds::SnapshotHolds;
 use crate::io::{Health, Io, Patience, now_ms};
 use crate::slot::{Content, Records, Slot, View};
 use crate::tree::Reader;
@@ -89,6 +96,8 @@ pub struct Store {
     /// One change of the registry at a time.
     registry: tokio::sync::Mutex<()>,
     attached: Mutex<HashMap<Uuid, Weak<VdiInner>>>,
+    /// Snapshots that are not to be deleted.
+    holds: Arc<SnapshotHolds>,
     background: Mutex<Option<Background>>,
 }
 
@@ -127,6 +136,12 @@ impl Store {
     #[must_use]
     pub fn reader(&self) -> Reader {
         self.control_reader()
+    }
+
+    /// The snapshots that are held.
+    #[must_use]
+    pub fn holds(&self) -> &Arc<SnapshotHolds> {
+        &self.holds
     }
 
     /// Resolves when everything that was cut off so far has been freed.

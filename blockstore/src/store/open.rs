@@ -8,17 +8,18 @@ use crate::alloc::{Allocator, Territory};
 use crate::device::Device;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::extent::ExtentRecord;
-use crate::format::geometry::{EXTENT_SIZE_MAX, EXTENT_SIZE_MIN, Geometry};
+use crate::format::geometry::Geometry;
 use crate::format::head::{Damage, Head, MAGIC};
 use crate::format::superblock::Superblock;
 use crate::format::vdi::{Owner, VdiHead, VdiState};
+use crate::holds::SnapshotHolds;
 use crate::io::{Io, Patience};
 use crate::node_cache::NodeCache;
 use crate::slot::{Records, Slot, Swap, View};
 use crate::store::{Background, Core, Store, Writer, hosts, scan_vdis};
 use crate::tree::Reader;
 use crate::tree::reclaim::Reclaimer;
-use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, Gba};
+use crate::types::{BLOCK_SIZE, Gba};
 use hashbrown::HashMap;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -43,12 +44,16 @@ pub struct OpenOptions {
     pub host_address: String,
     /// Change nothing: no registration, no attaching.
     pub read_only: bool,
+    /// Even a store that is larger than its device: for tools that show what is there.
+    pub any_size: bool,
     /// The operator's word that this other host, which its record says is up, is dead.
     pub take_over_host: Option<Uuid>,
     /// Bytes of memory for tree nodes.
     pub node_cache_bytes: usize,
     /// How long opening and control operations wait for a device that does not answer.
     pub control_timeout: Duration,
+    /// Snapshots that are not to be deleted while somebody reads them.
+    pub holds: Arc<SnapshotHolds>,
 }
 
 impl Default for OpenOptions {
@@ -58,9 +63,11 @@ impl Default for OpenOptions {
             host_name: String::new(),
             host_address: String::new(),
             read_only: false,
+            any_size: false,
             take_over_host: None,
             node_cache_bytes: 32 << 20,
             control_timeout: Duration::from_secs(10),
+            holds: Arc::default(),
         }
     }
 }
@@ -84,7 +91,7 @@ impl Store {
         let control_io = io.with_patience(Patience::Limited(options.control_timeout));
         let head = read_superblock(&control_io).await?;
         let superblock = head.record;
-        check_device(&io, &superblock, options.read_only)?;
+        check_device(&io, &superblock, &options)?;
         let logical_block = if superblock.single_host {
             BLOCK_SIZE
         } else {
@@ -112,6 +119,7 @@ impl Store {
             control_io,
             registry: tokio::sync::Mutex::default(),
             attached: Mutex::new(HashMap::new()),
+            holds: options.holds,
             background: Mutex::new(background),
         }))
     }
@@ -239,14 +247,12 @@ async fn read_superblock(io: &Io) -> Result<Head<Superblock>> {
 
 /// The copy lies at the end of extent 0, whose size is one of a few powers of two.
 async fn find_copy(io: &Io) -> Result<Option<Head<Superblock>>> {
-    let mut extent = EXTENT_SIZE_MIN;
-    while extent <= EXTENT_SIZE_MAX && extent <= io.device().info().capacity {
-        let address = Gba((extent >> BLOCK_SHIFT) - 1);
+    for address in Geometry::copy_places(io.device().info().capacity) {
         let block = io.read(address, 1).await?;
         match Head::<Superblock>::decode(&block, address) {
             Ok(head) if head.record.geometry.superblocks()[1] == address => return Ok(Some(head)),
             Err(Damage::Newer(version)) => return Err(newer(io, version)),
-            _ => extent *= 2,
+            _ => {}
         }
     }
     Ok(None)
@@ -263,17 +269,17 @@ fn newer(io: &Io, version: u16) -> StoreError {
     )
 }
 
-fn check_device(io: &Io, superblock: &Superblock, read_only: bool) -> Result<()> {
+fn check_device(io: &Io, superblock: &Superblock, options: &OpenOptions) -> Result<()> {
     let info = io.device().info();
     let invalid = |problem| Err(StoreError::new(StoreErrorKind::Invalid, io.url(), problem));
-    if info.capacity < superblock.device_size {
+    if info.capacity < superblock.device_size && !options.any_size {
         return invalid(format!(
             "the device has {} bytes, but the store was formatted with {}; it was cut short or this is \
              another device",
             info.capacity, superblock.device_size
         ));
     }
-    if !superblock.single_host && !info.compare_and_write && !read_only {
+    if !superblock.single_host && !info.compare_and_write && !options.read_only {
         return invalid(
             "the store needs compare-and-write, which this path to the device does not offer; use \
              another path, or format for a single host"

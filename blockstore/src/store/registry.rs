@@ -10,7 +10,7 @@ use crate::format::pointer::Pointer;
 use crate::format::vdi::{GIVEN_UP, Owner, SnapshotIndex, VdiHead, VdiState};
 use crate::io::{Io, Patience, now_ms};
 use crate::name::check_name;
-use crate::policy::WhenOffline;
+use crate::policy::{Policy, PolicyChange, WhenOffline};
 use crate::root::{Garbage, GarbageSink, Root, Subtree};
 use crate::slot::{Content, Swap, View};
 use crate::store::{Core, Store, VdiInfo, check_size, vdi_slot};
@@ -18,8 +18,8 @@ use crate::types::{BLOCK_SIZE, Birth, Generation, Lsn};
 use crate::vdi::{Control, Vdi, VdiInner, grow};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use uuid::Uuid;
 
 /// How often creating looks for another slot when other hosts take them.
@@ -58,8 +58,8 @@ impl VdiHead {
     }
 
     /// The immutable block of this disk under that name and policy.
-    pub(crate) fn meta_block(&self, name: String, when_offline: WhenOffline) -> VdiMeta {
-        VdiMeta { uuid: self.uuid, name, when_offline, created_ms: self.created_ms }
+    pub(crate) fn meta_block(&self, name: String, policy: Policy) -> VdiMeta {
+        VdiMeta { uuid: self.uuid, name, policy, created_ms: self.created_ms }
     }
 
     /// What is left of a deleted disk: it holds nothing.
@@ -83,7 +83,7 @@ pub(super) struct Found {
     pub view: View<VdiHead>,
     pub head: VdiHead,
     pub name: String,
-    pub when_offline: WhenOffline,
+    pub policy: Policy,
 }
 
 impl Store {
@@ -135,7 +135,8 @@ impl Store {
     ) -> Result<VdiInfo> {
         let object = format!("VDI '{name}'");
         let writer = self.core.writer()?;
-        let meta = head.meta_block(name.to_owned(), when_offline);
+        let policy = Policy { when_offline, ..Policy::default() };
+        let meta = head.meta_block(name.to_owned(), policy);
         let meta = write_meta(&self.core, &self.control_io, &meta).await?;
         let (uuid, head) = (head.uuid, VdiHead { meta, ..head });
         let creating = VdiHead {
@@ -167,7 +168,7 @@ impl Store {
         let view = swap.done(|| object.clone())?;
         let head = view.record().cloned().ok_or_else(|| gone(&object))?;
         let name = name.to_owned();
-        self.describe(&Found { view, head, name, when_offline }, &[]).await
+        self.describe(&Found { view, head, name, policy }, &[]).await
     }
 
     /// Claims the lowest free slot.
@@ -224,8 +225,8 @@ impl Store {
             match &view.content {
                 Content::Valid(head) if head.record.state != VdiState::Tombstone => {
                     let head = head.record.clone();
-                    let (name, when_offline) = Default::default();
-                    all.push(Found { view, head, name, when_offline });
+                    let (name, policy) = Default::default();
+                    all.push(Found { view, head, name, policy });
                 }
                 Content::Valid(_) | Content::Unused => {}
                 Content::Damaged(damage) => {
@@ -245,9 +246,16 @@ impl Store {
             let block = if found.head.meta.is_sparse() { None } else { blocks.next() };
             match block.and_then(|block| VdiMeta::decode(&block).ok()) {
                 Some(meta) if meta.uuid == found.head.uuid => {
-                    (found.name, found.when_offline) = (meta.name, meta.when_offline);
+                    (found.name, found.policy) = (meta.name, meta.policy);
                 }
-                _ => found.name = self.read_name(&found.head).await?,
+                _ => match self.read_meta(&found.head).await? {
+                    Ok(Some(meta)) => (found.name, found.policy) = (meta.name, meta.policy),
+                    Ok(None) => found.name = unnamed(&found.head),
+                    Err(damage) => {
+                        tracing::error!(vdi = %found.head.uuid, %damage, "damaged name block");
+                        found.name = unnamed(&found.head);
+                    }
+                },
             }
         }
         Ok(all)
@@ -258,22 +266,35 @@ impl Store {
     /// # Errors
     /// The device's.
     pub async fn read_name(&self, head: &VdiHead) -> Result<String> {
-        let fallback = || format!("unnamed-{}", head.uuid);
+        Ok(self.read_name_block(head).await?.unwrap_or_else(|damage| {
+            tracing::error!(vdi = %head.uuid, %damage, "damaged name block");
+            unnamed(head)
+        }))
+    }
+
+    /// A disk's name, or what is wrong with the block that says it.
+    ///
+    /// # Errors
+    /// The device's.
+    pub async fn read_name_block(&self, head: &VdiHead) -> Result<Result<String, String>> {
+        let meta = self.read_meta(head).await?;
+        Ok(meta.map(|meta| meta.map_or_else(|| unnamed(head), |meta| meta.name)))
+    }
+
+    /// The block with a disk's name and policy, if it has one, or what is wrong with it.
+    async fn read_meta(&self, head: &VdiHead) -> Result<Result<Option<VdiMeta>, String>> {
         if head.meta.is_sparse() {
-            return Ok(fallback());
+            return Ok(Ok(None));
         }
         match self.control_reader().read_blocks(&[head.meta]).await {
-            Ok(blocks) => match VdiMeta::decode(&blocks[0]) {
-                Ok(meta) if meta.uuid == head.uuid => return Ok(meta.name),
-                Ok(_) => tracing::error!(vdi = %head.uuid, "its name block is another disk's"),
-                Err(damage) => tracing::error!(vdi = %head.uuid, %damage, "damaged name block"),
-            },
-            Err(error) if error.kind == StoreErrorKind::Corrupt => {
-                tracing::error!(vdi = %head.uuid, %error, "damaged name block");
-            }
-            Err(error) => return Err(error),
+            Ok(blocks) => Ok(match VdiMeta::decode(&blocks[0]) {
+                Ok(meta) if meta.uuid == head.uuid => Ok(Some(meta)),
+                Ok(meta) => Err(format!("block {} is that of disk {}", head.meta.gba, meta.uuid)),
+                Err(damage) => Err(format!("block {}: {damage}", head.meta.gba)),
+            }),
+            Err(error) if error.kind == StoreErrorKind::Corrupt => Ok(Err(error.to_string())),
+            Err(error) => Err(error),
         }
-        Ok(fallback())
     }
 
     /// Finds a disk by name or UUID.
@@ -319,7 +340,7 @@ impl Store {
     /// background.
     ///
     /// # Errors
-    /// `NotFound`; `InUse` saying by whom and since when it is attached, or that it has snapshots; the device's.
+    /// `NotFound`; `InUse` saying by whom and since when it is attached, that it has snapshots, or that one is held; the device's.
     pub async fn delete_vdi(self: &Arc<Self>, name_or_uuid: &str) -> Result<()> {
         let name = name_or_uuid.to_owned();
         self.change(|store| async move { store.delete_now(&name, false).await }).await
@@ -340,6 +361,7 @@ impl Store {
         let reclaimer = Arc::clone(&core.writer()?.reclaimer);
         let found = self.find_vdi(name_or_uuid).await?;
         self.refuse_attached(&found, "delete").await?;
+        self.refuse_held(&found, None)?;
         let live = found.head.snapshots.live;
         if live > 0 && !with_snapshots {
             return Err(StoreError::new(
@@ -431,7 +453,7 @@ impl Store {
             core: Arc::clone(core),
             uuid,
             name: found.name,
-            when_offline: AtomicU32::new(found.when_offline.to_bits()),
+            policy: Mutex::new(found.policy),
             root: ArcSwap::new(Root::new(next, Arc::clone(&sink))),
             sink,
             control: tokio::sync::Mutex::new(Control::new(view)),
@@ -503,32 +525,31 @@ impl Store {
         self.change(move |store| async move { store.resize_now(&name, size_bytes).await }).await
     }
 
-    /// Sets what becomes of requests that cannot go on without the store, for a disk that is attached to this host or to
-    /// none.
+    /// Changes the policy of a disk that is attached to this host or to none; returns what holds then.
     ///
     /// # Errors
     /// `NotFound`, `InUse` if another host has it, `NoSpace`, the device's.
-    pub async fn set_when_offline(
+    pub async fn set_policy(
         self: &Arc<Self>,
         name_or_uuid: &str,
-        policy: WhenOffline,
-    ) -> Result<()> {
+        change: PolicyChange,
+    ) -> Result<Policy> {
         let name = name_or_uuid.to_owned();
-        self.change(move |store| async move { store.set_when_offline_now(&name, policy).await })
-            .await
+        self.change(move |store| async move { store.set_policy_now(&name, change).await }).await
     }
 
-    async fn set_when_offline_now(&self, name_or_uuid: &str, policy: WhenOffline) -> Result<()> {
+    async fn set_policy_now(&self, name_or_uuid: &str, change: PolicyChange) -> Result<Policy> {
         let core = &self.core;
         let reclaimer = Arc::clone(&core.writer()?.reclaimer);
         let found = self.find_vdi(name_or_uuid).await?;
         if let Some(inner) = self.attached_here(&found.head) {
             let vdi = Vdi { inner };
-            return self.no_longer_than_control(&found, vdi.set_when_offline(policy)).await;
+            return self.no_longer_than_control(&found, vdi.set_policy(change)).await;
         }
         self.refuse_attached(&found, "change").await?;
-        if found.when_offline == policy {
-            return Ok(());
+        let policy = change.of(found.policy);
+        if found.policy == policy {
+            return Ok(policy);
         }
         let meta = found.head.meta_block(found.name.clone(), policy);
         let meta = write_meta(core, &self.control_io, &meta).await?;
@@ -541,7 +562,7 @@ impl Store {
             let blocks = vec![found.head.meta.gba];
             reclaimer.discard(Garbage { blocks, ..Garbage::default() }, since);
         }
-        Ok(())
+        Ok(policy)
     }
 
     async fn resize_now(&self, name_or_uuid: &str, size_bytes: u64) -> Result<()> {
@@ -604,4 +625,9 @@ fn check_resumable(found: &Found, log_id: Uuid) -> Result<()> {
 
 fn gone(object: &str) -> StoreError {
     StoreError::new(StoreErrorKind::Damaged, object, "its record vanished")
+}
+
+/// How a disk is called that has no name, or whose name is lost.
+fn unnamed(head: &VdiHead) -> String {
+    format!("unnamed-{}", head.uuid)
 }

@@ -12,13 +12,15 @@ use crate::name::check_name;
 use crate::policy::WhenOffline;
 use crate::root::{Garbage, GarbageSink};
 use crate::snapshots::Page;
-use crate::snapshots::change::{Change, no_snapshot, writes};
+use crate::snapshots::change::{Change, Changed, no_snapshot, writes};
 use crate::snapshots::edit::Ground;
 use crate::store::registry::Found;
 use crate::store::{Store, VdiInfo};
 use crate::types::Lsn;
 use crate::vdi::Vdi;
+use std::collections::HashSet;
 use std::sync::Arc;
+use uuid::Uuid;
 
 /// How often a listing starts over when the disk's owner changes it meanwhile.
 const LIST_ATTEMPTS: u32 = 5;
@@ -29,6 +31,15 @@ enum Wanted<'a> {
     At(Lsn),
     /// By LSN, else by label: the newest, and another if there is one.
     Named(&'a str),
+}
+
+/// What [`Store::thin_snapshots`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Thinned {
+    /// They are gone.
+    pub deleted: Vec<Lsn>,
+    /// Clones hang on these, or they are attached read-only.
+    pub held: Vec<Lsn>,
 }
 
 impl Store {
@@ -149,8 +160,8 @@ impl Store {
     /// Deletes snapshots of a disk that is attached to this host or to none. What only they hold is free after collection.
     ///
     /// # Errors
-    /// `NotFound` if one of them is not there, `InUse` if a clone hangs on one or another host has the disk: nothing was
-    /// changed; the device's.
+    /// `NotFound` if one of them is not there, `InUse` if a clone hangs on one, one is held, or another host has the disk:
+    /// nothing was changed; the device's.
     pub async fn delete_snapshots(
         self: &Arc<Self>,
         name_or_uuid: &str,
@@ -158,7 +169,33 @@ impl Store {
     ) -> Result<()> {
         let name = name_or_uuid.to_owned();
         let change = Change::Delete(snapshots);
-        self.change(move |store| async move { store.change_snapshots(&name, change).await }).await
+        self.change(move |store| async move { store.change_snapshots(&name, change).await })
+            .await?;
+        Ok(())
+    }
+
+    /// Deletes those of these snapshots that have the label of a schedule, on which no clone hangs and which nobody holds. Others are left alone:
+    /// people have made them theirs, or they are gone.
+    ///
+    /// # Errors
+    /// `InUse` if another host has the disk: nothing was changed; the device's.
+    pub async fn thin_snapshots(
+        self: &Arc<Self>,
+        vdi: Uuid,
+        snapshots: Vec<Lsn>,
+    ) -> Result<Thinned> {
+        self.change(move |store| async move { store.thin_now(vdi, snapshots).await }).await
+    }
+
+    async fn thin_now(&self, vdi: Uuid, mut snapshots: Vec<Lsn>) -> Result<Thinned> {
+        let all = self.all_vdis().await?;
+        let origins = all.iter().filter_map(|other| other.head.origin);
+        let cloned: HashSet<Lsn> =
+            origins.filter(|origin| origin.vdi == vdi).map(|origin| origin.lsn).collect();
+        let stays = |lsn: &mut Lsn| cloned.contains(lsn) || self.holds.is_held(vdi, *lsn);
+        let held = snapshots.extract_if(.., stays).collect();
+        let deleted = self.change_snapshots(&vdi.to_string(), Change::Thin(snapshots)).await?;
+        Ok(Thinned { deleted, held })
     }
 
     /// Gives a snapshot another label.
@@ -173,15 +210,18 @@ impl Store {
     ) -> Result<()> {
         let name = name_or_uuid.to_owned();
         let change = Change::Label(snapshot, label);
-        self.change(move |store| async move { store.change_snapshots(&name, change).await }).await
+        self.change(move |store| async move { store.change_snapshots(&name, change).await })
+            .await?;
+        Ok(())
     }
 
-    async fn change_snapshots(&self, name_or_uuid: &str, change: Change) -> Result<()> {
+    async fn change_snapshots(&self, name_or_uuid: &str, change: Change) -> Result<Vec<Lsn>> {
         let core = &self.core;
         let reclaimer = Arc::clone(&core.writer()?.reclaimer);
         let found = self.find_vdi(name_or_uuid).await?;
         if let Change::Delete(snapshots) = &change {
             self.refuse_cloned(&found, Some(snapshots)).await?;
+            self.refuse_held(&found, Some(snapshots))?;
         }
         if let Some(inner) = self.attached_here(&found.head) {
             return Vdi { inner }.change_snapshots(change, self.control_io.clone()).await;
@@ -190,14 +230,17 @@ impl Store {
         let (allocator, purpose) = (reclaimer.allocator(), change.purpose());
         let reader = &self.control_reader();
         let ground = Ground { reader, allocator, io: &self.control_io, purpose };
-        let (next, edited) = change.apply(&ground, &found.object(), &found.head).await?;
+        let changed = change.apply(&ground, &found.object(), &found.head).await?;
+        let Some(Changed { head: next, edited, snapshots }) = changed else {
+            return Ok(Vec::new());
+        };
         core.io.write_durable(&writes(&edited)).await?;
         let since = reclaimer.stay();
         let swap = core.records.swap(&core.io, &found.view, next).await?;
         swap.done(|| found.object())?;
         allocator.settle(&merge(edited.writes.iter().map(|(gba, _)| *gba).collect()));
         reclaimer.discard(Garbage { blocks: edited.replaced, ..Garbage::default() }, since);
-        Ok(())
+        Ok(snapshots)
     }
 
     /// Refuses what would take a snapshot away on which a clone hangs: any of the disk's, or one of `snapshots`.
@@ -226,6 +269,16 @@ impl Store {
                 first.name
             ),
         ))
+    }
+
+    /// Refuses what would take a snapshot away that is read just now: any of the disk's, or one of `snapshots`.
+    pub(super) fn refuse_held(&self, found: &Found, snapshots: Option<&[Lsn]>) -> Result<()> {
+        let Some(lsn) = self.holds.first_of(found.head.uuid, snapshots) else { return Ok(()) };
+        let name = &found.name;
+        let words = format!(
+            "its snapshot {lsn} is attached read-only; 'ballast vdi detach {name}@{lsn}' first"
+        );
+        Err(StoreError::new(StoreErrorKind::InUse, found.object(), words))
     }
 
     /// Makes a disk that begins as a committed snapshot of another, wherever that is attached. One record is written, and

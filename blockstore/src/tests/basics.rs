@@ -5,7 +5,10 @@ use crate::testing::{
     store_with_disk, write, zero,
 };
 use crate::types::{Lba, Lsn};
-use crate::{AttachOptions, FormatOptions, OpenOptions, Store, StoreErrorKind};
+use crate::{
+    AttachOptions, FormatOptions, OpenOptions, PolicyChange, Schedule, Store, StoreErrorKind,
+    WhenOffline,
+};
 use uuid::Uuid;
 
 #[tokio::test]
@@ -148,6 +151,20 @@ async fn a_damaged_superblock_is_replaced_by_its_copy_and_a_wrong_device_is_refu
 }
 
 #[tokio::test]
+async fn no_superblock_of_an_earlier_format_is_found() {
+    let sim = sim(64 * MIB, 6);
+    for extent_size in [8 * MIB, 2 * MIB, 4 * MIB] {
+        let extent_size = Some(extent_size);
+        let options = FormatOptions { extent_size, force: true, ..FormatOptions::default() };
+        Store::format(sim.device(), options).await.expect("format");
+    }
+    sim.corrupt(100, 1);
+    sim.corrupt(4 * MIB - 4096 + 100, 1);
+    let error = Store::open(sim.device(), host(HOST)).await.expect_err("both are damaged");
+    assert_eq!(error.kind, StoreErrorKind::Damaged, "{error}");
+}
+
+#[tokio::test]
 async fn disks_grow_but_do_not_shrink() {
     let sim = sim(64 * MIB, 7);
     let (store, vdi) = store_with_disk(&sim, MIB).await;
@@ -248,13 +265,21 @@ async fn a_disk_with_a_damaged_name_can_still_be_handled() {
     let store = open(&sim).await;
     let info = store.create_vdi("a", MIB).await.expect("create");
     store.create_vdi("b", MIB).await.expect("create");
+    let schedule: Schedule = "every 1h keep 24".parse().expect("a schedule");
+    let change = PolicyChange { schedule: Some(schedule), ..PolicyChange::default() };
+    store.set_policy("b", change).await.expect("set");
     let meta = store.read_vdi_slot(0).await.expect("slot").record().expect("head").meta;
     sim.corrupt(meta.gba.byte_offset() + 41, 1);
     let names: Vec<String> =
         store.list_vdis().await.expect("list").into_iter().map(|v| v.name).collect();
     assert_eq!(names, [format!("unnamed-{}", info.uuid), "b".to_owned()]);
+    // The other is whole, and keeps what was chosen for it when something else of it changes.
+    let when_offline = Some(WhenOffline::FailAfter(1000));
+    let change = PolicyChange { when_offline, ..PolicyChange::default() };
+    assert_eq!(store.set_policy("b", change).await.expect("set").schedule, schedule);
+    assert_eq!(attach(&store, "b").await.policy().schedule, schedule);
     store.delete_vdi(&info.uuid.to_string()).await.expect("delete");
-    store.lookup_vdi("b").await.expect("the other is whole");
+    assert_eq!(store.lookup_vdi("b").await.expect("the other").schedule, schedule);
 }
 
 /// A second incarnation of the same host makes the first one's attachments void.

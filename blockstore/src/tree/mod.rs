@@ -11,10 +11,11 @@ use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::geometry::Geometry;
 use crate::format::node::Node;
 use crate::format::pointer::Pointer;
+use crate::format::vdi::VdiHead;
 use crate::io::Io;
 use crate::node_cache::{Lookup, NodeCache};
 use crate::sabotage::{self, Bug};
-use crate::types::{BLOCK_SIZE, Gba};
+use crate::types::{BLOCK_SIZE, Gba, Lba};
 use bytes::Bytes;
 use std::sync::Arc;
 
@@ -92,6 +93,23 @@ impl Reader {
                 pointer.birth
             ),
         ))
+    }
+
+    /// Reads blocks of a disk's image as `head` has it, at most [`READ_BLOCKS_MAX`] at once; `None` is a hole.
+    ///
+    /// # Errors
+    /// As [`resolve`](Self::resolve) and [`read_blocks`](Self::read_blocks).
+    pub(crate) async fn read(
+        &self,
+        head: &VdiHead,
+        lba: Lba,
+        blocks: u32,
+    ) -> Result<Vec<Option<Bytes>>> {
+        let pointers = self.resolve(head, lba, blocks).await?;
+        let stored: Vec<Pointer> = pointers.iter().copied().filter(|p| !p.is_sparse()).collect();
+        let mut data = self.read_blocks(&stored).await?.into_iter();
+        let block = |p: &Pointer| if p.is_sparse() { None } else { data.next() };
+        Ok(pointers.iter().map(block).collect())
     }
 
     fn check_address(&self, pointer: &Pointer) -> Result<()> {

@@ -43,6 +43,7 @@ impl Cache {
         backing: Arc<dyn Backing>,
     ) -> Result<AttachedDisk, CacheError> {
         let (_claim, slot, record, headers) = self.claim(vdi.uuid).await?;
+        let record = SlotVdi { left_behind: self.ground.left_behind(&record)?, ..record };
         let record = SlotVdi {
             name: vdi.name.clone(),
             size_bytes: vdi.size_bytes,
@@ -50,11 +51,8 @@ impl Cache {
             policy: if record.epoch == 0 { noted(&*backing) } else { record.policy },
             ..record
         };
-        match self.ground.left_behind(&record)? {
-            Some(behind) => {
-                let record = SlotVdi { left_behind: Some(behind), ..record };
-                self.open_left_behind(slot, record, &headers, backing).await
-            }
+        match record.left_behind {
+            Some(_) => self.open_left_behind(slot, record, &headers, backing).await,
             None => self.open_log(slot, record, &headers, Deferred::joined(backing)).await,
         }
     }
@@ -169,7 +167,9 @@ impl Cache {
         // A leg that is being filled is told of the disk, or it comes when the disk is there.
         let _opening = self.ground.logs_opening.read().await;
         self.ground.pool.await_disk(vdi);
-        let opened = self.ground.open_log(&slot, record, headers, Arc::clone(&progress)).await;
+        let alone = !backing.is_joined();
+        let progress_too = Arc::clone(&progress);
+        let opened = self.ground.open_log(&slot, record, headers, alone, progress_too).await;
         let open = opened.inspect_err(|_| self.ground.pool.disk_joined(vdi, None, None))?;
         let mut inner = self.inner.lock().await;
         inner.slots[slot.slot as usize] = open.slot.clone();
@@ -182,9 +182,9 @@ impl Cache {
         let (to_task, from_pool) = tokio::sync::mpsc::unbounded_channel();
         let (vdi, name) = (open.record.uuid, open.record.name.clone());
         self.ground.pool.register(vdi, to_task);
-        let when_offline = open.record.policy.when_offline;
+        let policy = open.record.policy.chosen;
         let (boot_trace, pinned) = (open.record.boot_trace.clone(), open.record.policy.pinned);
-        let status = VdiStatus { when_offline, pinned, boot_trace, ..VdiStatus::default() };
+        let status = VdiStatus { policy, pinned, boot_trace, ..VdiStatus::default() };
         if pinned {
             // Until the task says otherwise the store may be away.
             self.ground.pool.set_pin(vdi, Some(Pin::Firm));
@@ -215,10 +215,11 @@ impl Cache {
 
 /// What the store notes of how the disk is to be served: a log that was never served starts with that.
 fn noted(backing: &dyn Backing) -> DiskPolicy {
-    DiskPolicy { when_offline: backing.when_offline(), pinned: false }
+    DiskPolicy { chosen: backing.policy(), pinned: false }
 }
 
-/// The LSN at which the store's image of a disk is, if that fits its log, which ended at `log` when it was opened.
+/// The LSN at which the store's image of a disk is, if that fits its log, which ended at `log` when it was opened, or
+/// earlier when it was opened without the store before.
 ///
 /// # Errors
 /// One of them is older than the other knows it was.
@@ -227,7 +228,9 @@ pub(crate) fn verified(record: &SlotVdi, log: Option<Lsn>, store: Lsn) -> Result
     if store < record.committed {
         return Err(CacheError::StoreIsOlder { name, vdi, store, log: record.committed });
     }
-    match log {
+    // What the store took while there were no legs, it took from this log.
+    let alone_from = record.alone_from.filter(|_| record.left_behind.is_none());
+    match log.into_iter().chain(alone_from).min() {
         Some(log) if store > log => Err(CacheError::LogIsOlder { name, vdi, store, log }),
         _ => Ok(store),
     }

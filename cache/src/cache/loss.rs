@@ -103,6 +103,7 @@ impl Cache {
         if record.log_id != log_id {
             return Ok(LogFinding::Absent);
         }
+        let record = SlotVdi { left_behind: self.ground.left_behind(&record)?, ..record };
         if let Err(error) = verified(&record, None, store) {
             return Ok(LogFinding::Refused { why: error.to_string() });
         }

@@ -11,6 +11,7 @@ mod through;
 use crate::backing::{Backing, BackingError, Batch, Change};
 use crate::disk::plan::SegmentId;
 use crate::disk::{Action, AttachedDisk, Staged};
+use crate::error::CacheError;
 use crate::flusher::FlushOptions;
 use crate::link::{FromDisk, ToDisk, WORKER_PANICKED};
 use crate::local::Local;
@@ -232,6 +233,28 @@ async fn a_growth_that_is_not_durable_is_not_told_to_the_guest_and_can_be_tried_
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_segment_that_was_opened_before_the_last_was_sealed_is_committed_in_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut guest = Guest::new(&cache, 1).await;
+    guest.write(0..1, 7).await;
+    guest.attached.disk.on_message(ToDisk::Roll { id: 1000 });
+    let mut sealed = Vec::new();
+    while run_once(&mut guest.attached, &mut sealed) {}
+    // The task hears of the next segment first.
+    guest.write(1..2, 8).await;
+    sealed.into_iter().for_each(|message| guest.attached.link.send(message));
+    for turn in 0.. {
+        if guest.store.committed() == Lsn(2) {
+            break;
+        }
+        assert!(turn < TURNS_MAX, "an idle disk's last write is never committed");
+        guest.turn();
+        pause().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_sealed_segment_that_lost_records_is_not_replayed_up_to_the_damage() {
     let dir = tempfile::tempdir().unwrap();
     let cache = open(&dir).await;
@@ -439,6 +462,42 @@ async fn a_store_that_does_not_fit_the_log_is_refused_until_one_does() {
     cache.join(guest.vdi.uuid, store.clone()).await.unwrap();
     guest.drain(&cache).await;
     assert_eq!(store.committed(), Lsn(410));
+}
+
+/// The log is a copy of before the last hundred writes, as after a cache was put back: what it is given then is another
+/// history than the store's, however long it gets.
+#[tokio::test(start_paused = true)]
+async fn a_log_that_grew_alone_past_a_store_of_another_history_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, store) = left_behind(&dir).await;
+    store.image.lock().0 = Lsn(500);
+    let vdi = vdi(1);
+    let attached = cache.attach_alone(vdi.uuid).await.unwrap();
+    let mut guest = Guest { vdi: vdi.clone(), store: Arc::clone(&store), attached, tag: 0 };
+    guest.write(400..600, 3).await;
+    drop((guest, cache));
+    let told = |error| match error {
+        CacheError::LogIsOlder { log: Lsn(400), store: Lsn(500), .. } => {}
+        error => panic!("{error}"),
+    };
+    let cache = open(&dir).await;
+    told(cache.attach(&vdi, store.clone()).await.unwrap_err());
+    // Nor after one more start without the store.
+    let attached = cache.attach_alone(vdi.uuid).await.unwrap();
+    assert_eq!(attached.disk.staged_lsn(), Lsn(600));
+    told(cache.join(vdi.uuid, store.clone()).await.unwrap_err());
+    drop((attached, cache));
+    let cache = open(&dir).await;
+    // The store that it was written for is taken, and all starts after that.
+    store.image.lock().0 = Lsn(400);
+    let attached = cache.attach_alone(vdi.uuid).await.unwrap();
+    let mut guest = Guest { vdi: vdi.clone(), store: Arc::clone(&store), attached, tag: 0 };
+    cache.join(vdi.uuid, store.clone()).await.unwrap();
+    guest.drain(&cache).await;
+    assert_eq!(store.committed(), Lsn(600));
+    drop((guest, cache));
+    let cache = open(&dir).await;
+    cache.attach(&vdi, store).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]

@@ -5,8 +5,9 @@
 
 use super::{FormatError, VERSION, open_block, seal_block};
 use crate::disk::trace::{RANGE_BLOCKS_MAX, RANGES_MAX, Ranges};
-use blockstore::WhenOffline;
+use blockstore::schedule::RULES_MAX;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
+use blockstore::{Policy, Schedule, WhenOffline};
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -17,7 +18,7 @@ const NAME_MAX: usize = 255;
 /// States of a slot that is not free.
 const ATTACHED: u32 = 1;
 const QUARANTINED: u32 = 2;
-const TAIL: usize = BLOCK_SIZE - 384 - 8 * RANGES_MAX - 8 - 16;
+const TAIL: usize = BLOCK_SIZE - 384 - 8 * RANGES_MAX - 16 - 8 * RULES_MAX - 16;
 /// The disk is pinned.
 const FLAG_PINNED: u32 = 1;
 /// Bits of a range of the boot trace that say how long it is; the first block is above them.
@@ -49,6 +50,9 @@ struct Raw {
     reserved2: U32,
     trace: [U64; RANGES_MAX],
     durable: U64,
+    /// One more than where the log ended when it was opened without the store; zero: it was not.
+    alone_from: U64,
+    schedule: [U64; RULES_MAX],
     reserved: [u8; TAIL],
     /// One more than what was flushed when the log was left behind; zero: it was not.
     behind_flushed: U64,
@@ -93,6 +97,9 @@ pub struct SlotVdi {
     /// Everything up to here was durable in the log, on every leg, when the slot was written: a log that ends below is
     /// damaged. Zero says nothing.
     pub durable: Lsn,
+    /// Where the log ended when it was opened without the store for the first time since it was compared with it. A store
+    /// that is further has been written from another log, wherever this one ends by now (rule L6).
+    pub alone_from: Option<Lsn>,
     /// How it is to be served.
     pub policy: DiskPolicy,
     /// In this epoch the store took the place of the log, or was about to.
@@ -117,9 +124,9 @@ pub struct LeftBehind {
 /// What an operator chose for a disk on this host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskPolicy {
-    /// What becomes of requests that cannot go on without the store. Here is what counts while the disk is attached: it
-    /// must be known, and can be changed, while the store is away.
-    pub when_offline: WhenOffline,
+    /// What the store notes, too. Here is what counts while the disk is attached: it must be known, and can be changed,
+    /// while the store is away.
+    pub chosen: Policy,
     /// What is held of it is not evicted while anything else could be.
     pub pinned: bool,
 }
@@ -164,7 +171,9 @@ impl VdiSlot {
             raw.epoch = vdi.epoch.into();
             raw.first_lsn = vdi.first_lsn.0.into();
             raw.durable = vdi.durable.0.into();
-            raw.when_offline = vdi.policy.when_offline.to_bits().into();
+            raw.alone_from = vdi.alone_from.map_or(0, |lsn| lsn.0.saturating_add(1)).into();
+            raw.when_offline = vdi.policy.chosen.when_offline.to_bits().into();
+            raw.schedule = vdi.policy.chosen.schedule.to_bits().map(U64::new);
             if let Some(behind) = &vdi.left_behind {
                 raw.behind_flushed = behind.flushed.0.saturating_add(1).into();
                 raw.behind_staged = behind.staged.0.into();
@@ -174,9 +183,8 @@ impl VdiSlot {
             for (to, (lba, blocks)) in raw.trace.iter_mut().zip(&vdi.boot_trace) {
                 *to = (lba.0 << RANGE_BITS | blocks & RANGE_BLOCKS_MAX).into();
             }
-            let name = vdi.name.as_bytes();
-            let len = name.len().min(NAME_MAX);
-            raw.name[..len].copy_from_slice(&name[..len]);
+            let len = fitting(&vdi.name);
+            raw.name[..len].copy_from_slice(&vdi.name.as_bytes()[..len]);
             raw.name_len = (len as u16).into();
         }
         let mut block = [0u8; BLOCK_SIZE];
@@ -203,10 +211,13 @@ impl VdiSlot {
                 if len > NAME_MAX {
                     return Err(FormatError::Invalid { what: WHAT, why: "its name is too long" });
                 }
+                let mut name = String::from_utf8_lossy(&raw.name[..len]).into_owned();
+                // What stands for bytes that are no text may be longer than they.
+                name.truncate(fitting(&name));
                 Some(SlotVdi {
                     uuid: Uuid::from_bytes(raw.vdi),
                     log_id: u128::from_le_bytes(raw.log_id),
-                    name: String::from_utf8_lossy(&raw.name[..len]).into_owned(),
+                    name,
                     size_bytes: raw.size_bytes.get(),
                     committed: Lsn(raw.committed.get()),
                     evicted_below: raw.evicted_below.get(),
@@ -214,8 +225,12 @@ impl VdiSlot {
                     epoch: raw.epoch.get(),
                     first_lsn: Lsn(raw.first_lsn.get()),
                     durable: Lsn(raw.durable.get()),
+                    alone_from: raw.alone_from.get().checked_sub(1).map(Lsn),
                     policy: DiskPolicy {
-                        when_offline: WhenOffline::from_bits(raw.when_offline.get()),
+                        chosen: Policy {
+                            when_offline: WhenOffline::from_bits(raw.when_offline.get()),
+                            schedule: Schedule::from_bits(raw.schedule.map(U64::get)),
+                        },
                         pinned: raw.flags.get() & FLAG_PINNED != 0,
                     },
                     left_behind: raw.behind_flushed.get().checked_sub(1).map(|flushed| {
@@ -233,6 +248,12 @@ impl VdiSlot {
         let (vdi, quarantined) = if state == QUARANTINED { (None, kept) } else { (kept, None) };
         Ok(Self { sequence: raw.sequence.get(), slot, vdi, quarantined })
     }
+}
+
+/// Bytes of a name that fit: no character is cut.
+fn fitting(name: &str) -> usize {
+    let most = name.len().min(NAME_MAX);
+    (0..=most).rev().find(|at| name.is_char_boundary(*at)).unwrap_or(0)
 }
 
 /// The boot trace; one that makes no sense is none.

@@ -46,6 +46,7 @@ fn slot() -> VdiSlot {
             epoch: 2,
             first_lsn: Lsn(90),
             durable: Lsn(0),
+            alone_from: None,
             policy: Default::default(),
             left_behind: None,
             boot_trace: Vec::new(),
@@ -57,15 +58,21 @@ fn slot() -> VdiSlot {
 fn a_slot_keeps_what_came_later_and_zero_is_the_former_behaviour() {
     let mut with = slot();
     let Some(vdi) = &mut with.vdi else { unreachable!() };
-    vdi.policy.when_offline = WhenOffline::FailAfter(1500);
+    vdi.policy.chosen.when_offline = WhenOffline::FailAfter(1500);
+    vdi.policy.chosen.schedule = "every 10s keep 6, every 1h keep 24".parse().unwrap();
     vdi.policy.pinned = true;
     vdi.boot_trace = (0..400).map(|n| (Lba(n << 27), 1 + n)).collect();
     vdi.durable = Lsn(95);
+    vdi.alone_from = Some(Lsn(0));
     let (former, block) = (slot().encode(), with.encode());
     assert_eq!(VdiSlot::decode(&block, 3), Ok(with));
     assert_eq!(block[112..116], 1500u32.to_le_bytes());
     assert_eq!(block[116..120], 1u32.to_le_bytes());
     assert_eq!(block[3584..3592], 95u64.to_le_bytes());
+    assert_eq!(block[3592..3600], 1u64.to_le_bytes());
+    assert_eq!(block[3600..3608], (10_000u64 << 24 | 6).to_le_bytes());
+    assert_eq!(block[3608..3616], (3_600_000u64 << 24 | 24).to_le_bytes());
+    assert_eq!(block[3616..], [0; BLOCK_SIZE - 3616]);
     assert_eq!(former[112..120], [0; 8]);
     assert_eq!(former[376..], [0; BLOCK_SIZE - 376]);
     let mut behind = slot();

@@ -50,8 +50,17 @@ pub struct LegState {
 
 /// Opened devices with their superblocks, and the paths that could not be opened.
 struct Found {
-    legs: Vec<(PathBuf, Device, Superblock)>,
+    legs: Vec<FoundLeg>,
     failed: Vec<(PathBuf, CacheError)>,
+}
+
+/// An opened device with its newer superblock.
+pub(super) struct FoundLeg {
+    pub path: PathBuf,
+    pub device: Device,
+    pub superblock: Superblock,
+    /// Both copies are good and name the same members: either may rot.
+    pub agrees: bool,
 }
 
 impl Local {
@@ -76,7 +85,7 @@ impl Local {
         let mut found = Found { legs: Vec::new(), failed: Vec::new() };
         for path in paths {
             match open_leg(path, read_only, paths.len() < 2).await {
-                Ok((device, superblock)) => found.legs.push((path.clone(), device, superblock)),
+                Ok(leg) => found.legs.push(leg),
                 Err(CacheError::Device(error)) if error.kind == DeviceErrorKind::Reserved => {
                     return Err(error.into());
                 }
@@ -100,7 +109,9 @@ impl Local {
         let is_alone = devices.len() < 2;
         for (path, device) in devices {
             match read_superblock(&device, &path, is_alone).await {
-                Ok(superblock) => found.legs.push((path, device, superblock)),
+                Ok((superblock, agrees)) => {
+                    found.legs.push(FoundLeg { path, device, superblock, agrees });
+                }
                 Err(error) => found.failed.push((path, error)),
             }
         }
@@ -113,7 +124,8 @@ impl Local {
             let error = failed.into_iter().map(|(_, error)| error).next();
             return Err(error.unwrap_or(CacheError::Missing { path: PathBuf::new() }));
         }
-        let named: Vec<_> = found.iter().map(|(path, _, s)| (path.clone(), s.clone())).collect();
+        let named: Vec<_> =
+            found.iter().map(|leg| (leg.path.clone(), leg.superblock.clone())).collect();
         let choice = choose(&named)?;
         let (best_path, best) = &named[choice.best];
         let (given, known) = (found.len() + failed.len(), best.membership.legs.len());
@@ -133,7 +145,10 @@ impl Local {
             let why = why.unwrap_or_else(|| "its path was not given".into());
             return Err(CacheError::LegMissing { path: best_path.clone(), missing, why });
         }
-        let behind = choice.members.iter().any(|(at, _)| named[*at].1.sequence != best.sequence);
+        let behind = choice
+            .members
+            .iter()
+            .any(|(at, _)| found[*at].superblock.sequence != best.sequence || !found[*at].agrees);
         let mut outsiders: Vec<_> =
             failed.into_iter().map(|(path, error)| (path, error.to_string())).collect();
         for (at, why) in &choice.outsiders {
@@ -149,7 +164,7 @@ impl Local {
             tracing::error!(path = %path.display(), why, "this leg of the cache is not used: the cache is not mirrored; replace the leg");
         }
         let mut legs: Vec<Leg> = Vec::new();
-        for (at, (path, device, _)) in found.into_iter().enumerate() {
+        for (at, FoundLeg { path, device, .. }) in found.into_iter().enumerate() {
             if let Some((_, number)) = choice.members.iter().find(|(member, _)| *member == at) {
                 legs.push(Leg { number: *number, path, device });
             }
@@ -166,6 +181,10 @@ impl Local {
                     }
                 })
                 .await?;
+        }
+        if !read_only && behind {
+            // A crash came between the copies, or one rotted: the other must not bring a leg back, should this one rot.
+            local.rewrite_superblock(|_| ()).await?;
         }
         Ok(local)
     }
@@ -188,14 +207,14 @@ pub(super) async fn open_leg(
     path: &Path,
     read_only: bool,
     is_alone: bool,
-) -> Result<(Device, Superblock), CacheError> {
+) -> Result<FoundLeg, CacheError> {
     if !path.exists() {
         return Err(CacheError::Missing { path: path.into() });
     }
     let options = OpenOptions { exclusive: !read_only, read_only, ..OpenOptions::default() };
     let device = FileDevice::open(path, &options)?;
-    let superblock = read_superblock(&device, path, is_alone).await?;
-    Ok((device, superblock))
+    let (superblock, agrees) = read_superblock(&device, path, is_alone).await?;
+    Ok(FoundLeg { path: path.into(), device, superblock, agrees })
 }
 
 /// True if nothing would be lost: at each path is nothing, or a leg that was never used because its twin's creation was
@@ -207,7 +226,7 @@ async fn may_create(paths: &[PathBuf]) -> Result<bool, CacheError> {
             unmade += 1;
             continue;
         }
-        let Ok((_, superblock)) = open_leg(path, true, paths.len() < 2).await else {
+        let Ok(FoundLeg { superblock, .. }) = open_leg(path, true, paths.len() < 2).await else {
             return Ok(false);
         };
         // Two writes make it; the store's name is the third.
@@ -237,19 +256,19 @@ pub(super) fn refuse_same(paths: &[PathBuf]) -> Result<(), CacheError> {
 
 /// A leg must have all bytes that the cache uses.
 fn refuse_cut_short(
-    found: &[(PathBuf, Device, Superblock)],
+    found: &[FoundLeg],
     best: &Superblock,
     is_member: impl Fn(usize) -> bool,
 ) -> Result<(), CacheError> {
     let expected = best.geometry.size;
-    for (at, (path, device, _)) in found.iter().enumerate() {
+    for (at, FoundLeg { path, device, .. }) in found.iter().enumerate() {
         let capacity = device.info().capacity;
         if capacity >= expected || !is_member(at) {
             continue;
         }
         let path = path.clone();
-        return Err(match found.iter().find(|(other, ..)| *other != path) {
-            Some((twin, ..)) => {
+        return Err(match found.iter().find(|other| other.path != path) {
+            Some(FoundLeg { path: twin, .. }) => {
                 CacheError::SmallerLeg { path, found: capacity, twin: twin.clone(), expected }
             }
             None => CacheError::Truncated { path, expected, found: capacity },
@@ -258,11 +277,12 @@ fn refuse_cut_short(
     Ok(())
 }
 
+/// The newer copy, and whether both are good and name the same members.
 async fn read_superblock(
     device: &Device,
     path: &Path,
     is_alone: bool,
-) -> Result<Superblock, CacheError> {
+) -> Result<(Superblock, bool), CacheError> {
     let not_a_cache = |source| CacheError::NotACache { path: path.into(), source };
     if device.info().capacity < 2 * BLOCK_SIZE as u64 {
         return Err(not_a_cache(FormatError::Absent("cache superblock")));
@@ -285,10 +305,13 @@ async fn read_superblock(
     };
     let copies = [0, 1].map(|n| Superblock::decode(&bytes[n * BLOCK_SIZE..(n + 1) * BLOCK_SIZE]));
     match copies {
-        [Ok(a), Ok(b)] => Ok(if a.sequence >= b.sequence { a } else { b }),
+        [Ok(a), Ok(b)] => {
+            let agrees = a.membership == b.membership;
+            Ok((if a.sequence >= b.sequence { a } else { b }, agrees))
+        }
         [Ok(one), Err(error)] | [Err(error), Ok(one)] => {
             tracing::warn!(path = %path.display(), %error, "one copy of the cache superblock is damaged; the other is used");
-            Ok(one)
+            Ok((one, false))
         }
         // With one good copy it is finished: the mark's place is written last.
         [Err(_), Err(_)] if says_unfinished(&bytes) => {

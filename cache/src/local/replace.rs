@@ -101,7 +101,7 @@ async fn open_blank(local: &Local, new: &Path) -> Result<Device, CacheError> {
     let size = local.geometry.size;
     if !may_be_filled(new)? {
         // A leg that was left behind may be overwritten; anything else may be someone's data.
-        let (_, other) = open_leg(new, true, false).await?;
+        let other = open_leg(new, true, false).await?.superblock;
         if other.cache != local.cache {
             let source = FormatError::Invalid {
                 what: "the new leg",

@@ -197,6 +197,7 @@ async fn wrong_sets_of_legs_are_refused_by_name_and_nothing_is_written() {
 async fn a_leg_that_was_left_behind_is_never_a_member_again() {
     let rig = Rig::new();
     drop(rig.make(&["a", "b"]).await);
+    let both = bytes(&rig.path("b"));
     // The operator's word, once: from then on the leg knows that it is alone.
     let alone = rig.open(&["b"], true).await.unwrap();
     assert_eq!(alone.members(), LegSet::NONE.with(1));
@@ -218,6 +219,21 @@ async fn a_leg_that_was_left_behind_is_never_a_member_again() {
         let local = rig.open(&["a", "b"], false).await.unwrap();
         assert_eq!(local.members(), LegSet::NONE.with(1));
         file[copy..copy + 4096].copy_from_slice(&kept);
+    }
+    std::fs::write(rig.path("b"), &file).unwrap();
+    // A crash between the two copies left one as it was: after the next start both say the same again.
+    for copy in [0, 4096] {
+        let mut torn = file.clone();
+        torn[copy..copy + 4096].copy_from_slice(&both[copy..copy + 4096]);
+        for rotten in [0, 4096] {
+            std::fs::write(rig.path("b"), &torn).unwrap();
+            drop(rig.open(&["a", "b"], false).await.unwrap());
+            let mut after = bytes(&rig.path("b"));
+            after[rotten..rotten + 4096].fill(0xa5);
+            std::fs::write(rig.path("b"), &after).unwrap();
+            let local = rig.open(&["a", "b"], false).await.unwrap();
+            assert_eq!(local.members(), LegSet::NONE.with(1), "{copy} is old, {rotten} rots");
+        }
     }
     std::fs::write(rig.path("b"), &file).unwrap();
     // The other one goes on alone too: now both claim to be the cache.

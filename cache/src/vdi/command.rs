@@ -15,7 +15,7 @@ use crate::log_open::{OpenLog, belongs};
 use crate::release;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{Lba, Lsn};
-use blockstore::{SnapshotLabel, WhenOffline};
+use blockstore::{Policy, PolicyChange, SnapshotLabel};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -37,8 +37,8 @@ pub(crate) enum Command {
     Reopen(oneshot::Sender<Result<AttachedDisk, CacheError>>),
     /// The disk grew.
     Resize { bytes: u64, reply: oneshot::Sender<Result<(), CacheError>> },
-    /// What becomes of requests that cannot go on without the store.
-    SetWhenOffline { policy: WhenOffline, reply: oneshot::Sender<Result<(), CacheError>> },
+    /// Change the disk's policy; the answer is what holds then.
+    SetPolicy { change: PolicyChange, reply: oneshot::Sender<Result<Policy, CacheError>> },
     /// Take a snapshot.
     Snapshot { label: SnapshotLabel, reply: snapshots::Reply },
     /// Fetch these ranges into the cache ahead of need; all of the disk if none are given.
@@ -104,8 +104,8 @@ impl VdiTask {
             Command::Resize { bytes, reply } => {
                 let _ = reply.send(self.resize(bytes).await);
             }
-            Command::SetWhenOffline { policy, reply } => {
-                let _ = reply.send(self.set_when_offline(policy).await);
+            Command::SetPolicy { change, reply } => {
+                let _ = reply.send(self.set_policy(change).await);
             }
             Command::Pin { on, reply } => {
                 let _ = reply.send(self.pin(on).await);
@@ -140,6 +140,9 @@ impl VdiTask {
         self.failure = None;
         self.p.backing.join(backing);
         self.not_before = Instant::now();
+        // From the next commit on the store is further than where the log was opened.
+        self.p.record.alone_from = None;
+        self.join_unnoted = true;
         self.checkpoint_due = true;
         self.checkpoint().await;
         tracing::info!(
@@ -208,7 +211,8 @@ impl VdiTask {
         headers.sort_unstable_by_key(|header| header.seq);
         let progress = Arc::clone(&self.p.progress);
         let record = self.p.record.clone();
-        let open = self.p.ground.open_log(&self.p.slot, record, &headers, progress).await?;
+        let alone = !self.p.backing.is_joined();
+        let open = self.p.ground.open_log(&self.p.slot, record, &headers, alone, progress).await?;
         Ok((open, headers, owned))
     }
 }

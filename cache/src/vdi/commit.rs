@@ -42,7 +42,8 @@ impl VdiTask {
 
     pub(super) fn start_commit(&mut self) {
         let joined = self.p.backing.is_joined();
-        if !joined || self.commit.is_some() || Instant::now() < self.not_before {
+        let ready = joined && !self.join_unnoted;
+        if !ready || self.commit.is_some() || Instant::now() < self.not_before {
             return;
         }
         let committed = self.p.record.committed;

@@ -38,7 +38,7 @@ use crate::error::CacheError;
 use crate::format::slot::VdiSlot;
 use crate::pending::PendingSnapshots;
 use blockstore::types::{Lba, Lsn};
-use blockstore::{SnapshotLabel, WhenOffline};
+use blockstore::{Policy, PolicyChange, SnapshotLabel};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
@@ -94,12 +94,12 @@ impl VdiHandle {
         self.ask(vdi, |reply| Command::Resize { bytes, reply }).await?
     }
 
-    pub async fn set_when_offline(
+    pub async fn set_policy(
         &self,
         vdi: uuid::Uuid,
-        policy: WhenOffline,
-    ) -> Result<(), CacheError> {
-        self.ask(vdi, |reply| Command::SetWhenOffline { policy, reply }).await?
+        change: PolicyChange,
+    ) -> Result<Policy, CacheError> {
+        self.ask(vdi, |reply| Command::SetPolicy { change, reply }).await?
     }
 
     pub async fn pin(&self, vdi: uuid::Uuid, on: bool) -> Result<(), PinError> {

@@ -7,9 +7,7 @@
 
 use super::task::VdiTask;
 use crate::backing::Backing;
-use crate::error::CacheError;
 use crate::link::ToDisk;
-use blockstore::WhenOffline;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -36,7 +34,7 @@ impl VdiTask {
     /// Tells the worker to fail what the policy says.
     pub(super) fn tick_offline(&mut self) {
         let away = self.offline.notice(self.p.backing.away_since_ms(), Instant::now());
-        let Some(deadline) = self.p.record.policy.when_offline.deadline() else { return };
+        let Some(deadline) = self.p.record.policy.chosen.when_offline.deadline() else { return };
         if self.released || away.is_none_or(|away| away < deadline) {
             return;
         }
@@ -44,19 +42,6 @@ impl VdiTask {
         let full = self.starving && self.feed_at.is_none();
         let writes = full.then_some(deadline);
         self.p.sender.send(ToDisk::FailWaiting { reads: Some(deadline), writes });
-    }
-
-    /// Durable before it takes effect.
-    pub(super) async fn set_when_offline(&mut self, policy: WhenOffline) -> Result<(), CacheError> {
-        let before = std::mem::replace(&mut self.p.record.policy.when_offline, policy);
-        let written = self.write_slot().await;
-        if written.is_err() {
-            self.p.record.policy.when_offline = before;
-        } else {
-            self.p.status.lock().when_offline = policy;
-            tracing::info!(vdi = %self.p.record.name, %policy, "policy for outages set");
-        }
-        written
     }
 }
 

@@ -6,19 +6,22 @@ use crate::disk::trace::Ranges;
 use crate::error::CacheError;
 use crate::link::ToDisk;
 use blockstore::types::Lsn;
+use blockstore::{Policy, PolicyChange};
 use std::sync::atomic::Ordering;
 
 impl VdiTask {
     /// Writes the slot, so that what was committed may turn clean.
     pub(super) async fn checkpoint(&mut self) {
         if self.through.is_some() {
+            // What is known of a log that was left behind says all that the slot could.
+            self.join_unnoted = false;
             return self.committed_without_legs();
         }
         if let Err(error) = self.write_slot().await {
             self.note_error(&error.to_string());
             return;
         }
-        self.checkpoint_due = false;
+        (self.checkpoint_due, self.join_unnoted) = (false, false);
         self.p.sender.send(ToDisk::Committed { lsn: self.p.record.committed });
         self.offer_clean();
         self.answer_waiters();
@@ -46,6 +49,20 @@ impl VdiTask {
         }
         self.p.sender.send(ToDisk::Resized { bytes });
         Ok(())
+    }
+
+    /// Durable before it takes effect.
+    pub(super) async fn set_policy(&mut self, change: PolicyChange) -> Result<Policy, CacheError> {
+        let former = self.p.record.policy.chosen;
+        let policy = change.of(former);
+        self.p.record.policy.chosen = policy;
+        if let Err(error) = self.write_slot().await {
+            self.p.record.policy.chosen = former;
+            return Err(error);
+        }
+        self.p.status.lock().policy = policy;
+        tracing::info!(vdi = %self.p.record.name, %policy, "policy set");
+        Ok(policy)
     }
 
     /// What the guest read while it booted is kept in the slot. Losing it costs comfort only.

@@ -6,7 +6,7 @@ use crate::disk::trace::Ranges;
 use crate::flusher::Replay;
 use crate::image::SegmentImage;
 use crate::link::SealedSegment;
-use blockstore::WhenOffline;
+use blockstore::Policy;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use serde::Serialize;
@@ -59,9 +59,9 @@ pub struct VdiStatus {
     pub held_bytes: u64,
     /// Bytes of memory that the disk's index takes.
     pub index_bytes: u64,
-    /// What becomes of requests that cannot go on without the store.
+    /// What was chosen for the disk.
     #[serde(skip)]
-    pub when_offline: WhenOffline,
+    pub policy: Policy,
     /// The cache has failed: writes are committed to the store before they are acknowledged.
     pub write_through: bool,
     /// What is held of it is not evicted while anything else could be.

@@ -16,6 +16,7 @@ use super::through::Through;
 use crate::backing::Backing;
 use crate::backing::deferred::Deferred;
 use crate::disk::Progress;
+use crate::disk::plan::SegmentId;
 use crate::error::CacheError;
 use crate::flusher::FlushOptions;
 use crate::format::slot::{SlotVdi, VdiSlot};
@@ -75,8 +76,8 @@ pub(crate) struct VdiTask {
     pub(super) drafting: Option<Drafting>,
     pub(super) not_before: Instant,
     pub(super) retry_after: Duration,
-    /// First record of the open segment.
-    pub(super) open_since: Option<Instant>,
+    /// The segment that is open, and when its first record went out.
+    pub(super) open_since: Option<(SegmentId, Instant)>,
     pub(super) roll_under_way: Option<u64>,
     pub(super) next_roll: u64,
     pub(super) waiters: Vec<Waiter>,
@@ -89,6 +90,8 @@ pub(crate) struct VdiTask {
     pub(super) started: Instant,
     /// The slot on the device does not say yet what was committed: nothing may turn clean (rule L2).
     pub(super) checkpoint_due: bool,
+    /// The slot does not say yet that the store has joined: nothing is committed before it does, unless no leg is left.
+    pub(super) join_unnoted: bool,
     /// The worker is gone: nothing can be rolled or evicted.
     pub(super) released: bool,
     ticks: u32,
@@ -131,6 +134,7 @@ impl VdiTask {
             feed_at: None,
             started: Instant::now(),
             checkpoint_due: false,
+            join_unnoted: false,
             released: false,
             ticks: 0,
             failure: None,
@@ -194,13 +198,14 @@ impl VdiTask {
                 tracing::trace!(counts = ?self.p.ground.pool.counts(), pressure = ?self.pressure(), "segment wanted");
                 self.feed();
             }
-            FromDisk::Opened { .. } => self.open_since = Some(Instant::now()),
+            FromDisk::Opened { segment } => self.open_since = Some((segment, Instant::now())),
             FromDisk::Sealed(sealed) if self.through.is_some() => self.take_memory(sealed),
             FromDisk::NoLegLeft { reason, tail, flushed } => {
                 self.no_leg_left(&reason, tail, flushed).await;
             }
             FromDisk::Sealed(sealed) => {
-                self.open_since = None;
+                // The next one may have been opened before this one was sealed: it has an age of its own.
+                self.open_since = self.open_since.filter(|(open, _)| *open != sealed.id);
                 let (held, most) = (&self.p.images_held, self.p.images_max);
                 self.p.segments.push_sealed(sealed, Instant::now(), held, most);
                 // Segments without uncommitted records are clean at once.
@@ -283,7 +288,7 @@ impl VdiTask {
         self.feed();
         self.tick_offline();
         self.tick_pin();
-        let aged = self.open_since.is_some_and(|since| since.elapsed() >= self.max_age());
+        let aged = self.open_since.is_some_and(|(_, since)| since.elapsed() >= self.max_age());
         // With the store away a segment is filled before it is sealed: a trickle must not use up the ring.
         if aged && self.roll_under_way.is_none() && self.pressure().store_answers {
             self.roll();
@@ -331,7 +336,8 @@ impl VdiTask {
     fn update_status(&self) {
         let committed = self.p.record.committed;
         let (dirty, clean) = self.p.segments.bytes(committed);
-        let oldest = self.p.segments.oldest_dirty(committed).or(self.open_since);
+        let oldest = self.p.segments.oldest_dirty(committed);
+        let oldest = oldest.or(self.open_since.map(|(_, since)| since));
         let snapshots_pending = self.count_pending_snapshots();
         let mut status = self.p.status.lock();
         status.committed_lsn = committed.0;
@@ -340,7 +346,7 @@ impl VdiTask {
         let last = self.p.segments.last_lsn().unwrap_or(committed).max(committed).0;
         status.last_lsn = status.last_lsn.max(last);
         status.flushed_lsn = status.flushed_lsn.max(last);
-        status.when_offline = self.p.record.policy.when_offline;
+        status.policy = self.p.record.policy.chosen;
         status.dirty_bytes = dirty;
         status.clean_bytes = clean;
         status.oldest_dirty_ms = oldest.map(|since| since.elapsed().as_millis() as u64);

@@ -105,6 +105,7 @@ impl Rig {
             epoch: 0,
             first_lsn: Lsn(1),
             durable: Lsn(0),
+            alone_from: None,
             policy: Default::default(),
             left_behind: None,
             boot_trace: Vec::new(),

@@ -1,6 +1,6 @@
 //! Marking a disk's snapshots: the tree that lists them, and the tree of each.
 
-use super::TreeWalk;
+use super::{ENTRY_ADVICE, SNAPSHOTS_ADVICE, TreeWalk};
 use blockstore::format::node::NODE_SHIFT;
 use blockstore::format::pointer::Pointer;
 use blockstore::format::snapshot::{LEAF_SNAPSHOTS, Snapshot};
@@ -37,7 +37,8 @@ impl TreeWalk<'_> {
             let node = match self.reader.read_nodes(&[visit.pointer]).await {
                 Ok(mut nodes) => nodes.remove(0),
                 Err(error) if error.kind == StoreErrorKind::Corrupt => {
-                    self.say(format!("its list of snapshots is damaged: {error}"));
+                    let words = format!("its list of snapshots is damaged: {error}");
+                    self.say(words, SNAPSHOTS_ADVICE);
                     continue;
                 }
                 Err(error) => return Err(error),
@@ -56,7 +57,8 @@ impl TreeWalk<'_> {
             stack[at..].reverse();
         }
         if live != index.live {
-            self.say(format!("it says that it has {} snapshots, and lists {live}", index.live));
+            let words = format!("it says that it has {} snapshots, and lists {live}", index.live);
+            self.say(words, SNAPSHOTS_ADVICE);
         }
         Ok(())
     }
@@ -65,7 +67,8 @@ impl TreeWalk<'_> {
         match self.reader.snapshot_leaf(visit.first, visit.pointer).await {
             Ok(list) => Ok(Some(list)),
             Err(error) if error.kind == StoreErrorKind::Corrupt => {
-                self.say(format!("its list of snapshots is damaged: {error}"));
+                let words = format!("its list of snapshots is damaged: {error}");
+                self.say(words, SNAPSHOTS_ADVICE);
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -75,16 +78,18 @@ impl TreeWalk<'_> {
     fn check_snapshot(&mut self, place: u64, snapshot: &Snapshot, before: Option<Lsn>) {
         let (lsn, head) = (snapshot.lsn, self.head);
         if place >= head.snapshots.made {
-            self.say(format!("snapshot {lsn} is listed beyond the last that was ever made"));
+            let words = format!("snapshot {lsn} is listed beyond the last that was ever made");
+            self.say(words, ENTRY_ADVICE);
         }
         if before.is_some_and(|before| before >= lsn) || lsn > head.committed {
-            self.say(format!("snapshot {lsn} is listed out of order"));
+            self.say(format!("snapshot {lsn} is listed out of order"), ENTRY_ADVICE);
         }
         if snapshot.birth > head.last_snapshot_birth {
-            self.say(format!(
-                "snapshot {lsn} (birth {}) is younger than the last one that its disk knows of (birth {})",
-                snapshot.birth, head.last_snapshot_birth
-            ));
+            let (birth, last) = (snapshot.birth, head.last_snapshot_birth);
+            let words = format!(
+                "snapshot {lsn} (birth {birth}) is younger than the last one that its disk knows of (birth {last})"
+            );
+            self.say(words, ENTRY_ADVICE);
         }
     }
 

@@ -1,10 +1,11 @@
 //! Each rule's schedule, by hand.
 
-use crate::world::{World, cycle, head_of, read, stamp, with_snapshot, write};
+use crate::world::{World, cycle, head_of, open, read, stamp, with_snapshot, write};
 use blockstore::device::sim::{Fault, OpKind, Reach};
+use blockstore::format::vdi::{VdiHead, VdiState};
 use blockstore::types::{Lba, Lsn};
 use blockstore::{Batch, Reclaimed, StoreErrorKind, WhenOffline};
-use gc::{CollectOptions, Progress, collect};
+use gc::{CheckOptions, CollectOptions, Progress, check, collect};
 use std::time::Duration;
 
 async fn pause() {
@@ -244,4 +245,69 @@ async fn a_store_that_goes_away_ends_the_cycle() {
     pause().await;
     cycle(&world.store).await.expect("the next");
     world.verify("after an outage").await;
+}
+
+/// A deletion whose head landed in the target's cache, and was reported as failed: the roots are read without the disk, the target
+/// restarts and forgets that head, and the cycle goes on. The disk is there again then, and so must be its blocks.
+#[tokio::test(start_paused = true)]
+async fn a_head_that_the_target_forgets_is_a_root_again() {
+    for seed in 0..40 {
+        let mut world = World::new(seed).await;
+        let name = world.create().await;
+        let vdi = world.disks[&name].vdi.clone();
+        let changes = (0..300).map(|lba| write(lba, 1)).collect();
+        vdi.commit(Batch::new(Lsn(1), changes)).await.expect("commit");
+        vdi.detach(Lsn(1)).await.expect("detach");
+        let cycle = world.store.begin_collection().await.expect("begin");
+        let (sim, store) = (world.sim.clone(), world.store.clone());
+        sim.inject(OpKind::CompareAndWrite, 0, Fault::UnknownApplied);
+        let before = sim.counts().compare_and_writes;
+        let deleting = tokio::spawn(async move { store.delete_vdi(&name).await });
+        while sim.counts().compare_and_writes == before {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..60 {
+            sim.inject(OpKind::Read, 0, Fault::Io);
+        }
+        deleting.await.expect("a task").expect_err("nobody knows");
+        while world.store.scan_vdis().await.is_err() {}
+        let roots = cycle.roots().await.expect("roots");
+        let is_root = |head: &VdiHead| head.state == VdiState::Active;
+        assert!(!roots.iter().filter_map(|view| view.record()).any(is_root));
+        sim.lose_session();
+        // It may end with an error, too.
+        let _ = cycle.sweep(|_| false, Duration::from_secs(60)).await;
+        let report = check(&world.store, CheckOptions { data: true }).await.expect("check");
+        assert!(report.is_sound(), "seed {seed}: {report:#?}");
+    }
+}
+
+/// A deletion whose flush failed, and whose host died before it wrote again: reads show its head, and no later flush covers it.
+/// What a cycle takes for deleted must stay deleted.
+#[tokio::test(start_paused = true)]
+async fn a_head_that_a_failed_flush_left_behind_is_made_durable_before_it_counts() {
+    for (seed, operations) in (0..).zip((2..14).cycle().take(120)) {
+        let mut world = World::new(seed).await;
+        let name = world.create().await;
+        let vdi = world.disks[&name].vdi.clone();
+        let changes = (0..300).map(|lba| write(lba, 1)).collect();
+        vdi.commit(Batch::new(Lsn(1), changes)).await.expect("commit");
+        vdi.detach(Lsn(1)).await.expect("detach");
+        let (sim, store) = (world.sim.clone(), world.store.clone());
+        sim.inject(OpKind::Flush, 0, Fault::Io);
+        sim.crash_after(operations);
+        tokio::select! {
+            biased;
+            () = sim.died() => {}
+            deleted = store.delete_vdi(&name) => { let _ = deleted; }
+        }
+        sim.kill_host();
+        let next = sim.connect();
+        let store = open(&next).await;
+        cycle(&store).await.expect("a cycle");
+        next.crash();
+        let store = open(&sim.connect()).await;
+        let report = check(&store, CheckOptions { data: true }).await.expect("check");
+        assert!(report.is_sound(), "seed {seed}, {operations} operations: {report:#?}");
+    }
 }

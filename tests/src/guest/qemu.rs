@@ -149,6 +149,8 @@ pub struct Machine<'a> {
     pub monitor: &'a Path,
     /// Where a guest is taken over from another QEMU, instead of a boot.
     pub incoming: Option<&'a Path>,
+    /// Where QEMU listens for those who speak to the guest agent; `None`: the guest has no port for it.
+    pub guest_agent: Option<&'a Path>,
 }
 
 impl Machine<'_> {
@@ -174,6 +176,12 @@ impl Machine<'_> {
         push(&["-qmp", &format!("unix:{},server=on,wait=off", plain(self.monitor)?)]);
         if let Some(socket) = self.incoming {
             push(&["-incoming", &format!("unix:{}", plain(socket)?)]);
+        }
+        if let Some(socket) = self.guest_agent {
+            let socket = plain(socket)?;
+            push(&["-chardev", &format!("socket,id=agent,path={socket},server=on,wait=off")]);
+            push(&["-device", "virtio-serial-pci", "-device"]);
+            push(&["virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]);
         }
         let tools = plain(&self.image.tools)?;
         push(&["-drive", &format!("if=none,id=tools,format=raw,readonly=on,file={tools}")]);
@@ -252,6 +260,7 @@ mod tests {
             disks,
             monitor: Path::new("/run/qmp.sock"),
             incoming: None,
+            guest_agent: Some(Path::new("/run/agent.sock")),
         };
         Ok(machine.arguments()?.join(" "))
     }
@@ -263,6 +272,7 @@ mod tests {
             "memory-backend-memfd,id=mem,size=256M,share=on",
             "socket,id=disk0,path=/run/a.sock,reconnect-ms=100",
             "vhost-user-blk-pci,chardev=disk1,num-queues=2,addr=0x9",
+            "socket,id=agent,path=/run/agent.sock,server=on,wait=off",
         ] {
             assert!(line.contains(part), "{part} is not in {line}");
         }

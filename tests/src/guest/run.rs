@@ -20,6 +20,9 @@ use super::qmp::Qmp;
 /// Longest single wait on the console before signals and the watchdog are looked at again.
 const WAIT_SLICE: Duration = Duration::from_millis(100);
 
+/// In the guest's folder.
+const AGENT_SOCKET: &str = "agent.sock";
+
 /// What to boot and what to run in it.
 #[derive(Clone, Debug)]
 pub struct GuestOptions {
@@ -41,6 +44,8 @@ pub struct GuestOptions {
     pub time_limit: Duration,
     /// Instead of a boot, take a guest over from another QEMU that connects to this socket. All else must be the same.
     pub incoming: Option<PathBuf>,
+    /// Whether the guest has a port for its guest agent, which the job starts by `guest_agent`; see [`Guest::agent_socket`].
+    pub guest_agent: bool,
     /// How to run processors; `None`: KVM if it works on this machine, else emulation.
     pub accelerator: Option<Accelerator>,
 }
@@ -57,6 +62,7 @@ impl Default for GuestOptions {
             reconnect: Some(Duration::from_millis(200)),
             time_limit: Duration::from_secs(300),
             incoming: None,
+            guest_agent: false,
             accelerator: None,
         }
     }
@@ -116,6 +122,7 @@ impl Guest {
             .with_context(|| format!("cannot create {}", folder.display()))?;
         let initrd = folder.join("initrd");
         write_initrd(&initrd, image, options)?;
+        let guest_agent = options.guest_agent.then(|| folder.join(AGENT_SOCKET));
         let machine = Machine {
             version: QemuVersion::detect()?,
             accelerator,
@@ -129,6 +136,7 @@ impl Guest {
             disks: &options.disks,
             monitor: &folder.join("qmp.sock"),
             incoming: options.incoming.as_deref(),
+            guest_agent: guest_agent.as_deref(),
         };
         let mut command = Command::new(QEMU);
         command.args(machine.arguments()?).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -153,6 +161,11 @@ impl Guest {
     /// QEMU's monitor.
     pub fn monitor(&self) -> Result<Qmp> {
         Qmp::connect(&self.folder.join("qmp.sock"))
+    }
+
+    /// Where the guest agent is spoken to, one client at a time.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.folder.join(AGENT_SOCKET)
     }
 
     /// Process id of QEMU.

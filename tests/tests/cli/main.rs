@@ -9,6 +9,7 @@ mod full_disk;
 mod legs;
 mod lifecycle;
 mod loss;
+mod offline;
 mod usage;
 
 use std::ffi::OsStr;

@@ -17,8 +17,13 @@ use std::time::Duration;
 impl Agent {
     /// Takes snapshots, some of them at once, and deletes some.
     pub async fn cut(&self, rng: &mut SmallRng, orders: &Orders) {
-        while !orders.wind_down.get() {
-            tokio::time::sleep(Duration::from_millis(few(rng, 3_000))).await;
+        // A day's outage needs no ten thousand.
+        for round in 0_u32.. {
+            if orders.wind_down.get() {
+                break;
+            }
+            let pause = Duration::from_millis(few(rng, 3_000));
+            tokio::time::sleep(pause * (1 + round / 100)).await;
             if orders.wind_down.get() {
                 break;
             }
@@ -72,12 +77,19 @@ pub async fn check_snapshots(
     picks: usize,
     store_harmed: bool,
 ) {
-    let page = Page { newest_first: false, beyond: None, limit: PAGE_MAX };
-    let listed = match store.snapshots(&name(disk), page).await {
-        Err(_) if store_harmed => return,
-        listed => listed.expect("P5: the list of snapshots is read"),
-    };
-    let lsns: Vec<u64> = listed.iter().map(|snapshot| snapshot.lsn.0).collect();
+    let mut lsns: Vec<u64> = Vec::new();
+    loop {
+        let beyond = lsns.last().copied().map(Lsn);
+        let page = Page { newest_first: false, beyond, limit: PAGE_MAX };
+        let listed = match store.snapshots(&name(disk), page).await {
+            Err(_) if store_harmed => return,
+            listed => listed.expect("P5: the list of snapshots is read"),
+        };
+        lsns.extend(listed.iter().map(|snapshot| snapshot.lsn.0));
+        if listed.len() < PAGE_MAX {
+            break;
+        }
+    }
     model.lock().check_listed(lsn, &lsns);
     for lsn in lsns.iter().skip(picks).step_by(7).chain(lsns.last()) {
         match read_out(store, disk, Some(*lsn), model).await {

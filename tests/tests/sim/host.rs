@@ -532,7 +532,11 @@ async fn pause() {
 /// A fault of the cache device on the way up: tried again. What recovery refuses is a broken promise, unless damage did it.
 pub async fn again(what: &str, error: &CacheError, may_have_lost: bool) -> Result<(), Refused> {
     match error {
-        CacheError::Device(_) | CacheError::Flush { .. } | CacheError::NoSegments { .. } => {
+        CacheError::Device(_)
+        | CacheError::Flush { .. }
+        | CacheError::NoSegments { .. }
+        // A device that says something else each time.
+        | CacheError::LogChanged { .. } => {
             pause().await;
             Ok(())
         }

@@ -1,44 +1,39 @@
 //! A disk's worker and its guest: does with `cache::disk::Disk` on simulated devices what `vhost`'s worker does with it on
 //! io_uring, and checks every answer that the guest gets.
+//!
+//! [`guest`] is what the guest does, [`reads`] how its reads are put together; here is what becomes of its changes, and the end.
 
-use crate::model::{Model, PER_BLOCK};
+mod guest;
+mod reads;
+
+pub use guest::Habits;
+pub use reads::Fetch;
+
+use self::guest::{DEPTH, Request};
+use crate::model::Model;
 use crate::reading::{Arrived, Reading};
-use blockstore::buf::AlignedBuf;
 use blockstore::device::Device;
 use blockstore::device::sim::SimDevice;
-use blockstore::types::SECTOR_SIZE;
-use cache::disk::{Action, AttachedDisk, OpId, Staged, Tag};
+use cache::disk::{Action, AttachedDisk, OpId, Tag};
 use cache::format::LegSet;
 use cache::link::{FromDisk, ToDisk};
 use futures_util::StreamExt;
 use futures_util::future::{FutureExt, LocalBoxFuture};
 use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
-use rand::Rng;
 use rand::rngs::SmallRng;
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
-/// Requests that a guest has under way at once.
-const DEPTH: usize = 24;
 /// Longest time between two looks at the link.
 const IDLE_MAX: Duration = Duration::from_millis(500);
 /// Longest that a flush may take: what the log waits for, a few times, while legs are as slow as they may be.
 const FLUSH_MAX: Duration = Duration::from_secs(60);
-
-/// What a guest asks for.
-#[derive(Clone, Debug)]
-pub enum Request {
-    Write { sector: u64, sectors: u64, stamp: u32 },
-    Zero { sector: u64, sectors: u64, discard: bool },
-    Flush,
-    Read { sector: u64, sectors: u64 },
-}
 
 /// What the worker has started and waits for.
 pub enum Finished {
@@ -66,22 +61,6 @@ pub struct Excuses {
     pub write_errors: bool,
     /// The guest may get errors for reads: data was damaged where no second copy exists.
     pub read_errors: bool,
-}
-
-/// How a guest behaves.
-#[derive(Clone, Copy, Debug)]
-pub struct Habits {
-    /// Longest pause between bursts, milliseconds.
-    pub think_ms: u64,
-    /// Requests in a burst at most.
-    pub burst: u32,
-    /// Of 100 requests: writes, zeroings, flushes; the rest reads.
-    pub mix: [u32; 3],
-    /// Sectors in a large write at most.
-    pub large: u64,
-    /// Of 20 writes and reads: those that are large, and those of less than a block. The others are of one block.
-    pub larges: u32,
-    pub parts: u32,
 }
 
 /// What all workers of a life share.
@@ -145,15 +124,6 @@ pub struct Worker {
     satisfied: bool,
 }
 
-#[derive(Clone, Copy, Debug)]
-pub struct Fetch {
-    pub read: u64,
-    pub block: u32,
-    pub blocks: u32,
-    pub whole: bool,
-    pub ticket: u64,
-}
-
 impl Worker {
     pub fn new(
         attached: AttachedDisk,
@@ -189,17 +159,6 @@ impl Worker {
             rolled: false,
             to_the_end: false,
             satisfied: false,
-        }
-    }
-
-    /// The whole disk is read before anything else happens.
-    pub fn verify_all(&mut self) {
-        let sectors = self.model.lock().sectors();
-        let mut sector = 0;
-        while sector < sectors {
-            let len = self.rng.random_range(1..=256.min(sectors - sector));
-            self.verify.push_back(Request::Read { sector, sectors: len });
-            sector += len;
         }
     }
 
@@ -299,24 +258,7 @@ impl Worker {
         while let Some(message) = self.attached.link.try_recv() {
             any = true;
             match message {
-                ToDisk::Fetched { id, result } => {
-                    let Some(fetch) = self.fetches.remove(&id) else { continue };
-                    let blocks = result.ok();
-                    if let (Some(blocks), true) = (&blocks, fetch.whole)
-                        && let Some(reading) = self.reads.get(&fetch.read)
-                    {
-                        for (lba, block) in (reading.lba(fetch.block)..).zip(blocks) {
-                            if let Some(block) = block {
-                                let lba = blockstore::types::Lba(lba);
-                                self.attached.disk.fill(lba, block, fetch.ticket);
-                            }
-                        }
-                    }
-                    if let Some(reading) = self.reads.get_mut(&fetch.read) {
-                        reading.fetched(&fetch, blocks);
-                        self.advance_read(fetch.read);
-                    }
-                }
+                ToDisk::Fetched { id, result } => self.fetched(id, result.ok()),
                 other => {
                     self.written_through |= matches!(other, ToDisk::WriteThrough { .. });
                     if matches!(other, ToDisk::Tick) {
@@ -330,175 +272,6 @@ impl Worker {
             }
         }
         any
-    }
-
-    fn guest(&mut self) -> bool {
-        let bytes = self.attached.disk.size_bytes();
-        if bytes > self.model.lock().sectors() * SECTOR_SIZE as u64 {
-            self.model.lock().grow(bytes);
-        }
-        if Instant::now() < self.next_burst {
-            return false;
-        }
-        let mut any = false;
-        for _ in 0..self.rng.random_range(1..=self.habits.burst) {
-            if !self.wants() || self.under_way() >= DEPTH {
-                break;
-            }
-            any = true;
-            let request = match self.verify.pop_front() {
-                Some(read) => read,
-                None => {
-                    self.budget -= 1;
-                    self.imagine()
-                }
-            };
-            self.submit(request);
-        }
-        let think = match self.rng.random_range(0..1000) {
-            0 => self.rng.random_range(0..5000),
-            1..300 => self.rng.random_range(0..=self.habits.think_ms),
-            _ => 0,
-        };
-        self.next_burst = Instant::now() + Duration::from_millis(think);
-        any
-    }
-
-    fn imagine(&mut self) -> Request {
-        let total = self.model.lock().sectors();
-        let rng = &mut self.rng;
-        let Habits { larges, parts, .. } = self.habits;
-        let length = |rng: &mut SmallRng, large: u64| match rng.random_range(0..20) {
-            kind if kind < larges => rng.random_range(1..=large),
-            kind if kind < larges + parts => rng.random_range(1..PER_BLOCK),
-            _ => PER_BLOCK,
-        };
-        let place = |rng: &mut SmallRng, len: u64| {
-            let at = rng.random_range(0..=total - len);
-            if len == PER_BLOCK { at / PER_BLOCK * PER_BLOCK } else { at }
-        };
-        let [writes, zeros, flushes] = self.habits.mix;
-        let kind = rng.random_range(0..100);
-        if kind < writes {
-            let sectors = length(rng, self.habits.large.min(total));
-            let sector = place(rng, sectors);
-            Request::Write { sector, sectors, stamp: self.model.lock().stamp() }
-        } else if kind < writes + zeros {
-            let sectors = rng.random_range(1..=200.min(total));
-            let sector = rng.random_range(0..=total - sectors);
-            Request::Zero { sector, sectors, discard: rng.random() }
-        } else if kind < writes + zeros + flushes {
-            Request::Flush
-        } else {
-            let sectors = length(rng, 128.min(total));
-            Request::Read { sector: place(rng, sectors), sectors }
-        }
-    }
-
-    fn submit(&mut self, request: Request) {
-        self.orders.requests.fetch_add(1, Ordering::Relaxed);
-        let tag = self.next;
-        self.next += 1;
-        if self.rng.random_range(0..500) == 0 {
-            self.switches += 1;
-            self.through = self.through.is_none().then_some(self.switches);
-            self.attached.disk.set_write_through(self.through.is_some());
-        }
-        match request {
-            Request::Read { sector, sectors } => {
-                let model = self.model.lock();
-                let sure = if self.written_through { model.acked } else { model.last_lsn() };
-                let before = model.at(sure, sector..sector + sectors);
-                let reading = Reading::new(tag, sector, sectors, before, sure);
-                drop(model);
-                self.reads.insert(tag, reading);
-                self.plan_read(tag);
-            }
-            Request::Flush => {
-                let lsn = self.model.lock().last_lsn();
-                self.open
-                    .insert(tag, Open { lsn, flush: true, since: Instant::now(), through: None });
-                self.attached.disk.flush(tag);
-            }
-            other if self.stalled.is_empty() => self.stage(tag, other),
-            other => self.stalled.push_back((tag, other)),
-        }
-    }
-
-    /// Stages a change, or lets the rest of it wait for space.
-    fn stage(&mut self, tag: Tag, request: Request) {
-        match request {
-            Request::Write { sector, sectors, stamp } => {
-                let before = self.attached.disk.staged_lsn().0;
-                let mut model = self.model.lock();
-                let mut parts = Vec::new();
-                let len = sectors as usize * SECTOR_SIZE;
-                let staged = self.attached.disk.write(tag, sector, len, &mut |at, into| {
-                    let first = sector + (at / SECTOR_SIZE) as u64;
-                    parts.push(first..first + (into.len() / SECTOR_SIZE) as u64);
-                    for (at, out) in (first..).zip(into.chunks_exact_mut(SECTOR_SIZE)) {
-                        model.fill_sector(stamp, at, out);
-                    }
-                });
-                // Snapshots that waited for room came first.
-                let staged_now = self.attached.disk.staged_lsn().0 - before;
-                (parts.len() as u64..staged_now).for_each(|_| model.push_cut());
-                for part in parts {
-                    model.push(part, stamp);
-                }
-                drop(model);
-                match staged {
-                    Staged::Part(bytes) => {
-                        let done = (bytes / SECTOR_SIZE) as u64;
-                        let (sector, sectors) = (sector + done, sectors - done);
-                        self.stalled.push_front((tag, Request::Write { sector, sectors, stamp }));
-                    }
-                    staged => self.staged(tag, staged, true),
-                }
-            }
-            Request::Zero { sector, sectors, discard } => {
-                let before = self.attached.disk.staged_lsn().0;
-                let staged = self.attached.disk.zero(tag, sector, sectors, discard);
-                let staged_now = self.attached.disk.staged_lsn().0 - before;
-                let (from, to) = if discard {
-                    (sector.next_multiple_of(PER_BLOCK), (sector + sectors) / PER_BLOCK * PER_BLOCK)
-                } else {
-                    (sector, sector + sectors)
-                };
-                let own = u64::from(staged == Staged::All && from < to);
-                (own..staged_now).for_each(|_| self.model.lock().push_cut());
-                match staged {
-                    Staged::Part(_) => self.stalled.push_front((tag, request)),
-                    staged => {
-                        if staged == Staged::All && from < to {
-                            self.model.lock().push(from..to, 0);
-                        }
-                        self.staged(tag, staged, from < to);
-                    }
-                }
-            }
-            Request::Flush | Request::Read { .. } => unreachable!("only changes are staged"),
-        }
-    }
-
-    fn staged(&mut self, tag: Tag, staged: Staged, changes: bool) {
-        let last = self.model.lock().last_lsn();
-        assert_eq!(last, self.attached.disk.staged_lsn().0, "INV-LOG-1: one LSN for each part");
-        // A discard of less than a block changes nothing and takes no LSN.
-        let lsn = if changes { last } else { 0 };
-        if staged == Staged::Failed {
-            self.log_failed = true;
-            self.excuse(self.excuses.write_errors, "a write failed");
-        } else {
-            let since = Instant::now();
-            self.open.insert(tag, Open { lsn, flush: false, since, through: self.through });
-        }
-    }
-
-    /// What was given an LSN, and not to a guest's change, is a snapshot.
-    fn note_cuts(&mut self) {
-        let mut model = self.model.lock();
-        (model.last_lsn()..self.attached.disk.staged_lsn().0).for_each(|_| model.push_cut());
     }
 
     /// Lets the disk decide, does what it says, publishes what is complete.
@@ -611,97 +384,6 @@ impl Worker {
                 }
                 self.arrived(arrived);
             }
-        }
-    }
-
-    /// A block was read: a bad copy of it is rewritten first.
-    fn read_or_repair(&mut self, arrived: Arrived) {
-        let bad = arrived.bad.and(self.attached.disk.readable_legs()).iter().next();
-        let (Some(data), Some(number)) = (&arrived.data, bad) else {
-            return self.arrived(arrived);
-        };
-        let (leg, data) = (Arc::clone(&self.legs[usize::from(number)]), AlignedBuf::copy_of(data));
-        let patience = self.attached.leg_timeout;
-        let io = async move {
-            let write = timeout(patience, leg.write(arrived.offset, vec![data.freeze()])).await;
-            let result = write.map_or(Err(libc::ETIMEDOUT), |done| done.map_err(|_| libc::EIO));
-            Finished::Repaired { arrived, leg: number, result }
-        };
-        self.ios.push(io.boxed_local());
-    }
-
-    fn arrived(&mut self, arrived: Arrived) {
-        let id = arrived.read;
-        if let Some(reading) = self.reads.get_mut(&id) {
-            reading.arrived(arrived, &mut self.attached.disk);
-            self.advance_read(id);
-        }
-    }
-
-    fn plan_read(&mut self, id: u64) {
-        let Some(mut reading) = self.reads.remove(&id) else { return };
-        let wanted = reading.plan(&mut self.attached.disk);
-        for local in wanted.local {
-            let readable = self.attached.disk.readable_legs();
-            let legs = readable.iter().map(|leg| (leg, Arc::clone(&self.legs[usize::from(leg)])));
-            let legs: Vec<_> = legs.collect();
-            let patience = if legs.len() > 1 { self.attached.leg_timeout } else { Duration::MAX };
-            let io = async move {
-                let (mut data, mut bad, mut slow) = (None, LegSet::NONE, LegSet::NONE);
-                // Twice from the first leg, as a worker does that read into guest memory first.
-                for (number, leg) in legs.iter().take(1).chain(&legs) {
-                    if slow.contains(*number) {
-                        continue;
-                    }
-                    let read = leg.read(local.offset, blockstore::types::BLOCK_SIZE);
-                    let Ok(read) = timeout(patience, read).await else {
-                        slow = slow.with(*number);
-                        continue;
-                    };
-                    data =
-                        read.ok().filter(|d: &AlignedBuf| blockstore::crc::crc32c(d) == local.crc);
-                    if data.is_some() {
-                        bad = bad.minus(LegSet::NONE.with(*number));
-                        break;
-                    }
-                    bad = bad.with(*number);
-                }
-                Finished::Block { arrived: local.with(data, bad), slow }
-            };
-            self.ios.push(io.boxed_local());
-        }
-        for (block, blocks, whole) in wanted.missing {
-            let fetch = self.next;
-            self.next += 1;
-            let ticket = reading.ticket;
-            self.fetches.insert(fetch, Fetch { read: id, block, blocks, whole, ticket });
-            let lba = blockstore::types::Lba(reading.lba(block));
-            self.attached.ask(FromDisk::Fetch { id: fetch, lba, blocks });
-        }
-        self.reads.insert(id, reading);
-        self.advance_read(id);
-    }
-
-    fn advance_read(&mut self, id: u64) {
-        let Some(reading) = self.reads.get_mut(&id) else { return };
-        reading.unpin(&mut self.attached.disk);
-        if !reading.is_complete() {
-            return;
-        }
-        if reading.again() {
-            return self.plan_read(id);
-        }
-        let Some(reading) = self.reads.remove(&id) else { return };
-        match reading.bytes() {
-            Some(bytes) => {
-                let model = self.model.lock();
-                let checked =
-                    model.check_read(reading.sector, &bytes, &reading.before, reading.since);
-                if let Err(words) = checked {
-                    panic!("{words}");
-                }
-            }
-            None => self.excuse(self.excuses.read_errors, "a read failed"),
         }
     }
 }

@@ -88,7 +88,7 @@ pub(crate) fn spawn(
         let disk = take.recv().expect("the disk was sent before the sender went");
         // io_uring's single-issuer mode wants the ring made by the thread that uses it.
         let legs: Vec<_> = disk.legs.iter().map(AsRawFd::as_raw_fd).collect();
-        let uring = if legs.is_empty() {
+        let uring = if legs.is_empty() && !options.read_only {
             Err(std::io::Error::new(
                 std::io::ErrorKind::InvalidInput,
                 "the disk has no cache device",

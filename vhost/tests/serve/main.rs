@@ -6,6 +6,7 @@ mod legs;
 mod load;
 mod migration;
 mod offline;
+mod read_only;
 mod replay;
 mod rig;
 mod sessions;

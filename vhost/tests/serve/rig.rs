@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use ballast_vhost::{DiskServer, ServerOptions};
 use blockstore::types::{Lba, Lsn};
-use blockstore::{SnapshotLabel, WhenOffline};
+use blockstore::{PolicyChange, SnapshotLabel, WhenOffline};
 use bytes::Bytes;
 use cache::backing::{Backing, BackingError, Batch, Change};
 use cache::disk::AttachedDisk;
@@ -220,7 +220,8 @@ impl Rig {
 
     /// What becomes of requests that cannot go on without the store.
     pub fn when_offline(&self, policy: WhenOffline) {
-        self.runtime.block_on(self.cache.set_when_offline(self.vdi.uuid, policy)).unwrap();
+        let change = PolicyChange { when_offline: Some(policy), ..PolicyChange::default() };
+        self.runtime.block_on(self.cache.set_policy(self.vdi.uuid, change)).unwrap();
     }
 
     /// No segment of the ring is free or could be.

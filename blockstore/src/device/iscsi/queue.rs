@@ -209,7 +209,13 @@ impl Queue {
                     answer(running.command, Err(unreachable(message.to_owned())));
                 }
             }
-            Verdict::Failed(failure) => answer(running.command, Err(failure)),
+            Verdict::Failed(failure) => {
+                if class == Class::Flush {
+                    // What it did not write may never be written, and the next flush may succeed all the same (rule C1).
+                    epoch.fetch_add(1, Ordering::AcqRel);
+                }
+                answer(running.command, Err(failure));
+            }
             Verdict::SessionBroken => {
                 self.running.insert(id, running);
                 return false;
@@ -365,6 +371,19 @@ mod tests {
         let id = send(&mut queue);
         assert_eq!(ended(&mut queue, id, reset), (true, 1));
         assert_eq!(kind(&mut pending), Some(DeviceErrorKind::Unreachable));
+    }
+
+    /// Of two flushes under way together one may be told of the loss, and the other succeed.
+    #[test]
+    fn a_failed_flush_raises_the_epoch_and_other_failures_do_not() {
+        let failed = Ending::Status(CHECK_CONDITION, Some(Sense { key: 3, code: 0x0c00 }));
+        for (class, rises) in [(Class::Flush, 1), (Class::Write, 0), (Class::Read, 0)] {
+            let mut queue = queue();
+            let mut pending = push(&mut queue, class);
+            let id = send(&mut queue);
+            assert_eq!(ended(&mut queue, id, failed), (true, rises), "{class:?}");
+            assert_eq!(kind(&mut pending), Some(DeviceErrorKind::Io));
+        }
     }
 
     #[test]

@@ -276,6 +276,65 @@ async fn a_drain_finds_out_that_the_device_takes_no_slots() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_disk_that_lost_its_legs_while_it_was_alone_gets_to_its_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, store) = left_behind(&dir).await;
+    let vdi = vdi(1);
+    let attached = cache.attach_alone(vdi.uuid).await.unwrap();
+    let mut guest = Guest { vdi, store: Arc::clone(&store), attached, tag: 0 };
+    guest.write(400..410, 3).await;
+    guest.lose_the_device(&dir);
+    assert!((410..420).all(|lba| guest.stage(lba, 4) == Staged::All));
+    guest.tag += 1;
+    guest.attached.disk.flush(guest.tag);
+    for _ in 0..1000 {
+        guest.turn();
+        pause().await;
+    }
+    assert!(cache.vdi_status(guest.vdi.uuid).unwrap().write_through);
+    assert_eq!(store.committed(), Lsn(300));
+    cache.join(guest.vdi.uuid, store.clone()).await.unwrap();
+    guest.drain(&cache).await;
+    let expected = [vec![Some(2); 100], vec![Some(3); 10], vec![Some(4); 10]].concat();
+    assert_eq!(stored(&store, 300..420), expected);
+}
+
+/// Otherwise what a commit makes of the store would look like another log's after a crash.
+#[tokio::test(start_paused = true)]
+async fn nothing_is_committed_before_the_slot_says_that_the_store_has_joined() {
+    let witness = Arc::new(Memory::default());
+    let (cache, sim, guest) = on_a_simulation(&witness).await;
+    let (vdi, store) = (guest.vdi.clone(), Arc::clone(&guest.store));
+    drop((guest, cache));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let local = Local::on_device(file.path(), sim.device()).await.unwrap();
+    let options = CacheOptions { image_bytes: 64 << 20, ..options(file.path().into()) };
+    let cache = Cache::on_local(options, local).await.unwrap();
+    cache.set_witness(witness.clone());
+    let attached = cache.attach_alone(vdi.uuid).await.unwrap();
+    let mut guest = Guest { vdi, store: Arc::clone(&store), attached, tag: 0 };
+    let alone_from = async || {
+        let slot = cache.ground.local.read_slots().await.unwrap().swap_remove(0);
+        slot.vdi.unwrap().alone_from
+    };
+    assert_eq!(alone_from().await, Some(Lsn(0)));
+    sim.set_rates(FaultRates { write_io: 1.0, ..FaultRates::default() });
+    cache.join(guest.vdi.uuid, store.clone()).await.unwrap();
+    guest.write(0..10, 7).await;
+    let began = tokio::time::Instant::now();
+    while began.elapsed() < Duration::from_millis(1000) {
+        guest.turn();
+        pause().await;
+    }
+    assert_eq!((store.committed(), alone_from().await), (Lsn(0), Some(Lsn(0))));
+    sim.set_rates(FaultRates::default());
+    guest.drain(&cache).await;
+    assert_eq!((store.committed(), alone_from().await), (Lsn(10), None));
+    assert!(!cache.vdi_status(guest.vdi.uuid).unwrap().write_through);
+    guest.leave(&cache).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_disk_that_waits_does_not_leave_a_device_that_refuses_its_slot_for_a_moment() {
     let witness = Arc::new(Memory::default());
     let (cache, sim, mut guest) = on_a_simulation(&witness).await;

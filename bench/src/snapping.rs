@@ -1,0 +1,360 @@
+//! What snapshots cost a guest: how long one takes until it is acknowledged, and how much slower the guest is beside them.
+//!
+//! Snapshots are asked for through the agent's control socket, over a connection that stays open: what is measured is what a
+//! program that asks for them sees. With and without snapshots the same load runs in turn, and medians are compared.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use hdrhistogram::Histogram;
+use serde_json::json;
+
+use crate::ballast::{Ballast, DISK_NAME};
+use crate::collecting::{collect, delete_snapshots_of};
+use crate::control::Control;
+use crate::front_end::{Disk, Options, Request, Status};
+use crate::load::{Limit, Pattern, Random, Workload};
+use crate::outage::{Latency, histogram};
+use crate::server::{Server, measure};
+use crate::suite::{Settings, fill};
+
+/// Between two snapshots beside the load.
+pub const INTERVAL: Duration = Duration::from_millis(10);
+/// Writes in flight.
+pub const DEPTH: usize = 32;
+/// Connections that ask for a snapshot after each write.
+const CONNECTIONS: usize = 32;
+/// Longest round of those.
+const EACH_TIME: Duration = Duration::from_secs(2);
+/// How long the client waits for an answer before it looks whether it may go on by itself.
+const NAP: Duration = Duration::from_millis(1);
+
+/// What was found.
+#[derive(Debug, Clone)]
+pub struct Snapping {
+    /// A flush by the guest, under the load.
+    pub flush: Latency,
+    /// A snapshot, under the load.
+    pub snapshot: Latency,
+    /// A snapshot of a disk that nobody writes.
+    pub idle: Latency,
+    /// Writes in a second, per round: alone, and with a snapshot every [`INTERVAL`].
+    pub beside: Pair,
+    /// The same with a snapshot after each write.
+    pub each: Pair,
+    /// Snapshots in a second, of those.
+    pub each_rate: f64,
+}
+
+/// Figures of rounds in turn.
+#[derive(Debug, Clone, Default)]
+pub struct Pair {
+    /// Without what is measured.
+    pub without: Vec<f64>,
+    /// With it.
+    pub with: Vec<f64>,
+}
+
+impl Pair {
+    /// Loss by what is measured, in percent; negative: there was a gain.
+    #[must_use]
+    pub fn loss_percent(&self) -> f64 {
+        100.0 * (1.0 - crate::compare::median(&self.with) / crate::compare::median(&self.without))
+    }
+}
+
+/// Measures all of it on one disk.
+///
+/// # Errors
+/// When there is no agent to measure, or it fails.
+pub fn run(settings: &Settings) -> Result<Snapping> {
+    let binary = settings.ballast.as_ref().context("no `ballast` binary to measure")?;
+    let dir = tempfile::tempdir_in(&settings.dir).context("make a directory")?;
+    let mut config = settings.agent_config(binary, dir.path(), settings.cache_bytes)?;
+    let own = ["--gc-rate", "0", "--gc-every", "0s", "--gc-free-below", "0"].map(String::from);
+    config.arguments.extend(own);
+    let mut ballast = Ballast::create(&config, settings.disk_bytes)?;
+    fill(&mut ballast, settings.disk_bytes, settings.cache_bytes)?;
+    let mut bench = Bench { settings, ballast, seed: 0x5eed_5eed };
+
+    let idle = bench.snapshots_alone()?;
+    let flush = bench.flushes()?;
+    let mut snapshots = histogram()?;
+    let mut beside = Pair::default();
+    for round in 0..settings.rounds {
+        // Who comes first after the tidying finds another disk than who comes second: they change places.
+        for snapping in [round % 2 == 1, round % 2 == 0] {
+            if !snapping {
+                beside.without.push(bench.load()?);
+                continue;
+            }
+            let snapper = Snapper::start(&bench.ballast, INTERVAL)?;
+            beside.with.push(bench.load()?);
+            snapshots.add(snapper.stop()?).context("add up latencies")?;
+        }
+        bench.tidy()?;
+    }
+    let (mut each, mut taken, mut time) = (Pair::default(), 0, Duration::ZERO);
+    for _ in 0..settings.rounds {
+        each.without.push(bench.each(0)?.0);
+        bench.ballast.settle()?;
+        let (rate, snapshots, took) = bench.each(CONNECTIONS)?;
+        each.with.push(rate);
+        (taken, time) = (taken + snapshots, time + took);
+        // So many snapshots take long to delete; they stay, and hold next to nothing.
+        bench.ballast.settle()?;
+    }
+    Ok(Snapping {
+        flush: Latency::of(&flush),
+        snapshot: Latency::of(&snapshots),
+        idle: Latency::of(&idle),
+        beside,
+        each,
+        each_rate: taken as f64 / time.as_secs_f64(),
+    })
+}
+
+struct Bench<'a> {
+    settings: &'a Settings,
+    ballast: Ballast,
+    seed: u64,
+}
+
+impl Bench<'_> {
+    fn workload(&mut self) -> Workload {
+        self.seed += 2;
+        Workload {
+            pattern: Pattern::RandomWrite,
+            block_bytes: 4096,
+            depth: DEPTH,
+            span_bytes: self.settings.disk_bytes,
+            paced_writes_per_second: 0,
+            seed: self.seed,
+        }
+    }
+
+    /// So much is written in a round that the ring has room for it.
+    fn limit(&self) -> Limit {
+        Limit { time: self.settings.burst, bytes: self.settings.cache_bytes / 4 }
+    }
+
+    /// A round of writes; how many in a second.
+    fn load(&mut self) -> Result<f64> {
+        let workload = self.workload();
+        let sample = measure(&self.ballast, &workload, self.limit(), self.settings.poll)?;
+        self.ballast.settle()?;
+        Ok(sample.measured.iops())
+    }
+
+    /// Gives back what the snapshots held.
+    fn tidy(&mut self) -> Result<()> {
+        self.ballast.settle()?;
+        let mut control = Control::connect(&self.ballast.agent().config().run_dir())?;
+        delete_snapshots_of(&mut control, DISK_NAME)?;
+        collect(self.ballast.agent(), &mut control)?;
+        self.ballast.settle()
+    }
+
+    /// Snapshots of an idle disk, one after the other.
+    fn snapshots_alone(&mut self) -> Result<Histogram<u64>> {
+        let snapper = Snapper::start(&self.ballast, INTERVAL)?;
+        std::thread::sleep(self.settings.burst);
+        let times = snapper.stop()?;
+        self.tidy()?;
+        Ok(times)
+    }
+
+    /// The guest's own flushes, one every [`INTERVAL`], under the load.
+    fn flushes(&mut self) -> Result<Histogram<u64>> {
+        let limit = self.limit();
+        let mut writer = Writer::connect(&self.ballast, self.settings.disk_bytes, 1)?;
+        let (mut times, mut sent) = (histogram()?, None);
+        let (begun, mut next) = (Instant::now(), Instant::now());
+        writer.start_all()?;
+        while begun.elapsed() < limit.time && writer.writes * 4096 < limit.bytes {
+            writer.wait()?;
+            let now = Instant::now();
+            while let Some(slot) = writer.take()? {
+                if slot == DEPTH {
+                    let took: Duration = now - sent.take().context("a flush that was not sent")?;
+                    times.saturating_record(took.as_nanos() as u64);
+                } else {
+                    writer.write(slot)?;
+                }
+            }
+            if now >= next && sent.is_none() {
+                writer.disk.submit(DEPTH, &Request::Flush)?;
+                (sent, next) = (Some(now), now + INTERVAL);
+            }
+            writer.disk.kick()?;
+        }
+        writer.finish()?;
+        self.ballast.settle()?;
+        Ok(times)
+    }
+
+    /// A round of writes with a snapshot for each, through so many connections; with none the same without snapshots. A write
+    /// waits while as many snapshots as there may be writes in flight are outstanding. Writes in a second, snapshots, time.
+    fn each(&mut self, connections: usize) -> Result<(f64, u64, Duration)> {
+        let limit = Limit { time: self.settings.burst.min(EACH_TIME), ..self.limit() };
+        let owed = Arc::new(AtomicU64::new(0));
+        let (wanted, queue) = mpsc::channel::<()>();
+        let queue = Arc::new(std::sync::Mutex::new(queue));
+        let mut askers = Vec::new();
+        for _ in 0..connections {
+            let mut control = Control::connect(&self.ballast.agent().config().run_dir())?;
+            let (queue, owed) = (Arc::clone(&queue), Arc::clone(&owed));
+            askers.push(std::thread::spawn(move || -> Result<u64> {
+                let mut taken = 0;
+                loop {
+                    let next = queue.lock().unwrap_or_else(|e| e.into_inner()).recv();
+                    if next.is_err() {
+                        return Ok(taken);
+                    }
+                    snap(&mut control)?;
+                    taken += 1;
+                    owed.fetch_sub(1, Ordering::Release);
+                }
+            }));
+        }
+        self.seed += 1;
+        let mut writer = Writer::connect(&self.ballast, self.settings.disk_bytes, 0)?;
+        let (begun, mut idle) = (Instant::now(), Vec::new());
+        writer.start_all()?;
+        while begun.elapsed() < limit.time && writer.writes * 4096 < limit.bytes {
+            if writer.disk.in_flight() > 0 {
+                writer.wait()?;
+            } else {
+                std::thread::sleep(Duration::from_micros(20));
+            }
+            while let Some(slot) = writer.take()? {
+                if connections > 0 {
+                    owed.fetch_add(1, Ordering::Release);
+                    wanted.send(()).context("no thread is left that asks for snapshots")?;
+                }
+                idle.push(slot);
+            }
+            while owed.load(Ordering::Acquire) < DEPTH as u64
+                && let Some(slot) = idle.pop()
+            {
+                writer.write(slot)?;
+            }
+            writer.disk.kick()?;
+        }
+        let writes = writer.writes;
+        writer.finish()?;
+        drop(wanted);
+        let mut taken = 0;
+        for asker in askers {
+            taken += asker.join().map_err(|_| anyhow::anyhow!("a client's thread failed"))??;
+        }
+        let took = begun.elapsed();
+        Ok((writes as f64 / took.as_secs_f64(), taken, took))
+    }
+}
+
+/// Random writes whose slots its user refills.
+struct Writer {
+    disk: Disk,
+    random: Random,
+    blocks: u64,
+    writes: u64,
+}
+
+impl Writer {
+    /// With so many slots more than the writes need.
+    fn connect(ballast: &Ballast, disk_bytes: u64, more: usize) -> Result<Self> {
+        let options = Options { slots: DEPTH + more, ..Options::default() };
+        let mut disk = Disk::connect(ballast.socket(), &options)?;
+        let mut random = Random(0x0abc_5eed);
+        for slot in 0..DEPTH {
+            random.fill(disk.buffer(slot));
+        }
+        Ok(Self { disk, random, blocks: disk_bytes / 4096, writes: 0 })
+    }
+
+    fn start_all(&mut self) -> Result<()> {
+        (0..DEPTH).try_for_each(|slot| self.write(slot))?;
+        self.disk.kick()
+    }
+
+    fn write(&mut self, slot: usize) -> Result<()> {
+        let stamp = self.random.word();
+        self.disk.buffer(slot)[..8].copy_from_slice(&stamp.to_le_bytes());
+        let sector = self.random.below(self.blocks) * 8;
+        self.disk.submit(slot, &Request::Write { sector, sectors: 8 })
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        self.disk.wait(NAP).map(drop)
+    }
+
+    /// The slot of a request that was answered.
+    fn take(&mut self) -> Result<Option<usize>> {
+        let Some(done) = self.disk.take()? else { return Ok(None) };
+        ensure!(done.status == Status::Ok, "a request ended with {:?}", done.status);
+        if done.slot < DEPTH {
+            self.writes += 1;
+        }
+        Ok(Some(done.slot))
+    }
+
+    /// Waits for what is in flight.
+    fn finish(mut self) -> Result<()> {
+        let begun = Instant::now();
+        while self.disk.in_flight() > 0 {
+            ensure!(begun.elapsed() < Duration::from_secs(60), "requests have no answer");
+            self.wait()?;
+            while self.take()?.is_some() {}
+        }
+        self.disk.stop()
+    }
+}
+
+/// Asks for a snapshot over and over, in a thread of its own.
+#[derive(Debug)]
+pub struct Snapper {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Result<Histogram<u64>>>,
+}
+
+impl Snapper {
+    /// Begins, with one snapshot per `interval`, or as fast as they are answered.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached.
+    pub fn start(ballast: &Ballast, interval: Duration) -> Result<Self> {
+        let mut control = Control::connect(&ballast.agent().config().run_dir())?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let (mut times, mut next) = (histogram()?, Instant::now());
+            while !stopped.load(Ordering::Relaxed) {
+                std::thread::sleep(next.saturating_duration_since(Instant::now()));
+                let sent = Instant::now();
+                snap(&mut control)?;
+                times.saturating_record(sent.elapsed().as_nanos() as u64);
+                // A late one is not made up for.
+                next = (next + interval).max(Instant::now());
+            }
+            Ok(times)
+        });
+        Ok(Self { stop, thread })
+    }
+
+    /// Ends; how long each took.
+    ///
+    /// # Errors
+    /// When one failed.
+    pub fn stop(self) -> Result<Histogram<u64>> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow::anyhow!("the client's thread failed"))?
+    }
+}
+
+fn snap(control: &mut Control) -> Result<()> {
+    control.post(&format!("/v1/vdis/{DISK_NAME}/snapshots"), &json!({})).map(drop)
+}

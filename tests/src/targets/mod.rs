@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 
 /// Until a target that was started listens.
 const START_MAX: Duration = Duration::from_secs(20);
+/// Between two looks at whether it does.
+const START_POLL: Duration = Duration::from_millis(10);
 
 /// A loopback address that nobody listens on, from below the ports that the kernel gives to clients, one
 /// of which could otherwise take it before the target does.
@@ -85,7 +87,7 @@ fn await_listener(process: &mut OwnedProcess, address: SocketAddr, log: &Path) -
         if Instant::now() >= end {
             bail!("the target does not listen at {address} after {} s", START_MAX.as_secs());
         }
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(START_POLL);
     }
     Ok(())
 }

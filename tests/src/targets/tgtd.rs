@@ -1,12 +1,16 @@
 //! tgtd: UNMAP (if thin), reservations, no COMPARE AND WRITE. Reinstates sessions only with CHAP.
 
-use super::{await_listener, backing_file, find_daemon, free_address, send_signal, spawn};
+use super::{
+    START_MAX, START_POLL, await_listener, backing_file, find_daemon, free_address, send_signal,
+    spawn,
+};
 use crate::guest::OwnedProcess;
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 /// With the port behind it: target names are unique in the world.
 const TARGET: &str = "iqn.2026-01.org.ballast.tgtd:disk";
@@ -125,8 +129,20 @@ fn launch(dir: &Path, address: SocketAddr, options: &TgtOptions) -> Result<Owned
     command.args(["-D", "-C", CONTROL, "-t", "2", "--iscsi", &format!("portal={address}")]);
     let mut process = spawn("tgtd", &mut command, &log)?;
     await_listener(&mut process, address, &log)?;
+    await_control(dir)?;
     set_up(dir, address, options)?;
     Ok(process)
+}
+
+/// Waits until the daemon takes commands, which it does only some time after it listens at its portal.
+fn await_control(dir: &Path) -> Result<()> {
+    let end = Instant::now() + START_MAX;
+    loop {
+        match admin(dir, &["--mode", "target", "--op", "show"]) {
+            Err(_) if Instant::now() < end => std::thread::sleep(START_POLL),
+            outcome => return outcome,
+        }
+    }
 }
 
 fn name(address: SocketAddr) -> String {

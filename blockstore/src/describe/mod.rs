@@ -9,6 +9,7 @@ mod region;
 
 pub use region::Region;
 
+use crate::buf::is_zero;
 use crate::crc::crc32c;
 use crate::format::bitmap::{BitmapKind, BitmapPage};
 use crate::format::extent::{ExtentHeader, ExtentRecord, ExtentType};
@@ -231,7 +232,7 @@ fn any_record(block: &[u8], address: Gba) -> Decoded {
     ) -> Result<Decoded, Damage> {
         Head::<T>::decode(block, address).map(|head| said(what, &head))
     }
-    if block.iter().all(|&byte| byte == 0) {
+    if is_zero(block) {
         return Decoded::new("nothing: all zeros", Verdict::Unused, Vec::new());
     }
     let first = match try_one::<Superblock>("a superblock", block, address) {
@@ -266,7 +267,7 @@ fn bitmap(
         BitmapKind::Allocation => "a page of an allocation bitmap",
         BitmapKind::Reclaim => "a page of a reclaim bitmap",
     };
-    if block.iter().all(|&byte| byte == 0) {
+    if is_zero(block) {
         return Decoded::new(format!("{what}: never used"), Verdict::Unused, Vec::new());
     }
     let content = match BitmapPage::decode(block, kind, within.store, address) {
@@ -335,7 +336,7 @@ fn as_pointed(block: &[u8], role: Role, pointer: Pointer, g: &Geometry) -> Decod
 
 /// A block that nobody is known to point at.
 fn by_looks(block: &[u8], g: &Geometry, extent: Option<ExtentType>) -> Decoded {
-    if block.iter().all(|&byte| byte == 0) {
+    if is_zero(block) {
         return Decoded::new("nothing: all zeros", Verdict::Unused, Vec::new());
     }
     let looks = |decoded: Decoded| {

@@ -4,6 +4,7 @@
 //! The head names its own address, so that a misdirected write or read does not pass for it, and the
 //! store, so that leftovers of an earlier store on the same device do not either.
 
+use crate::buf::is_zero;
 use crate::crc::crc32c;
 use crate::types::{BLOCK_SIZE, Gba};
 use std::fmt;
@@ -212,5 +213,5 @@ impl<T: Record> Head<T> {
 /// True if the bytes of a head were never written.
 #[must_use]
 pub fn is_unused(bytes: &[u8]) -> bool {
-    bytes.iter().take(HEAD_SIZE).all(|&b| b == 0)
+    is_zero(bytes.get(..HEAD_SIZE).unwrap_or(bytes))
 }

@@ -1,5 +1,6 @@
 //! Radix tree node: 256 pointers in one block, nothing else. The checksum is in the parent's pointer.
 
+use crate::buf::is_zero;
 use crate::crc::crc32c;
 use crate::format::head::Damage;
 use crate::format::pointer::{POINTER_SIZE, Pointer};
@@ -66,7 +67,7 @@ impl Node {
     /// True if there is no child.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.raw.iter().all(|&b| b == 0)
+        is_zero(&self.raw[..])
     }
 
     /// The block's bytes.

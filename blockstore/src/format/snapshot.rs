@@ -15,6 +15,7 @@
 //! ```
 //! 32 entries fill a leaf; the leaf's checksum is in the pointer to it.
 
+use crate::buf::is_zero;
 use crate::format::head::Damage;
 use crate::format::node::{HEIGHT_MAX, NODE_SHIFT, tree_span};
 use crate::format::pointer::{POINTER_SIZE, Pointer};
@@ -165,7 +166,7 @@ impl Snapshot {
     pub fn decode(bytes: &[u8]) -> Result<Option<Self>, Damage> {
         let raw = Raw::ref_from_bytes(bytes).map_err(|_| Damage::Short)?;
         match raw.state {
-            0 if bytes.iter().all(|&byte| byte == 0) => return Ok(None),
+            0 if is_zero(bytes) => return Ok(None),
             1 => {}
             _ => return Err(Damage::Field("snapshot state")),
         }

@@ -3,6 +3,7 @@
 //! Nothing here writes to the device: the caller writes what comes out, has it flushed, and then swaps the head (rule C3).
 
 use crate::alloc::{Allocator, Purpose};
+use crate::buf::is_zero;
 use crate::crc::crc32c;
 use crate::error::Result;
 use crate::format::extent::ExtentType;
@@ -109,7 +110,7 @@ impl Ground<'_> {
                 leaf[at..at + SNAPSHOT_SIZE].copy_from_slice(&entry);
             }
             edited.replaced.extend((!old.is_sparse()).then_some(old.gba));
-            let pointer = if leaf.iter().all(|&byte| byte == 0) {
+            let pointer = if is_zero(&leaf) {
                 Pointer::SPARSE
             } else {
                 let (gba, leaf) = (free.next().unwrap_or_default(), leaf.freeze());

@@ -5,7 +5,7 @@ use crate::error::CacheError;
 use crate::format::geometry::CACHE_SIZE_MIN;
 use crate::format::superblock::Superblock;
 use crate::format::{Geometry, Membership};
-use blockstore::buf::AlignedBuf;
+use blockstore::buf::{AlignedBuf, is_zero};
 use blockstore::device::file::FileDevice;
 use blockstore::device::{Device, OpenOptions};
 use blockstore::types::BLOCK_SIZE;
@@ -177,5 +177,5 @@ fn starts(path: &Path, well: impl Fn(&[u8]) -> bool) -> Result<bool, CacheError>
     let file = File::open(path).map_err(local)?;
     let is_device = file.metadata().map_err(local)?.file_type().is_block_device();
     file.take(BLANK_LEN).read_to_end(&mut start).map_err(local)?;
-    Ok(well(&start) || (is_device && start.iter().all(|&byte| byte == 0)))
+    Ok(well(&start) || (is_device && is_zero(&start)))
 }

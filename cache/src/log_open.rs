@@ -200,7 +200,11 @@ impl Ground {
             },
             geometry: self.local.geometry,
             size_bytes: record.size_bytes,
-            sealed: recovered.live.iter().map(|live| (live.id, live.last_lsn)).collect(),
+            sealed: recovered
+                .live
+                .iter()
+                .map(|live| (live.header.segment, live.last_lsn))
+                .collect(),
             index: recovered.index,
             last_lsn: recovered.last_lsn,
             committed: record.committed,
@@ -237,9 +241,9 @@ fn sealed(live: &[Live]) -> Segments {
     let mut segments = Segments::default();
     for live in live {
         segments.push(Segment {
-            id: live.id,
-            seq: live.seq,
-            first_lsn: live.first_lsn,
+            id: live.header.segment,
+            seq: live.header.seq,
+            first_lsn: live.header.first_lsn,
             last_lsn: live.last_lsn,
             used_blocks: live.used_blocks,
             image: None,

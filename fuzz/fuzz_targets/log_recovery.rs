@@ -220,15 +220,15 @@ fn segment(script: &mut Script<'_>, geometry: &Geometry, header: SegmentHeader) 
 }
 
 fn check_recovered(recovered: &Recovered, geometry: &Geometry, store: Lsn) {
-    let live: HashSet<SegmentId> = recovered.live.iter().map(|live| live.id).collect();
+    let live: HashSet<SegmentId> = recovered.live.iter().map(|live| live.header.segment).collect();
     assert_eq!(live.len(), recovered.live.len());
     assert!(recovered.dead.iter().all(|dead| !live.contains(dead)));
     for pair in recovered.live.windows(2) {
-        assert!(pair[0].seq < pair[1].seq);
-        assert_eq!(pair[0].last_lsn.plus(1), pair[1].first_lsn, "LSNs are not dense");
+        assert!(pair[0].header.seq < pair[1].header.seq);
+        assert_eq!(pair[0].last_lsn.plus(1), pair[1].header.first_lsn, "LSNs are not dense");
     }
     if let (Some(first), Some(last)) = (recovered.live.first(), recovered.live.last()) {
-        assert!(first.first_lsn <= store.plus(1), "uncommitted LSNs are missing");
+        assert!(first.header.first_lsn <= store.plus(1), "uncommitted LSNs are missing");
         assert_eq!(last.last_lsn, recovered.last_lsn);
     }
     assert!(recovered.last_lsn >= store);
@@ -240,7 +240,7 @@ fn check_recovered(recovered: &Recovered, geometry: &Geometry, store: Lsn) {
     let check = |slot: u32| {
         assert!(slot < geometry.segments * geometry.segment_blocks());
         let id = geometry.segment_of(slot);
-        let live = recovered.live.iter().find(|live| live.id == id).expect("segment is alive");
+        let live = recovered.live.iter().find(|live| live.header.segment == id).expect("segment is alive");
         let place = slot - geometry.first_block(id);
         assert!(place >= 1 && place < live.used_blocks);
     };

@@ -14,14 +14,8 @@ use blockstore::types::{Lba, Lsn};
 /// A segment that goes on being part of the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Live {
-    /// Which one.
-    pub id: SegmentId,
-    /// Its sequence number.
-    pub seq: u64,
-    /// Its nonce.
-    pub nonce: u64,
-    /// First LSN.
-    pub first_lsn: Lsn,
+    /// As it was found on any leg.
+    pub header: SegmentHeader,
     /// Last LSN.
     pub last_lsn: Lsn,
     /// Blocks in use.
@@ -158,10 +152,7 @@ impl Assembler {
         self.next = Some(found.last_lsn.plus(1));
         self.recovered.last_lsn = found.last_lsn;
         self.recovered.live.push(Live {
-            id: header.segment,
-            seq: header.seq,
-            nonce: header.nonce,
-            first_lsn: found.first_lsn,
+            header: header.clone(),
             last_lsn: found.last_lsn,
             used_blocks: found.used_blocks,
             unsealed: (!found.sealed).then(|| found.entries.clone()),
@@ -190,7 +181,7 @@ impl Assembler {
     /// Committed segments are missing in between: what is older may be outdated, so none of it is kept.
     fn restart(&mut self) {
         self.recovered.index = Index::default();
-        self.recovered.dead.extend(self.recovered.live.drain(..).map(|live| live.id));
+        self.recovered.dead.extend(self.recovered.live.drain(..).map(|live| live.header.segment));
     }
 
     fn replay(&mut self, segment: SegmentId, found: &Found) -> Result<(), AssembleError> {

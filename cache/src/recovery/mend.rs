@@ -2,7 +2,8 @@
 //!
 //! Before a disk is served, each of its segments has a header and, if it was sealed, a summary on every member, and the
 //! records of those that were not sealed are the same on all (rule L5): whatever leg dies next, the other holds the log up
-//! to the same end. Payloads of sealed segments are mended when they are read: they were durable on all legs before the
+//! to the same end. The headers were read when the cache was opened: the leg that one was found on may be gone by now, and the
+//! only one that is left may lack it. Payloads of sealed segments are mended when they are read: they were durable on all legs before the
 //! summary. A member that cannot be read here, or not in time, may lack anything: it is written all of it, and is out if it
 //! does not take that.
 
@@ -39,9 +40,6 @@ pub(super) fn mend<'a>(
 }
 
 async fn mend_all(local: &Local, live: &[Live]) -> Result<(), CacheError> {
-    if local.members().len() < 2 {
-        return Ok(());
-    }
     // By value, or the future could not go from thread to thread.
     let mut mended = futures_util::stream::iter(live.to_vec())
         .map(|live| async move { mend_one(local, &live).await })
@@ -53,30 +51,28 @@ async fn mend_all(local: &Local, live: &[Live]) -> Result<(), CacheError> {
 }
 
 async fn mend_one(local: &Local, live: &Live) -> Result<(), CacheError> {
-    let header = mend_header(local, live).await?;
+    mend_header(local, &live.header).await?;
+    if local.members().len() < 2 {
+        return Ok(());
+    }
     match &live.unsealed {
-        Some(_) => mend_records(local, live, &header).await,
-        None => mend_summary(local, &header).await,
+        Some(_) => mend_records(local, live).await,
+        None => mend_summary(local, &live.header).await,
     }
 }
 
-async fn mend_header(local: &Local, live: &Live) -> Result<SegmentHeader, CacheError> {
-    let decode = |block: &[u8]| {
-        SegmentHeader::decode(block, local.cache_uuid(), live.id)
-            .ok()
-            .filter(|header| header.seq == live.seq)
-    };
-    let offset = local.geometry.segment_offset(live.id);
+async fn mend_header(local: &Local, header: &SegmentHeader) -> Result<(), CacheError> {
+    let mut right = AlignedBuf::zeroed(BLOCK_SIZE);
+    header.encode_into(&mut right);
+    let offset = local.geometry.segment_offset(header.segment);
     let copies = local.read_each(offset, BLOCK_SIZE).await?;
-    let good = copies.iter().find_map(|(_, block)| Some((decode(block)?, block)));
-    let (header, good) = good.ok_or_else(|| changed(local, live))?;
     for (leg, block) in &copies {
-        if decode(block).is_none() {
-            local.repair(*leg, offset, AlignedBuf::copy_of(good)).await?;
+        let found = SegmentHeader::decode(block, local.cache_uuid(), header.segment);
+        if found.as_ref() != Ok(header) {
+            local.repair(*leg, offset, AlignedBuf::copy_of(&right)).await?;
         }
     }
-    write_unread(local, &copies, offset, good).await?;
-    Ok(header)
+    write_unread(local, &copies, offset, &right).await
 }
 
 async fn mend_summary(local: &Local, header: &SegmentHeader) -> Result<(), CacheError> {
@@ -97,19 +93,15 @@ async fn mend_summary(local: &Local, header: &SegmentHeader) -> Result<(), Cache
     write_unread(local, &copies, end - len as u64, &bytes[from..]).await
 }
 
-async fn mend_records(
-    local: &Local,
-    live: &Live,
-    header: &SegmentHeader,
-) -> Result<(), CacheError> {
+async fn mend_records(local: &Local, live: &Live) -> Result<(), CacheError> {
     if sabotage::on(Bug::SkipTailMend) {
         return Ok(());
     }
-    let offset = local.geometry.segment_offset(live.id);
+    let offset = local.geometry.segment_offset(live.header.segment);
     let used = live.used_blocks as usize * BLOCK_SIZE;
     let copies = local.read_each(offset, used).await?;
     let bytes: Vec<&[u8]> = copies.iter().map(|(_, bytes)| &bytes[..]).collect();
-    let (found, good) = scan_copies(&bytes, header);
+    let (found, good) = scan_copies(&bytes, &live.header);
     if found.last_lsn != live.last_lsn {
         return Err(changed(local, live));
     }
@@ -146,7 +138,7 @@ async fn write_unread(
 
 /// A leg was lost, or rotted, between reading the log and settling it.
 fn changed(local: &Local, live: &Live) -> CacheError {
-    CacheError::LogChanged { path: local.path.clone(), segment: live.id.0 }
+    CacheError::LogChanged { path: local.path.clone(), segment: live.header.segment.0 }
 }
 
 /// Reads the blocks in use of a sealed segment with these entries. A payload block that does not match its checksum is

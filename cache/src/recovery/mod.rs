@@ -138,18 +138,19 @@ pub async fn settle(local: &Local, recovered: &Recovered) -> Result<(), CacheErr
         let Some(entries) = &live.unsealed else { continue };
         let blocks = summary::blocks_for(entries.len());
         let summary = Summary {
-            seq: live.seq,
-            first_lsn: live.first_lsn,
+            seq: live.header.seq,
+            first_lsn: live.header.first_lsn,
             last_lsn: live.last_lsn,
             flushed: live.last_lsn,
             used_blocks: live.used_blocks,
             entries: entries.clone(),
         };
         let mut bytes = AlignedBuf::zeroed(blocks as usize * BLOCK_SIZE);
-        summary.encode_into(&mut bytes, live.nonce);
+        summary.encode_into(&mut bytes, live.header.nonce);
         // Records first, then the summary that vouches for them (rule L4).
         local.flush().await?;
-        let offset = geometry.segment_offset(live.id) + geometry.segment_size - bytes.len() as u64;
+        let offset = geometry.segment_offset(live.header.segment) + geometry.segment_size;
+        let offset = offset - bytes.len() as u64;
         local.write(offset, bytes).await?;
     }
     for id in &recovered.dead {

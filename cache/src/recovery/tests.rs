@@ -106,7 +106,7 @@ fn assemble_slot(slot: SlotVdi, store: u64, segments: &[Seg]) -> Result<Recovere
 }
 
 fn ids(recovered: &Recovered) -> (Vec<u64>, Vec<u32>) {
-    let live = recovered.live.iter().map(|live| live.seq).collect();
+    let live = recovered.live.iter().map(|live| live.header.seq).collect();
     (live, recovered.dead.iter().map(|id| id.0).collect())
 }
 

@@ -60,15 +60,15 @@ impl Rig {
     pub fn restart(&mut self, recovered: recovery::Recovered) {
         let store = Lsn(self.store.image.lock().unwrap().1);
         self.slot.committed = store;
-        let live: BTreeSet<SegmentId> = recovered.live.iter().map(|l| l.id).collect();
+        let live: BTreeSet<SegmentId> = recovered.live.iter().map(|l| l.header.segment).collect();
         let used = self.pool.counts().free as usize + self.sealed.len() + 8;
         self.sealed = recovered
             .live
             .iter()
             .map(|live| SealedSegment {
-                id: live.id,
-                seq: live.seq,
-                first_lsn: live.first_lsn,
+                id: live.header.segment,
+                seq: live.header.seq,
+                first_lsn: live.header.first_lsn,
                 last_lsn: live.last_lsn,
                 used_blocks: live.used_blocks,
                 image: None,
@@ -78,7 +78,7 @@ impl Rig {
         let free = (0..segments).map(SegmentId).filter(|id| !live.contains(id)).collect();
         self.pool = Arc::new(Pool::new(self.local.geometry, free, self.pool.next_seq()));
         self.pool.adopt(VDI, live.into_iter());
-        let sealed = recovered.live.iter().map(|l| (l.id, l.last_lsn)).collect();
+        let sealed = recovered.live.iter().map(|l| (l.header.segment, l.last_lsn)).collect();
         let (link, members) = joined(&self.local);
         self.link = link;
         let start = start(

@@ -103,3 +103,35 @@ async fn a_leg_that_hangs_meanwhile_has_all_or_is_out() {
     }
     assert!((1..20).contains(&counted), "in {counted} cases it came back in time");
 }
+
+/// A crash tore what was written: the first leg has the records, and their header is on the second alone, where it was read
+/// when the cache was opened. Then that leg is lost.
+#[tokio::test(start_paused = true)]
+async fn a_header_that_only_a_leg_had_which_is_lost_is_written_to_the_one_that_is_left() {
+    for rots in [false, true] {
+        let pair = Pair::new().await;
+        let geometry = pair.local.geometry;
+        let offset = geometry.segment_offset(pair.header.segment);
+        let records =
+            pair.sims[1].peek(offset, geometry.segment_size as usize).split_off(BLOCK_SIZE);
+        let first = pair.sims[0].device();
+        first.write(offset + BLOCK_SIZE as u64, vec![Bytes::from(records)]).await.unwrap();
+        first.flush().await.unwrap();
+        if rots {
+            // Of an earlier life of the segment.
+            let former = SegmentHeader { seq: 1, ..pair.header.clone() };
+            let mut block = [0; BLOCK_SIZE];
+            former.encode_into(&mut block);
+            pair.sims[0].misplace(offset, &block);
+        }
+        assert_eq!(pair.local.read_headers().await.unwrap(), [pair.header.clone()]);
+        pair.sims[1].set_rates(FaultRates { flush_io: 1.0, ..NO_READS });
+        pair.local.flush().await.unwrap();
+        assert!(!pair.is_member(1), "it is gone");
+        settle(&pair.local, &pair.recover().await).await.unwrap();
+        let durable = pair.sims[0].peek_durable(offset, BLOCK_SIZE);
+        let found = SegmentHeader::decode(&durable, pair.local.cache_uuid(), pair.header.segment);
+        assert_eq!(found.as_ref(), Ok(&pair.header), "what the next start finds");
+        assert_eq!(pair.recover().await.last_lsn, Lsn(2));
+    }
+}

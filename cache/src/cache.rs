@@ -8,6 +8,7 @@ mod snapshots;
 mod tests;
 
 pub use self::loss::{LogFinding, QuarantinedLog, Survey};
+pub use self::snapshots::AsOf;
 
 use crate::disk::AttachedDisk;
 use crate::disk::plan::SegmentId;
@@ -271,6 +272,7 @@ impl Cache {
             first_lsn: Lsn(1),
             durable: Lsn(0),
             alone_from: None,
+            cuts: Vec::new(),
             policy: DiskPolicy::default(),
             left_behind: None,
             boot_trace: Vec::new(),

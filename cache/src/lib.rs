@@ -38,8 +38,8 @@ mod witness;
 
 pub use cache::replacing::{Replacement, ReplacementState};
 pub use cache::{
-    AttachedRecord, Cache, CacheIdentity, CacheOptions, CacheStatus, LogFinding, QuarantinedLog,
-    Survey, VdiIdentity,
+    AsOf, AttachedRecord, Cache, CacheIdentity, CacheOptions, CacheStatus, LogFinding,
+    QuarantinedLog, Survey, VdiIdentity,
 };
 pub use check::{CheckReport, VdiReport, check};
 pub use error::CacheError;

@@ -116,7 +116,11 @@ impl Ground {
     ) -> Result<OpenLog, CacheError> {
         let started = Instant::now();
         let mut recovered = self.recover(&record, headers).await?;
-        let snapshots = std::mem::take(&mut recovered.snapshots);
+        let mut snapshots = std::mem::take(&mut recovered.snapshots);
+        // A log that was opened empty has none of what they are of.
+        let held = record.committed.plus(1)..=recovered.last_lsn;
+        let mut cuts = record.cuts.clone();
+        cuts.retain(|cut| held.contains(&cut.lsn) && snapshots.insert(cut));
         // Everything that can fail for want of resources comes before anything is changed.
         let link = link::pair().map_err(|source| CacheError::Local {
             path: self.local.path.clone(),
@@ -137,6 +141,7 @@ impl Ground {
             // Recovery flushed what it found.
             durable: recovered.last_lsn,
             sequence_seen: self.pool.next_seq(),
+            cuts,
             ..record
         };
         let slot = slot.next(Some(record.clone()));

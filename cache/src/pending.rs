@@ -43,6 +43,23 @@ impl PendingSnapshots {
         self.places.push_back(Place { lsn, time_ms, labels });
     }
 
+    /// Adds one that may lie before others. False if there is one at that LSN.
+    pub fn insert(&mut self, snapshot: &PendingSnapshot) -> bool {
+        let at = self.places.partition_point(|place| place.lsn < snapshot.lsn);
+        if self.places.get(at).is_some_and(|place| place.lsn == snapshot.lsn) {
+            return false;
+        }
+        // Asked for by people, a few at a time: all labels behind it move.
+        let behind: Vec<PendingSnapshot> = self.iter().skip(at).collect();
+        self.places.truncate(at);
+        let labels = self.places.back().map_or(self.gone, |last| last.labels);
+        self.labels.truncate((labels - self.gone) as usize);
+        for next in std::iter::once(snapshot).chain(&behind) {
+            self.push(next.lsn, next.time_ms, &next.label);
+        }
+        true
+    }
+
     /// The store has everything up to `committed`.
     pub fn retire(&mut self, committed: Lsn) {
         while let Some(first) = self.places.front().copied().filter(|first| first.lsn <= committed)
@@ -55,6 +72,13 @@ impl PendingSnapshots {
             // A backlog's memory is not kept once it is gone.
             *self = Self::default();
         }
+    }
+
+    /// The one at `lsn`.
+    #[must_use]
+    pub fn find(&self, lsn: Lsn) -> Option<PendingSnapshot> {
+        let at = self.places.binary_search_by_key(&lsn, |place| place.lsn).ok()?;
+        self.iter().nth(at)
     }
 
     /// How many.
@@ -109,6 +133,12 @@ mod tests {
             assert_eq!(left, (to - 19..to).map(of).collect::<Vec<_>>());
             assert_eq!(pending.len(), left.len());
         }
+        for n in [3, 1, 9, 2, 9, 4] {
+            let is_new = pending.iter().all(|known| known.lsn != of(n).lsn);
+            assert_eq!(pending.insert(&of(n)), is_new, "{n}");
+        }
+        let early: Vec<_> = pending.iter().take(5).collect();
+        assert_eq!(early, [1, 2, 3, 4, 9].map(of));
         pending.retire(Lsn(u64::MAX));
         assert!(pending.is_empty() && pending.labels.capacity() == 0);
     }

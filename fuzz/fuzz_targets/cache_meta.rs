@@ -49,6 +49,7 @@ fn slot() -> VdiSlot {
         first_lsn: Lsn(5),
         durable: Lsn(0),
         alone_from: None,
+        cuts: Vec::new(),
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),

@@ -155,6 +155,7 @@ impl Writer {
             payload_blocks: (payload.len() / BLOCK_SIZE) as u16,
             epoch: self.header.epoch,
             entries_len: entries.len() as u16,
+            time_ms: u64::from(flags) * 1000,
         };
         let mut block = [0; BLOCK_SIZE];
         record.encode_into(&mut block, &entries, self.header.nonce);
@@ -285,6 +286,7 @@ fuzz_target!(|input: &[u8]| {
         first_lsn: Lsn(script.number(1)),
         durable: Lsn(0),
         alone_from: None,
+        cuts: Vec::new(),
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),

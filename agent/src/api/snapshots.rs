@@ -40,6 +40,19 @@ pub struct SnapRequest {
     /// How long to wait until it is durable, milliseconds; none: half a minute.
     #[serde(default)]
     pub wait_ms: Option<u64>,
+    /// Not of the disk as it is, but as it was then.
+    #[serde(default)]
+    pub as_of: Option<AsOf>,
+}
+
+/// A point of a disk's log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AsOf {
+    /// Up to this LSN.
+    Lsn(u64),
+    /// All that was answered at this time, in milliseconds of UNIX time.
+    Time(u64),
 }
 
 /// Body of `snap create --quiesce`.

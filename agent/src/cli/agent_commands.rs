@@ -3,14 +3,15 @@
 //! The daemon carries a request to its end even if the command is interrupted, so that Ctrl-C never leaves half a
 //! change behind; `status` and `vdi info` then show what became of it.
 
-use super::VdiCommand;
 use super::output::Output;
 use super::tables;
 use super::tree;
-use crate::api::snapshots::RewindRequest;
+use super::{VdiCommand, parse_origin};
+use crate::api::snapshots::{AsOf, RewindRequest, SnapRequest, Snapped};
 use crate::api::{
     AttachRequest, Attached, CacheStatus, CreateRequest, Created, DeleteRequest, DetachRequest,
-    Done, DrainRequest, Drained, Pinned, ResizeRequest, Set, SetRequest, Status, Vdi, VdiInfo,
+    Done, DrainRequest, Drained, Origin, Pinned, ResizeRequest, Set, SetRequest, Status, Vdi,
+    VdiInfo,
 };
 use crate::control::client::Client;
 use crate::error::{Failure, Kind, Result};
@@ -29,11 +30,25 @@ pub(super) fn at(name: &str, action: &str) -> Result<String> {
     Ok(format!("/v1/vdis/{}{action}", percent_escape(name)))
 }
 
+/// A snapshot of a disk as it was, for a clone to begin as.
+async fn origin_as_of(client: &Client, vdi: String, point: AsOf) -> Result<Origin> {
+    let request = SnapRequest { as_of: Some(point), ..SnapRequest::default() };
+    let taken: Snapped = client.post(&at(&vdi, "/snapshots")?, &request).await?;
+    Ok(Origin { vdi, snapshot: taken.snapshot.lsn.to_string() })
+}
+
 pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()> {
     let client = Client::new(run_dir);
     match command {
-        VdiCommand::Create { name, size, from, when_offline } => {
+        VdiCommand::Create { name, size, from, as_of, when_offline } => {
             check_vdi_name(&name).map_err(|words| Failure::new(Kind::Usage, words))?;
+            let from = match (from, as_of) {
+                (Some(vdi), Some(point)) => Some(origin_as_of(&client, vdi, point).await?),
+                (from, _) => {
+                    let from = from.as_deref().map(parse_origin).transpose();
+                    from.map_err(|words| Failure::new(Kind::Usage, words))?
+                }
+            };
             let when_offline = when_offline.map(|policy| policy.to_string());
             let request = CreateRequest { name, size, from, when_offline };
             let created: Created = client.post("/v1/vdis", &request).await?;

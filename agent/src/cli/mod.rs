@@ -23,6 +23,7 @@ mod tables;
 mod tree;
 
 use crate::api::Origin;
+use crate::api::snapshots::AsOf;
 use crate::config::{AgentArgs, DeviceArgs, RUN_DIR_DEFAULT};
 use crate::error::{EXIT_CODES, ErrorBody, Failure, Kind, Result};
 use crate::machine::MACHINE_ID_FILE;
@@ -172,8 +173,11 @@ enum VdiCommand {
         #[arg(long, value_name = "SIZE", value_parser = parse_size, required_unless_present = "from")]
         size: Option<u64>,
         /// Begin as this snapshot of another disk: LSN or label, see 'snap list'
-        #[arg(long, value_name = "VDI@SNAP", value_parser = parse_origin, conflicts_with = "size")]
-        from: Option<Origin>,
+        #[arg(long, value_name = "VDI@SNAP", conflicts_with = "size")]
+        from: Option<String>,
+        /// With --from VDI: begin as that attached disk was, at an LSN, a time or so long ago, see 'snap create --as-of'
+        #[arg(long, value_name = "POINT", value_parser = snap::parse_point, requires = "from")]
+        as_of: Option<AsOf>,
         /// Requests that cannot go on while the store is away: stall, or fail-after=TIME [default: stall]
         #[arg(long, value_name = "POLICY")]
         when_offline: Option<WhenOffline>,
@@ -373,7 +377,7 @@ enum OutageCommand {
 }
 
 /// `VDI@SNAP`.
-fn parse_origin(text: &str) -> Result<Origin, String> {
+pub(super) fn parse_origin(text: &str) -> Result<Origin, String> {
     let parts =
         text.split_once('@').filter(|(vdi, snapshot)| !vdi.is_empty() && !snapshot.is_empty());
     let (vdi, snapshot) = parts.ok_or(

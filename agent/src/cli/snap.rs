@@ -5,7 +5,7 @@ use super::diff::parse_image;
 use super::output::{Output, Table};
 use crate::api::diff::ImageName;
 use crate::api::snapshots::{
-    QuiesceRequest, Quiesced, RewindRequest, Rewound, SnapDeleteRequest, SnapDeleted,
+    AsOf, QuiesceRequest, Quiesced, RewindRequest, Rewound, SnapDeleteRequest, SnapDeleted,
     SnapLabelRequest, SnapListRequest, SnapRequest, SnapSet, SnapSetRequest, Snapped,
     SnapshotPlace, Snapshots,
 };
@@ -15,7 +15,7 @@ use crate::units::{format_size, parse_duration};
 use clap::{Subcommand, ValueEnum};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// From here on years have five digits.
 const YEAR_10000_MS: u64 = 253_402_300_800_000;
@@ -57,6 +57,10 @@ pub enum SnapCommand {
         /// The guest may take at most so long to freeze [default: 10s]
         #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "quiesce")]
         freeze_timeout: Option<Duration>,
+        /// Of the disk as it was: at an LSN, at a time (2026-11-22T08:15:00Z), or so long ago (90s); only as far back as the
+        /// log goes beyond the store: through an outage, or some seconds
+        #[arg(long, value_name = "POINT", value_parser = parse_point, conflicts_with = "quiesce")]
+        as_of: Option<AsOf>,
     },
     /// List a disk's snapshots, newest first
     List {
@@ -106,7 +110,7 @@ pub enum SnapCommand {
 pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()> {
     let client = Client::new(run_dir);
     match command {
-        SnapCommand::Create { vdis, label, wait, quiesce, guest_agent, freeze_timeout } => {
+        SnapCommand::Create { vdis, label, wait, quiesce, guest_agent, freeze_timeout, as_of } => {
             let wait_ms = wait.map(|wait| wait.as_millis() as u64);
             if let (Some(how), Some(path)) = (quiesce, guest_agent) {
                 let quiesce = QuiesceRequest {
@@ -122,7 +126,7 @@ pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()
                 return Err(Failure::new(Kind::Usage, words));
             };
             let path = at(vdi, "/snapshots")?;
-            let taken: Snapped = client.post(&path, &SnapRequest { label, wait_ms }).await?;
+            let taken: Snapped = client.post(&path, &SnapRequest { label, wait_ms, as_of }).await?;
             let guest = Quiesced::default();
             out.print(&One { snapshot: &taken, guest: &guest }, |one| name_of(one.snapshot))
         }
@@ -150,6 +154,25 @@ pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()
             })
         }
     }
+}
+
+/// `--as-of`: an LSN, a time, or a time before now.
+pub(super) fn parse_point(text: &str) -> Result<AsOf, String> {
+    let text = text.trim();
+    if let Ok(lsn) = text.parse() {
+        return Ok(AsOf::Lsn(lsn));
+    }
+    let ms = |time: SystemTime| {
+        time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    };
+    if let Ok(time) = humantime::parse_rfc3339_weak(text) {
+        return Ok(AsOf::Time(ms(time)));
+    }
+    let ago = parse_duration(text.strip_suffix("ago").unwrap_or(text).trim()).ok();
+    let then = ago.and_then(|ago| SystemTime::now().checked_sub(ago));
+    then.map(|then| AsOf::Time(ms(then))).ok_or_else(|| {
+        format!("'{text}' is no point of a log: give an LSN like 1834, a time in UTC like 2026-11-22T08:15:00Z, or how long ago, like 90s")
+    })
 }
 
 /// `snap create` of one disk, as JSON.

@@ -516,12 +516,28 @@ impl Served {
 
     /// Takes a snapshot; waits for a transition under way.
     pub async fn snapshot(&self, parts: &Parts, label: SnapshotLabel) -> Result<SnapshotTaken> {
+        self.has_open_log(parts).await?;
+        Ok(parts.cache.snapshot(self.uuid, label).await?)
+    }
+
+    /// Takes a snapshot of what it was at a point of its log that the store does not have yet.
+    pub async fn snapshot_as_of(
+        &self,
+        parts: &Parts,
+        point: cache::AsOf,
+        label: SnapshotLabel,
+    ) -> Result<SnapshotTaken> {
+        self.has_open_log(parts).await?;
+        Ok(parts.cache.snapshot_as_of(self.uuid, point, label).await?)
+    }
+
+    async fn has_open_log(&self, parts: &Parts) -> Result<()> {
         drop(self.handle.lock().await);
         if parts.cache.vdi_status(self.uuid).is_none() || self.unserved.lock().is_some() {
             self.refuse_gone()?;
             return Err(self.log_not_open());
         }
-        Ok(parts.cache.snapshot(self.uuid, label).await?)
+        Ok(())
     }
 
     fn set(&self, state: VdiState, error: Option<String>) {

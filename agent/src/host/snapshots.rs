@@ -8,12 +8,13 @@ use super::parts::Parts;
 use super::requests::policy_of;
 use super::served::Served;
 use crate::api::snapshots::{
-    SnapDeleted, SnapLabelRequest, SnapListRequest, SnapRequest, Snapped, Snapshot, SnapshotPlace,
-    Snapshots,
+    AsOf, SnapDeleted, SnapLabelRequest, SnapListRequest, SnapRequest, Snapped, Snapshot,
+    SnapshotPlace, Snapshots,
 };
 use crate::api::{Created, Origin};
 use crate::error::{Failure, Kind, Result};
 use crate::names::check_vdi_name;
+use blockstore::io::now_ms;
 use blockstore::schedule::is_automatic;
 use blockstore::snapshots::{PAGE_MAX, Page};
 use blockstore::types::Lsn;
@@ -38,6 +39,9 @@ impl Host {
         let disk = self.served_or_reason(name).await?;
         // A log without room may stay so for hours: callers that wait for it must not use up the control socket.
         let wait = request.wait_ms.map_or(WAIT, Duration::from_millis).min(WAIT_MAX);
+        if let Some(point) = request.as_of {
+            return take_as_of(&self.parts, &disk, point, label, wait).await;
+        }
         take(&self.parts, &disk, label, wait).await
     }
 
@@ -226,6 +230,37 @@ pub(super) async fn take(
         place: SnapshotPlace::Log,
         size: None,
     };
+    Ok(Snapped::new(&disk.name, disk.uuid, snapshot))
+}
+
+/// Takes a snapshot of what a disk was at a point of its log.
+async fn take_as_of(
+    parts: &Parts,
+    disk: &Served,
+    point: AsOf,
+    label: SnapshotLabel,
+    wait: Duration,
+) -> Result<Snapped> {
+    let text = label.as_str().to_owned();
+    let point = match point {
+        AsOf::Lsn(lsn) => cache::AsOf::Lsn(Lsn(lsn)),
+        AsOf::Time(ms) if ms > now_ms() => {
+            return Err(Failure::new(Kind::Usage, "that time is still to come"));
+        }
+        AsOf::Time(ms) => cache::AsOf::Time(ms),
+    };
+    let taken = tokio::time::timeout(wait, disk.snapshot_as_of(parts, point, label)).await;
+    let taken = taken.unwrap_or_else(|_| {
+        let words = format!(
+            "after {wait:?} it is not known how far the store is, which has not answered since the agent's start, or the log              does not go on: ask again, with a longer --wait"
+        );
+        Err(Failure::new(Kind::Unavailable, words))
+    });
+    let taken = taken.map_err(|failure| {
+        failure.within(format_args!("no snapshot of disk '{}' is known to be taken", disk.name))
+    })?;
+    let (lsn, time) = (taken.lsn.0, taken.time_ms);
+    let snapshot = Snapshot { lsn, time, label: text, place: SnapshotPlace::Log, size: None };
     Ok(Snapped::new(&disk.name, disk.uuid, snapshot))
 }
 

@@ -2,10 +2,24 @@
 
 use super::Cache;
 use crate::error::CacheError;
+use crate::flusher::Replay;
 use crate::pending::PendingSnapshot;
-use crate::vdi::SnapshotTaken;
+use crate::recovery::sent::{self, Point};
+use crate::vdi::{SnapshotTaken, Undrained};
 use blockstore::SnapshotLabel;
+use blockstore::io::now_ms;
+use blockstore::types::Lsn;
 use uuid::Uuid;
+
+/// A point of a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AsOf {
+    /// Up to this LSN.
+    Lsn(Lsn),
+    /// Up to the last record that had been sent to the log's device at this time, milliseconds since 1970: all that had been
+    /// answered is in it.
+    Time(u64),
+}
 
 impl Cache {
     /// Takes a snapshot of an attached disk: all requests that were answered before the call are in it, and none that
@@ -21,6 +35,71 @@ impl Cache {
         label: SnapshotLabel,
     ) -> Result<SnapshotTaken, CacheError> {
         self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.snapshot(vdi, label).await
+    }
+
+    /// Takes a snapshot of what an attached disk was at a point of its log that the store does not have yet. It is durable
+    /// when this returns, and reaches the store with the commit that covers its LSN; its time is that of its last write. After
+    /// a start without the store this waits until that is there: nobody knows before how far it is.
+    ///
+    /// # Errors
+    /// As [`Self::snapshot`]; [`CacheError::Snapshot`] also if the log does not hold that point, or the store may have gone
+    /// beyond it. The local device's.
+    pub async fn snapshot_as_of(
+        &self,
+        vdi: Uuid,
+        point: AsOf,
+        label: SnapshotLabel,
+    ) -> Result<SnapshotTaken, CacheError> {
+        let handle = self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?;
+        let log = handle.undrained(vdi).await?;
+        let found = self.find_point(vdi, point, &log).await?;
+        let Point { lsn, time_ms } = found.map_err(|why| CacheError::Snapshot { vdi, why })?;
+        let time_ms = if time_ms == 0 { now_ms() } else { time_ms };
+        handle.cut(vdi, PendingSnapshot { lsn, time_ms, label }).await
+    }
+
+    /// The point, or why there is none.
+    async fn find_point(
+        &self,
+        vdi: Uuid,
+        point: AsOf,
+        log: &Undrained,
+    ) -> Result<Result<Point, String>, CacheError> {
+        let Undrained { committed, segments } = log;
+        let local = &self.ground.local;
+        let found = match point {
+            AsOf::Lsn(lsn) => sent::at_lsn(local, vdi, segments, lsn).await?,
+            AsOf::Time(ms) => sent::at_time(local, vdi, segments, ms).await?,
+        };
+        match found.filter(|found| found.lsn > *committed) {
+            Some(Point { time_ms: 0, .. }) if matches!(point, AsOf::Time(_)) => Ok(Err(
+                "this part of its log was written by a version that did not note times: name an LSN".into(),
+            )),
+            Some(found) => Ok(Ok(found)),
+            None => Ok(Err(self.what_is_held(vdi, *committed, segments).await?)),
+        }
+    }
+
+    /// Words on which points the log holds.
+    async fn what_is_held(
+        &self,
+        vdi: Uuid,
+        committed: Lsn,
+        segments: &[Replay],
+    ) -> Result<String, CacheError> {
+        let first = committed.plus(1);
+        let oldest = sent::at_lsn(&self.ground.local, vdi, segments, first).await?;
+        Ok(match (oldest, segments.last()) {
+            (Some(oldest), Some(last)) => format!(
+                "its log holds the LSNs from {first} to {}, the first of them written {} s ago; what is older is in the store, \
+                 where only snapshots are kept apart",
+                last.last_lsn,
+                now_ms().saturating_sub(oldest.time_ms) / 1000
+            ),
+            _ => format!(
+                "everything is in the store, up to LSN {committed}, where only snapshots are kept apart"
+            ),
+        })
     }
 
     /// Snapshots in an attached disk's log that are durable and that the store does not have yet, oldest first.

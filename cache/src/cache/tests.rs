@@ -2,6 +2,7 @@
 //! Method: a real cache on a temporary file, disks driven by hand, the store in memory. The clock is tokio's and stands
 //! still while anything can run.
 
+mod as_of;
 mod durable;
 mod hydrate;
 mod replacing;
@@ -27,6 +28,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -42,6 +44,10 @@ struct Store {
     image: Mutex<(Lsn, BTreeMap<u64, u8>)>,
     snapshots: Mutex<Vec<(Lsn, BTreeMap<u64, u8>)>>,
     commits: Mutex<u32>,
+    /// Commits wait.
+    is_away: AtomicBool,
+    /// One does.
+    one_waits: AtomicBool,
 }
 
 #[async_trait]
@@ -57,6 +63,10 @@ impl Backing for Store {
     }
 
     async fn commit(&self, batch: Batch) -> Result<(), BackingError> {
+        while self.is_away.load(Ordering::Relaxed) {
+            self.one_waits.store(true, Ordering::Relaxed);
+            pause().await;
+        }
         let mut image = self.image.lock();
         let mut snapshots = batch.cuts.iter().map(|cut| cut.lsn);
         for changes in batch.parts() {

@@ -13,11 +13,12 @@ use crate::format::record::{Entries, Entry, Kind, WHOLE};
 use crate::index::{
     Content, Found, Index, Patch, PatchBase, PatchSource, Patched, Slot, apply_zero,
 };
-use blockstore::Cut;
+use crate::pending::PendingSnapshot;
 use blockstore::buf::AlignedBuf;
 use blockstore::crc::crc32c;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn, SECTOR_SIZE};
+use blockstore::{Cut, SnapshotLabel};
 use bytes::Bytes;
 use hashbrown::HashMap;
 
@@ -74,11 +75,13 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Coalesces the entries after `committed` of the segments, which are in log order.
+    /// Coalesces the entries after `committed` of the segments, which are in log order, cut at the log's snapshots and at
+    /// `cuts`, which are in the order of their LSNs.
     pub fn new(
         geometry: &Geometry,
         committed: Lsn,
         sources: &[Source],
+        cuts: &[PendingSnapshot],
     ) -> Result<Self, BatchError> {
         let mut drafting = Drafting {
             geometry,
@@ -88,7 +91,7 @@ impl Draft {
             before: None,
             draft: Self::default(),
         };
-        drafting.replay(committed, sources)?;
+        drafting.replay(committed, sources, cuts)?;
         drafting.draft.last = drafting.end_part()?;
         Ok(drafting.draft)
     }
@@ -136,7 +139,13 @@ struct Drafting<'a> {
 
 impl Drafting<'_> {
     /// Replays the segments' entries after `committed`, part by part.
-    fn replay(&mut self, committed: Lsn, sources: &[Source]) -> Result<(), BatchError> {
+    fn replay(
+        &mut self,
+        committed: Lsn,
+        sources: &[Source],
+        cuts: &[PendingSnapshot],
+    ) -> Result<(), BatchError> {
+        let mut cuts = cuts.iter().skip_while(|cut| cut.lsn <= committed).peekable();
         for source in sources {
             let first_slot = self.geometry.first_block(source.id);
             let blocks_held = (source.bytes.len() / BLOCK_SIZE) as u32;
@@ -147,22 +156,26 @@ impl Drafting<'_> {
                 if !entry.kind.takes_lsn() || lsn <= committed {
                     continue;
                 }
+                let asked = cuts.next_if(|cut| cut.lsn == lsn);
                 if entry.kind == Kind::Snapshot {
-                    self.cut(lsn, &entry)?;
+                    self.cut(lsn, entry.time_ms(), entry.label())?;
                     continue;
                 }
                 apply(&mut self.part, &entry, lsn, first_slot);
                 if let Some(before) = &mut self.before {
                     apply(before, &entry, lsn, first_slot);
                 }
+                if let Some(asked) = asked {
+                    self.cut(lsn, asked.time_ms, asked.label.clone())?;
+                }
             }
         }
         Ok(())
     }
 
-    fn cut(&mut self, lsn: Lsn, entry: &Entry<'_>) -> Result<(), BatchError> {
+    fn cut(&mut self, lsn: Lsn, time_ms: u64, label: SnapshotLabel) -> Result<(), BatchError> {
         let part = self.end_part()?;
-        let cut = Cut { changes: Vec::new(), lsn, time_ms: entry.time_ms(), label: entry.label() };
+        let cut = Cut { changes: Vec::new(), lsn, time_ms, label };
         self.draft.cuts.push((part, cut));
         Ok(())
     }

@@ -15,6 +15,7 @@ use crate::format::segment::SegmentHeader;
 use crate::format::summary::Summary;
 use crate::image::SegmentImage;
 use crate::local::Local;
+use crate::pending::PendingSnapshot;
 use crate::recovery::Found;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use futures_util::{StreamExt, TryStreamExt};
@@ -65,11 +66,13 @@ pub struct Drafted {
 }
 
 /// Reads and coalesces what comes after `committed` in `segments`, which follow each other without a gap (at least one).
+/// Besides the snapshots that the log holds it makes those of `cuts` that lie in it, which are in the order of their LSNs.
 pub async fn draft(
     local: &Local,
     vdi: Uuid,
     committed: Lsn,
     segments: Vec<Replay>,
+    cuts: Vec<PendingSnapshot>,
 ) -> Result<Drafted, FlushError> {
     let started = Instant::now();
     let lsn = segments.last().map_or(committed, |segment| segment.last_lsn);
@@ -82,7 +85,7 @@ pub async fn draft(
     let geometry = local.geometry;
     let read_ms = started.elapsed().as_millis() as u64;
     // Coalescing a large batch takes milliseconds of pure computing: not on the threads that serve everyone.
-    let draft = aside::run(move || Draft::new(&geometry, committed, &sources))
+    let draft = aside::run(move || Draft::new(&geometry, committed, &sources, &cuts))
         .await
         .map_err(|error| BackingError::Failed(format!("coalescing a batch: {error}")))??;
     let total_ms = started.elapsed().as_millis() as u64;
@@ -194,7 +197,8 @@ async fn read_whole(
     })
 }
 
-async fn read_header(
+/// The header of a segment of the log of `vdi`.
+pub(crate) async fn read_header(
     local: &Local,
     vdi: Uuid,
     id: SegmentId,

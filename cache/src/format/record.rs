@@ -310,6 +310,8 @@ pub struct RecordHeader {
     pub epoch: u32,
     /// Bytes of entries.
     pub entries_len: u16,
+    /// When it was sent to the device, milliseconds since 1970; 0: by a version that did not say.
+    pub time_ms: u64,
 }
 
 impl RecordHeader {
@@ -325,7 +327,8 @@ impl RecordHeader {
         block[40..42].copy_from_slice(&self.position.to_le_bytes());
         block[42..44].copy_from_slice(&self.payload_blocks.to_le_bytes());
         block[44..46].copy_from_slice(&(entries.len() as u16).to_le_bytes());
-        block[46..HEADER_LEN].fill(0);
+        block[46..54].copy_from_slice(&self.time_ms.to_le_bytes());
+        block[54..HEADER_LEN].fill(0);
         block[HEADER_LEN..HEADER_LEN + entries.len()].copy_from_slice(entries);
         block[HEADER_LEN + entries.len()..].fill(0);
         let crc = crc32c_keyed(nonce, block);
@@ -359,6 +362,7 @@ impl RecordHeader {
             position: u16_at(block, 40),
             payload_blocks: u16_at(block, 42),
             entries_len: u16_at(block, 44),
+            time_ms: u64_at(block, 46),
         };
         let invalid = |why| FormatError::Invalid { what: WHAT, why };
         if header.seq != seq || u32::from(header.position) != position {

@@ -5,9 +5,11 @@
 
 use super::{FormatError, VERSION, open_block, seal_block};
 use crate::disk::trace::{RANGE_BLOCKS_MAX, RANGES_MAX, Ranges};
+use crate::pending::PendingSnapshot;
+use blockstore::format::snapshot::LABEL_MAX;
 use blockstore::schedule::RULES_MAX;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
-use blockstore::{Policy, Schedule, WhenOffline};
+use blockstore::{Policy, Schedule, SnapshotLabel, WhenOffline};
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -18,7 +20,10 @@ const NAME_MAX: usize = 255;
 /// States of a slot that is not free.
 const ATTACHED: u32 = 1;
 const QUARANTINED: u32 = 2;
-const TAIL: usize = BLOCK_SIZE - 384 - 8 * RANGES_MAX - 16 - 8 * RULES_MAX - 16;
+/// Snapshots of what the log was that a slot can ask for.
+pub const CUTS_MAX: usize = 4;
+const TAIL: usize =
+    BLOCK_SIZE - 384 - 8 * RANGES_MAX - 16 - 8 * RULES_MAX - size_of::<[RawCut; CUTS_MAX]>() - 16;
 /// The disk is pinned.
 const FLAG_PINNED: u32 = 1;
 /// Bits of a range of the boot trace that say how long it is; the first block is above them.
@@ -53,12 +58,23 @@ struct Raw {
     /// One more than where the log ended when it was opened without the store; zero: it was not.
     alone_from: U64,
     schedule: [U64; RULES_MAX],
+    cuts: [RawCut; CUTS_MAX],
     reserved: [u8; TAIL],
     /// One more than what was flushed when the log was left behind; zero: it was not.
     behind_flushed: U64,
     behind_staged: U64,
 }
 const _: () = assert!(size_of::<Raw>() == BLOCK_SIZE);
+
+/// A [`PendingSnapshot`]; none if its LSN is zero.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct RawCut {
+    lsn: U64,
+    time_ms: U64,
+    /// Zeros behind it: labels have none.
+    label: [u8; LABEL_MAX],
+}
 
 /// A validated slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,6 +122,9 @@ pub struct SlotVdi {
     pub left_behind: Option<LeftBehind>,
     /// What the guest read when it last booted; empty if that is not known.
     pub boot_trace: Ranges,
+    /// Snapshots that were asked for after the log had gone on (at most [`CUTS_MAX`], in the order of their LSNs): the commit
+    /// that covers them makes them. All of them are durable parts of the log that the store did not have then.
+    pub cuts: Vec<PendingSnapshot>,
 }
 
 /// No leg took the log's records any more: from then on the store may be ahead of what the log says (rule L6). A log of
@@ -129,6 +148,14 @@ pub struct DiskPolicy {
     pub chosen: Policy,
     /// What is held of it is not evicted while anything else could be.
     pub pinned: bool,
+}
+
+impl SlotVdi {
+    /// The store's image has reached `committed`, and so has made the snapshots up to there.
+    pub fn reached(&mut self, committed: Lsn) {
+        self.committed = committed;
+        self.cuts.retain(|cut| cut.lsn > committed);
+    }
 }
 
 impl VdiSlot {
@@ -182,6 +209,9 @@ impl VdiSlot {
             raw.trace_len = (vdi.boot_trace.len().min(RANGES_MAX) as u32).into();
             for (to, (lba, blocks)) in raw.trace.iter_mut().zip(&vdi.boot_trace) {
                 *to = (lba.0 << RANGE_BITS | blocks & RANGE_BLOCKS_MAX).into();
+            }
+            for (to, cut) in raw.cuts.iter_mut().zip(&vdi.cuts) {
+                *to = RawCut::of(cut);
             }
             let len = fitting(&vdi.name);
             raw.name[..len].copy_from_slice(&vdi.name.as_bytes()[..len]);
@@ -241,6 +271,7 @@ impl VdiSlot {
                         }
                     }),
                     boot_trace: decode_trace(raw),
+                    cuts: decode_cuts(raw),
                 })
             }
             _ => return Err(FormatError::Invalid { what: WHAT, why: "its state is unknown" }),
@@ -266,6 +297,31 @@ fn decode_trace(raw: &Raw) -> Ranges {
     let ranges: Ranges = ranges.collect();
     let in_order = ranges.windows(2).all(|pair| pair[0].0.0 + pair[0].1 <= pair[1].0.0);
     if in_order && ranges.iter().all(|(_, blocks)| *blocks > 0) { ranges } else { Ranges::new() }
+}
+
+/// The snapshots that it asks for. A label that makes no sense is none.
+fn decode_cuts(raw: &Raw) -> Vec<PendingSnapshot> {
+    let asked = raw.cuts.iter().filter(|cut| cut.lsn.get() > 0);
+    let mut cuts: Vec<PendingSnapshot> = asked.map(RawCut::decode).collect();
+    cuts.sort_unstable_by_key(|cut| cut.lsn);
+    cuts.dedup_by_key(|cut| cut.lsn);
+    cuts
+}
+
+impl RawCut {
+    fn of(cut: &PendingSnapshot) -> Self {
+        let mut label = [0; LABEL_MAX];
+        let text = cut.label.as_str().as_bytes();
+        label[..text.len()].copy_from_slice(text);
+        Self { lsn: cut.lsn.0.into(), time_ms: cut.time_ms.into(), label }
+    }
+
+    fn decode(&self) -> PendingSnapshot {
+        let len = self.label.iter().position(|&byte| byte == 0).unwrap_or(LABEL_MAX);
+        let label = std::str::from_utf8(&self.label[..len]).ok();
+        let label = label.and_then(|label| SnapshotLabel::new(label).ok()).unwrap_or_default();
+        PendingSnapshot { lsn: Lsn(self.lsn.get()), time_ms: self.time_ms.get(), label }
+    }
 }
 
 impl Raw {

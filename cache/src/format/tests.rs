@@ -9,6 +9,7 @@ use super::superblock::Machine;
 use super::superblock::Superblock;
 use super::{FormatError, Geometry, LegSet, Membership};
 use crate::disk::plan::SegmentId;
+use crate::pending::PendingSnapshot;
 use blockstore::crc::crc32c;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use blockstore::{SnapshotLabel, WhenOffline};
@@ -47,6 +48,7 @@ fn slot() -> VdiSlot {
             first_lsn: Lsn(90),
             durable: Lsn(0),
             alone_from: None,
+            cuts: Vec::new(),
             policy: Default::default(),
             left_behind: None,
             boot_trace: Vec::new(),
@@ -64,6 +66,12 @@ fn a_slot_keeps_what_came_later_and_zero_is_the_former_behaviour() {
     vdi.boot_trace = (0..400).map(|n| (Lba(n << 27), 1 + n)).collect();
     vdi.durable = Lsn(95);
     vdi.alone_from = Some(Lsn(0));
+    let cut = |lsn, time_ms, label| PendingSnapshot {
+        lsn: Lsn(lsn),
+        time_ms,
+        label: SnapshotLabel::new(label).unwrap(),
+    };
+    vdi.cuts = vec![cut(101, 1_790_000_000_123, "abc".to_owned()), cut(104, 0, "é".repeat(32))];
     let (former, block) = (slot().encode(), with.encode());
     assert_eq!(VdiSlot::decode(&block, 3), Ok(with));
     assert_eq!(block[112..116], 1500u32.to_le_bytes());
@@ -72,7 +80,11 @@ fn a_slot_keeps_what_came_later_and_zero_is_the_former_behaviour() {
     assert_eq!(block[3592..3600], 1u64.to_le_bytes());
     assert_eq!(block[3600..3608], (10_000u64 << 24 | 6).to_le_bytes());
     assert_eq!(block[3608..3616], (3_600_000u64 << 24 | 24).to_le_bytes());
-    assert_eq!(block[3616..], [0; BLOCK_SIZE - 3616]);
+    assert_eq!(block[3664..3672], 101u64.to_le_bytes());
+    assert_eq!(block[3672..3680], 1_790_000_000_123u64.to_le_bytes());
+    assert_eq!(block[3680..3684], *b"abc\0");
+    assert_eq!(block[3744..3752], 104u64.to_le_bytes());
+    assert_eq!(block[3824..], [0; BLOCK_SIZE - 3824]);
     assert_eq!(former[112..120], [0; 8]);
     assert_eq!(former[376..], [0; BLOCK_SIZE - 376]);
     let mut behind = slot();
@@ -114,6 +126,7 @@ fn record() -> (RecordHeader, [u8; BLOCK_SIZE]) {
         payload_blocks: 2,
         epoch: 2,
         entries_len: entries().len() as u16,
+        time_ms: 0,
     };
     let mut block = [0u8; BLOCK_SIZE];
     header.encode_into(&mut block, &entries(), 77);

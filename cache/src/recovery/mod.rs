@@ -10,6 +10,7 @@
 mod assemble;
 mod mend;
 mod scan;
+pub(crate) mod sent;
 #[cfg(test)]
 mod tests;
 

@@ -140,6 +140,6 @@ fn read_record<'a>(
     Ok(Record { header: record, entries, lsns })
 }
 
-fn block_at(segment: &[u8], block: u32) -> &[u8] {
+pub(super) fn block_at(segment: &[u8], block: u32) -> &[u8] {
     &segment[block as usize * BLOCK_SIZE..(block as usize + 1) * BLOCK_SIZE]
 }

@@ -45,6 +45,7 @@ pub(super) fn slot(committed: u64) -> SlotVdi {
         first_lsn: Lsn(1),
         durable: Lsn(0),
         alone_from: None,
+        cuts: Vec::new(),
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),
@@ -167,6 +168,7 @@ fn records_of_an_older_epoch_beyond_its_end_are_dead() {
         first_lsn: Lsn(10),
         durable: Lsn(0),
         alone_from: None,
+        cuts: Vec::new(),
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),
@@ -260,6 +262,7 @@ pub(super) fn two_records() -> (SegmentHeader, Vec<u8>) {
             payload_blocks: 1,
             epoch: header.epoch,
             entries_len: entries.len() as u16,
+            time_ms: 0,
         };
         let at = usize::from(position) * BLOCK_SIZE;
         record.encode_into(&mut segment[at..at + BLOCK_SIZE], &entries, header.nonce);

@@ -2,8 +2,8 @@
 
 use super::hydrate::{HydrateError, HydrateStatus};
 use super::pin::PinError;
-use super::snapshots;
 use super::task::VdiTask;
+use super::{as_of, snapshots};
 use crate::backing::Backing;
 use crate::cache::attach::verified;
 use crate::disk::AttachedDisk;
@@ -12,6 +12,7 @@ use crate::error::CacheError;
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::VdiSlot;
 use crate::log_open::{OpenLog, belongs};
+use crate::pending::PendingSnapshot;
 use crate::release;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{Lba, Lsn};
@@ -41,6 +42,10 @@ pub(crate) enum Command {
     SetPolicy { change: PolicyChange, reply: oneshot::Sender<Result<Policy, CacheError>> },
     /// Take a snapshot.
     Snapshot { label: SnapshotLabel, reply: snapshots::Reply },
+    /// Seal the log and tell what is in it that the store may not have.
+    Undrained(as_of::UndrainedReply),
+    /// Take a snapshot of what the disk was.
+    Cut { cut: PendingSnapshot, reply: snapshots::Reply },
     /// Fetch these ranges into the cache ahead of need; all of the disk if none are given.
     Hydrate {
         ranges: Option<Vec<(Lba, u64)>>,
@@ -85,6 +90,7 @@ impl VdiTask {
                     }
                 };
                 self.fail_snapshots("the disk went out of service");
+                self.fail_looks("the disk went out of service");
                 self.finish_evictions().await;
                 let _ = reply.send(result);
             }
@@ -111,6 +117,8 @@ impl VdiTask {
                 let _ = reply.send(self.pin(on).await);
             }
             Command::Snapshot { label, reply } => self.snapshot(label, reply),
+            Command::Undrained(reply) => self.undrained(reply),
+            Command::Cut { cut, reply } => self.cut(cut, reply).await,
             Command::Hydrate { ranges, reply } => self.hydrate(ranges, reply),
             Command::Stop { forget, reply } => {
                 let result = if forget { self.forget().await } else { Ok(()) };
@@ -135,7 +143,8 @@ impl VdiTask {
     /// What the store holds already need not be replayed; that is noted durably before anything relies on it.
     async fn join(&mut self, backing: Arc<dyn Backing>) -> Result<(), CacheError> {
         if !sabotage::on(Bug::ColdTrustsSlot) {
-            self.p.record.committed = self.verify(backing.committed())?;
+            let committed = self.verify(backing.committed())?;
+            self.p.record.reached(committed);
         }
         self.failure = None;
         self.p.backing.join(backing);
@@ -143,6 +152,7 @@ impl VdiTask {
         // From the next commit on the store is further than where the log was opened.
         self.p.record.alone_from = None;
         self.join_unnoted = true;
+        self.place_waiting_cuts().await;
         self.checkpoint_due = true;
         self.checkpoint().await;
         tracing::info!(
@@ -154,6 +164,7 @@ impl VdiTask {
     pub(super) fn refuse(&mut self, why: String) {
         tracing::error!(vdi = %self.p.record.name, %why, "the store cannot be used; the log is kept");
         self.fail_waiters(&why);
+        self.fail_cuts(&why);
         self.p.backing.refuse(why.clone());
         self.give_up(&format!("the store cannot be used ({why})"));
         self.failure = Some(why);
@@ -193,6 +204,7 @@ impl VdiTask {
         self.log_failure = None;
         self.unreadable.clear();
         self.fail_snapshots("the disk's worker was replaced");
+        self.fail_looks("the disk's worker was replaced");
         *self.p.snapshots.lock() = snapshots;
         for waiter in &mut self.waiters {
             waiter.lsn.get_or_insert(last_lsn);

@@ -31,6 +31,18 @@ pub(super) struct Drafting {
     bytes: u64,
 }
 
+impl Drafting {
+    /// Where it ends.
+    pub(super) fn lsn(&self) -> Lsn {
+        self.lsn
+    }
+
+    /// It is of no use.
+    pub(super) fn abandon(self) {
+        self.task.abort();
+    }
+}
+
 impl VdiTask {
     fn is_urgent(&self) -> bool {
         self.through.is_some()
@@ -60,6 +72,7 @@ impl VdiTask {
         };
         let (vdi, backing) = (self.p.vdi, Arc::clone(&self.p.backing));
         let Drafting { task: draft, lsn, bytes } = ready;
+        self.sent = self.sent.max(lsn);
         let task = tokio::spawn(async move {
             let drafted = draft.await.unwrap_or_else(|error| {
                 Err(BackingError::Failed(format!("coalescing a batch: {error}")).into())
@@ -79,7 +92,9 @@ impl VdiTask {
         let lsn = batch.last()?.last_lsn;
         let bytes = batch.iter().map(|s| u64::from(s.used_blocks) * BLOCK_SIZE as u64).sum();
         let (local, vdi) = (Arc::clone(&self.p.ground.local), self.p.vdi);
-        let task = tokio::spawn(async move { flusher::draft(&local, vdi, after, batch).await });
+        let cuts = self.p.record.cuts.clone();
+        let draft = async move { flusher::draft(&local, vdi, after, batch, cuts).await };
+        let task = tokio::spawn(draft);
         Some(Drafting { task, lsn, bytes })
     }
 
@@ -99,7 +114,7 @@ impl VdiTask {
         self.failure = None;
         self.retry_after = RETRY_AFTER;
         let before = self.p.segments.dirty_count(self.p.record.committed);
-        self.p.record.committed = lsn;
+        self.p.record.reached(lsn);
         let after = self.p.segments.dirty_count(lsn);
         self.admission.committed((before - after) as u64);
         if self.through.is_some() {

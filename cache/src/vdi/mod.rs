@@ -9,6 +9,7 @@
 //! `feed.rs` (segments for the worker), `evict.rs`, `through.rs` (no leg is left), `hydrate.rs` and `pin.rs`.
 
 mod admission;
+mod as_of;
 mod command;
 mod commit;
 mod drain;
@@ -24,6 +25,7 @@ mod state;
 mod task;
 mod through;
 
+pub(crate) use as_of::Undrained;
 pub(crate) use command::Command;
 pub use hydrate::{HydrateError, HydrateStatus};
 pub use pin::PinError;
@@ -36,7 +38,7 @@ use crate::backing::Backing;
 use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::format::slot::VdiSlot;
-use crate::pending::PendingSnapshots;
+use crate::pending::{PendingSnapshot, PendingSnapshots};
 use blockstore::types::{Lba, Lsn};
 use blockstore::{Policy, PolicyChange, SnapshotLabel};
 use parking_lot::Mutex;
@@ -113,6 +115,18 @@ impl VdiHandle {
         label: SnapshotLabel,
     ) -> Result<SnapshotTaken, CacheError> {
         self.ask(vdi, |reply| Command::Snapshot { label, reply }).await?
+    }
+
+    pub async fn undrained(&self, vdi: uuid::Uuid) -> Result<Undrained, CacheError> {
+        self.ask(vdi, Command::Undrained).await?
+    }
+
+    pub async fn cut(
+        &self,
+        vdi: uuid::Uuid,
+        cut: PendingSnapshot,
+    ) -> Result<SnapshotTaken, CacheError> {
+        self.ask(vdi, |reply| Command::Cut { cut, reply }).await?
     }
 
     pub async fn hydrate(

@@ -75,7 +75,7 @@ impl VdiTask {
     }
 
     /// Up to where the log was flushed on all legs. Once a disk was in write-through, what is flushed is in the store only.
-    fn durable(&self) -> Lsn {
+    pub(super) fn durable(&self) -> Lsn {
         let noted = self.p.record.durable;
         match self.p.record.left_behind {
             Some(_) => noted,

@@ -9,9 +9,9 @@ use crate::disk::SNAPSHOTS_WAITING_MAX;
 use crate::error::CacheError;
 use crate::link::ToDisk;
 use blockstore::SnapshotLabel;
+use blockstore::io::now_ms;
 use blockstore::types::Lsn;
 use std::collections::BTreeMap;
-use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 
 /// A snapshot that is durable in the log.
@@ -56,7 +56,7 @@ impl VdiTask {
     }
 
     /// Why there can be no snapshot now.
-    fn may_ask_snapshot(&self) -> Result<(), String> {
+    pub(super) fn may_ask_snapshot(&self) -> Result<(), String> {
         if let Some(why) = &self.log_failure {
             return Err(format!("its log has failed ({why})"));
         }
@@ -103,8 +103,9 @@ impl VdiTask {
 
     /// A worker that ended without a word answers no more, either.
     pub(super) fn tick_snapshots(&mut self) {
-        if !self.snapshots.asked.is_empty() && self.p.from_disk.is_closed() {
+        if self.p.from_disk.is_closed() {
             self.fail_snapshots("the disk's worker is gone");
+            self.fail_looks("the disk's worker is gone");
         }
     }
 
@@ -114,8 +115,4 @@ impl VdiTask {
         pending.retire(self.p.record.committed);
         pending.len() as u64
     }
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }

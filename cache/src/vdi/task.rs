@@ -2,6 +2,7 @@
 //! in the modules beside this one.
 
 use super::admission::Admission;
+use super::as_of::AsOf;
 use super::command::Command;
 use super::commit::{CommitUnderWay, Drafting, joined};
 use super::drain::Waiter;
@@ -110,6 +111,9 @@ pub(crate) struct VdiTask {
     pub(super) hydration: Option<Hydration>,
     pub(super) lost: Lost,
     pub(super) snapshots: Snapshots,
+    pub(super) as_of: AsOf,
+    /// The last LSN of any batch that was sent to the store, whatever became of it.
+    pub(super) sent: Lsn,
     /// Last LSN given out, once released.
     pub(super) last_staged: Lsn,
 }
@@ -143,6 +147,8 @@ impl VdiTask {
             hydration: None,
             lost: Lost::default(),
             snapshots: Snapshots::default(),
+            as_of: AsOf::default(),
+            sent: Lsn(0),
             device_failed: false,
             refusals: 0,
             through: None,
@@ -216,6 +222,7 @@ impl VdiTask {
                 for waiter in self.waiters.iter_mut().filter(|waiter| waiter.roll == id) {
                     waiter.lsn = Some(lsn);
                 }
+                self.show_undrained(id);
                 self.answer_waiters();
             }
             FromDisk::Unused { segment } => self.p.ground.pool.release(segment, false),
@@ -304,6 +311,7 @@ impl VdiTask {
         tracing::error!(vdi = %self.p.record.name, %reason, "the log failed");
         self.fail_waiters(&reason);
         self.fail_snapshots(&reason);
+        self.fail_looks(&reason);
         self.log_failure.get_or_insert(reason);
     }
 

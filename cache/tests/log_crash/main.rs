@@ -106,6 +106,7 @@ impl Rig {
             first_lsn: Lsn(1),
             durable: Lsn(0),
             alone_from: None,
+            cuts: Vec::new(),
             policy: Default::default(),
             left_behind: None,
             boot_trace: Vec::new(),

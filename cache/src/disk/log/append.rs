@@ -11,6 +11,7 @@ use crate::format::segment::SegmentHeader;
 use crate::format::summary;
 use crate::image::SegmentImage;
 use crate::link::FromDisk;
+use blockstore::io::now_ms;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -151,6 +152,7 @@ impl Log {
             payload_blocks: gathering.payload_blocks as u16,
             epoch: self.identity.epoch,
             entries_len: (open.entries.len() - gathering.entries_from) as u16,
+            time_ms: now_ms(),
         };
         // SAFETY: this log owns the segment, and the header's block was not handed to anyone yet.
         let block = unsafe { image.writable(image_offset(gathering.header), BLOCK_SIZE) };

@@ -7,12 +7,13 @@ use crate::backing::Change;
 use crate::disk::plan::SegmentId;
 use crate::format::Geometry;
 use crate::format::record::{Kind, WHOLE, push_descriptor, push_snapshot};
+use crate::pending::PendingSnapshot;
 use blockstore::SnapshotLabel;
 use blockstore::crc::crc32c;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn, SECTOR_SIZE};
 use bytes::Bytes;
 use proptest::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 const BLOCKS: u64 = 7;
 /// What a sector that does not count holds.
@@ -140,7 +141,7 @@ fn block(image: &Image, lba: Lba) -> Option<Bytes> {
     (!is_hole).then(|| sectors.iter().flat_map(|&stamp| [stamp; SECTOR_SIZE]).collect())
 }
 
-fn check(ops: &[Op], committed: u64, bounds: [usize; 2]) {
+fn check(ops: &[Op], committed: u64, bounds: [usize; 2], asked: &BTreeSet<u64>) {
     let mut image = vec![0; BLOCKS as usize * 8];
     let mut images = BTreeMap::from([(0, image.clone())]);
     let mut snapshots = Vec::new();
@@ -153,7 +154,7 @@ fn check(ops: &[Op], committed: u64, bounds: [usize; 2]) {
         lsn += 1;
         apply(&mut image, op, lsn as u8);
         images.insert(lsn, image.clone());
-        if matches!(op, Op::Snapshot) && lsn > committed {
+        if (matches!(op, Op::Snapshot) || asked.contains(&lsn)) && lsn > committed {
             snapshots.push(lsn);
         }
     }
@@ -165,7 +166,9 @@ fn check(ops: &[Op], committed: u64, bounds: [usize; 2]) {
     let sources: Vec<Source> =
         sources.map(|(n, &(a, b))| source(n as u32, first_lsns[a], &ops[a..b])).collect();
     let geometry = Geometry::for_size(16 << 20).unwrap();
-    let draft = Draft::new(&geometry, Lsn(committed), &sources).unwrap();
+    let cut = |&lsn| PendingSnapshot { lsn: Lsn(lsn), time_ms: lsn * 10, label: label(lsn) };
+    let cuts: Vec<_> = asked.iter().map(cut).collect();
+    let draft = Draft::new(&geometry, Lsn(committed), &sources, &cuts).unwrap();
     let mut store = images[&committed].clone();
     let mut wanted = draft.wanted().to_vec();
     let bases: Vec<_> = wanted.iter().map(|lba| block(&store, *lba)).collect();
@@ -189,8 +192,9 @@ proptest! {
         ops in prop::collection::vec(op(), 0..40),
         committed in 0..20u64,
         bounds in prop::array::uniform2(0..40usize),
+        asked in prop::collection::btree_set(1..45u64, 0..5),
     ) {
-        check(&ops, committed, bounds.map(|bound| bound.min(ops.len())));
+        check(&ops, committed, bounds.map(|bound| bound.min(ops.len())), &asked);
     }
 }
 
@@ -200,7 +204,7 @@ fn snapshots_without_writes_between_them_are_cuts_without_changes() {
     let mut ops = vec![Op::Write { lba: 1, blocks: 2, masks: (0x0f, WHOLE) }];
     ops.extend(vec![Op::Snapshot; many]);
     let geometry = Geometry::for_size(16 << 20).unwrap();
-    let draft = Draft::new(&geometry, Lsn(0), &[source(0, 1, &ops)]).unwrap();
+    let draft = Draft::new(&geometry, Lsn(0), &[source(0, 1, &ops)], &[]).unwrap();
     assert_eq!(draft.wanted(), [Lba(1)]);
     let batch = draft.finish(Lsn(many as u64 + 1), &[None]);
     assert_eq!((batch.cuts.len(), batch.changes.len()), (many, 0));

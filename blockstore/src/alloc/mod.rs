@@ -22,9 +22,9 @@ pub mod runs;
 
 mod cycle;
 mod pages;
-pub mod unmap;
 #[cfg(test)]
 mod tests;
+pub mod unmap;
 
 use crate::alloc::cycle::Cycle;
 use crate::alloc::pages::Pages;

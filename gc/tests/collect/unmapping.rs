@@ -28,7 +28,8 @@ async fn history(seed: u64) {
         let collect = async {
             if kind != 3 {
                 let outcome = cycle(&store).await;
-                let is_short = |error: &blockstore::StoreError| error.kind == StoreErrorKind::NoSpace;
+                let is_short =
+                    |error: &blockstore::StoreError| error.kind == StoreErrorKind::NoSpace;
                 assert!(outcome.as_ref().err().is_none_or(is_short), "{outcome:?}");
             }
         };
@@ -54,6 +55,7 @@ async fn history(seed: u64) {
                 world.steps(count.min(5)).await;
                 let orderly = world.rng.random();
                 world.reopen(orderly).await;
+                passing.abort();
                 drop(passing.await);
             }
             _ => {
@@ -89,7 +91,7 @@ async fn what_is_in_use_stays_whatever_is_unmapped_beside_it() {
 /// A device on which each discard takes very long.
 fn slow(seed: u64) -> SimDevice {
     let options = SimOptions::new(48 * MIB, seed);
-    SimDevice::with_options(SimOptions { discard_yields_max: 2_000_000, ..options })
+    SimDevice::with_options(SimOptions { discard_yields_max: 100_000, ..options })
 }
 
 /// A store with much that was written and is free, and what is left of the disk.
@@ -210,7 +212,10 @@ async fn a_close_amid_an_unmapping_gives_nothing_back_too_early() {
         let held = world.store.in_unmapping();
         world.sim.set_reach(Reach::Hanging);
         world.store.close().await.expect_err("no answer");
-        assert_eq!(passing.await.expect("a task").expect_err("closed").kind, StoreErrorKind::Closing);
+        assert_eq!(
+            passing.await.expect("a task").expect_err("closed").kind,
+            StoreErrorKind::Closing
+        );
         world.reopen(false).await;
         let report = world.verify("after a close").await;
         let (data, metadata) = world.store.pooled();
@@ -308,8 +313,8 @@ async fn a_file_shrinks() {
     store.reclaimed().await;
     cycle(&store).await.expect("cycle");
     let unmapped = store.unmap(UnmapOptions::default()).await.expect("a pass");
-    assert!(full - size() >= unmapped.blocks * 4096, "{} of {full}: {unmapped:?}", size());
-    assert!(unmapped.blocks * 4096 >= 20 * MIB, "{unmapped:?}");
+    assert!(full - size() >= 20 * MIB, "{} of {full}: {unmapped:?}", size());
+    assert!(unmapped.failures == 0 && unmapped.blocks * 4096 >= 20 * MIB, "{unmapped:?}");
     store.close().await.expect("close");
     // What was unmapped is as good as before.
     let file = device::open(&path.to_string_lossy(), &OpenOptions::default()).await.expect("file");

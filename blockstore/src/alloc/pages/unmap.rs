@@ -38,7 +38,8 @@ pub(in crate::alloc) struct StaleFree {
 impl Pieces {
     /// The part of a run that consists of whole pieces, if that is worth a command.
     fn whole(&self, run: Run) -> Option<Run> {
-        let up = |gba: u64| gba + (self.unit - (gba + self.unit - self.offset) % self.unit) % self.unit;
+        let up =
+            |gba: u64| gba + (self.unit - (gba + self.unit - self.offset) % self.unit) % self.unit;
         let down = |gba: u64| gba - (gba + self.unit - self.offset) % self.unit;
         let (start, end) = (up(run.start.0), run.start.0 + run.blocks);
         if start >= end {
@@ -206,8 +207,7 @@ impl Pages {
         territory: &Territory,
         wanted: ExtentType,
     ) -> Result<bool> {
-        let is_idle =
-            |e: &Extent| e.kind != wanted && e.is_stale() && is_all_free(territory, e);
+        let is_idle = |e: &Extent| e.kind != wanted && e.is_stale() && is_all_free(territory, e);
         let idle = self.extents.iter().filter(|(_, extent)| is_idle(extent));
         let numbers: Vec<u32> = idle.map(|(&number, _)| number).collect();
         for number in numbers {

@@ -56,7 +56,8 @@ pub async fn compare_and_write(link: &Link, facts: &Facts) -> Result<bool, Failu
 /// Whether UNMAP is there: the target does not deny it in VPD page B2, and takes an empty list of ranges, which changes
 /// nothing.
 pub async fn unmap(link: &Link) -> Result<bool, Failure> {
-    let told = match call(link, Class::Query, scsi::inquiry_vpd(0xb2), vec![], scsi::VPD_LEN).await {
+    let told = match call(link, Class::Query, scsi::inquiry_vpd(0xb2), vec![], scsi::VPD_LEN).await
+    {
         Ok(Reply { data: Some(page), missing, .. }) => {
             scsi::parse_unmap_supported(&page[..page.len().saturating_sub(missing)])
         }

@@ -333,20 +333,18 @@ async fn a_file_shrinks() {
 #[test]
 fn blocks_given_out_too_early_are_found() {
     use blockstore::sabotage::{Bug, set};
-    std::panic::set_hook(Box::new(|_| {}));
-    let mut found = None;
-    for seed in 0..100 {
+    let hurts = |seed, bug| {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
         let runtime = runtime.expect("a runtime");
-        set(Some(Bug::GiveOutUnmapping));
+        set(bug);
         let outcome = std::panic::catch_unwind(|| runtime.block_on(history(seed)));
         set(None);
-        if outcome.is_err() {
-            found = Some(seed);
-            break;
-        }
-    }
+        outcome.is_err()
+    };
+    std::panic::set_hook(Box::new(|_| {}));
+    let finds = |seed: &u64| hurts(*seed, Some(Bug::GiveOutUnmapping)) && !hurts(*seed, None);
+    let found = (0..100).find(finds);
     drop(std::panic::take_hook());
     println!("GiveOutUnmapping: seed {found:?}");
     assert!(found.is_some(), "not found");

@@ -316,6 +316,9 @@ pub struct Status {
     /// Guests that were frozen for a snapshot and could not be thawed so far.
     #[serde(default)]
     pub frozen_guests: Vec<FrozenGuest>,
+    /// Free blocks of which the store's device is told.
+    #[serde(default)]
+    pub unmap: gc::UnmapStatus,
 }
 
 /// A guest that was frozen for a snapshot and has not said that it is thawed.

@@ -24,6 +24,9 @@ const GC_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// Bytes of metadata that a cycle reads in a second: little beside what guests ask of a SAN.
 const GC_RATE: u64 = 64 << 20;
 
+/// Bytes unmapped in a second: a command of 64 MiB, a few times.
+const GC_UNMAP_RATE: u64 = 512 << 20;
+
 /// Where sockets go if nothing else was said.
 pub const RUN_DIR_DEFAULT: &str = "/run/ballast";
 
@@ -109,6 +112,12 @@ pub struct AgentArgs {
     /// Most metadata that garbage collection reads in a second; 0: as much as it can [default: 64MiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     pub gc_rate: Option<u64>,
+    /// Tell the store's device of free blocks (UNMAP, hole punching), so that a thin one gives their space back [default: true]
+    #[arg(long, value_name = "BOOL")]
+    pub gc_unmap: Option<bool>,
+    /// Most free space that the device is told of in a second; 0: as much as it takes [default: 512MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub gc_unmap_rate: Option<u64>,
     /// Serve metrics for Prometheus at this address of the loopback device, like 127.0.0.1:9477
     #[arg(long, value_name = "ADDRESS", value_parser = crate::metrics::parse_address)]
     pub metrics_listen: Option<SocketAddr>,
@@ -152,6 +161,9 @@ struct GcSection {
     every: Option<Duration>,
     #[serde(default, deserialize_with = "rate")]
     rate: Option<u64>,
+    unmap: Option<bool>,
+    #[serde(default, deserialize_with = "rate")]
+    unmap_rate: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -254,6 +266,10 @@ pub struct AgentConfig {
     pub gc: Schedule,
     /// Bytes of metadata that a cycle reads in a second; 0: as many as it can.
     pub gc_rate: u64,
+    /// The device is told of free blocks.
+    pub gc_unmap: bool,
+    /// Bytes of them in a second; 0: as many as it takes.
+    pub gc_unmap_rate: u64,
     /// Where metrics are served by TCP, if anywhere; a loopback address.
     pub metrics_listen: Option<SocketAddr>,
 }
@@ -358,6 +374,8 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         flush_max_age: args.flush_max_age.or(file.flush.max_age),
         gc: Schedule { free_below, every: Some(every).filter(|every| !every.is_zero()) },
         gc_rate: args.gc_rate.or(file.gc.rate).unwrap_or(GC_RATE),
+        gc_unmap: args.gc_unmap.or(file.gc.unmap).unwrap_or(true),
+        gc_unmap_rate: args.gc_unmap_rate.or(file.gc.unmap_rate).unwrap_or(GC_UNMAP_RATE),
         metrics_listen: args.metrics_listen.or(file.metrics.listen),
     })
 }

@@ -41,6 +41,8 @@ const FULL: &str = r#"
     free_below = 10
     every = "1h"
     rate = "1MiB"
+    unmap = false
+    unmap_rate = "1GiB"
     [metrics]
     listen = "127.0.0.1:9477"
 "#;
@@ -72,6 +74,8 @@ fn a_file_alone_is_enough() {
         flush_max_age: Some(Duration::from_millis(500)),
         gc: Schedule { free_below: 10, every: Some(Duration::from_secs(3600)) },
         gc_rate: 1 << 20,
+        gc_unmap: false,
+        gc_unmap_rate: 1 << 30,
         metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 9477))),
     };
     assert_eq!(config, expected);
@@ -94,6 +98,7 @@ fn flags_alone_are_enough_and_defaults_are_safe() {
     assert_eq!((config.socket_owner, config.poll_us), ((None, None), 0));
     let day = Duration::from_secs(24 * 3600);
     assert_eq!(config.gc, Schedule { free_below: 20, every: Some(day) });
+    assert_eq!((config.gc_unmap, config.gc_unmap_rate), (true, 512 << 20));
     let never = AgentArgs { gc_every: Some(Duration::ZERO), gc_free_below: Some(0), ..minimal() };
     assert_eq!(load(never, "").unwrap().gc, Schedule { free_below: 0, every: None });
     refused(minimal(), "[gc]\nfree_below = 101\n", &["gc.free_below", "101"]);

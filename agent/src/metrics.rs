@@ -4,6 +4,7 @@
 //! A scrape takes one [`Status`] and writes it down; nothing is counted here. Names are only ever added. Sizes are bytes,
 //! times are seconds, shares go from 0 to 1. What is not known (no runway without writes) is left out.
 
+use crate::api::gc::UnmapStatus;
 use crate::api::snapshots::AttachedSnapshot;
 use crate::api::{Status, VdiInfo, VdiState};
 use crate::error::{Failure, Kind, Result};
@@ -29,6 +30,7 @@ type Value = Gauge<f64, AtomicU64>;
 pub fn render(status: &Status) -> Result<String> {
     let mut registry = Registry::with_prefix("ballast");
     of_host(&mut registry, status);
+    of_unmapping(&mut registry, &status.unmap);
     of_disks(&mut registry, &status.vdis);
     of_snapshots(&mut registry, &status.snapshots);
     let mut text = String::new();
@@ -98,7 +100,27 @@ fn of_host(registry: &mut Registry, status: &Status) {
         "Guests that were frozen for a snapshot and could not be thawed so far",
         Some(status.frozen_guests.len() as f64),
     );
+    gauge(
+        "unmap_supported",
+        "1 if the store's device can be told of free blocks",
+        status.unmap.supported.map(flag),
+    );
     gauge("degraded", "Things that are not as they should be", Some(status.degraded.len() as f64));
+}
+
+/// Free blocks of which the device is told.
+fn of_unmapping(registry: &mut Registry, unmap: &UnmapStatus) {
+    let mut counter = |name: &str, help: &str, value: u64| {
+        let counter: Counter = Counter::default();
+        counter.inc_by(value);
+        add(registry, name, help, counter);
+    };
+    counter(
+        "unmapped_bytes",
+        "Bytes of free blocks that the store's device was told of",
+        unmap.bytes,
+    );
+    counter("unmap_failures", "Times that it refused or broke off", unmap.failures);
 }
 
 fn of_disks(registry: &mut Registry, vdis: &[VdiInfo]) {
@@ -359,6 +381,13 @@ mod tests {
                 since: 5000,
                 why: "silent".into(),
             }],
+            unmap: UnmapStatus {
+                wanted: true,
+                supported: Some(true),
+                bytes: 1 << 30,
+                failures: 2,
+                ..UnmapStatus::default()
+            },
         }
     }
 
@@ -378,6 +407,9 @@ mod tests {
             "ballast_store_up 0.0",
             "ballast_runway_seconds 60.0",
             "ballast_degraded 1.0",
+            "ballast_unmap_supported 1.0",
+            "ballast_unmapped_bytes_total 1073741824",
+            "ballast_unmap_failures_total 2",
             "ballast_guests_frozen 1.0",
             "ballast_cache_legs 2.0",
             "ballast_cache_legs_in_step 1.0",

@@ -54,6 +54,7 @@ pub mod tree;
 pub mod types;
 pub mod vdi;
 
+pub use alloc::unmap::{UnmapOptions, Unmapped};
 pub use commit::publish::Prepared;
 pub use commit::{Batch, Change, Committed, Cut, SnapshotLabel};
 pub use error::{Result, StoreError, StoreErrorKind};

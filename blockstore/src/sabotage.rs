@@ -76,10 +76,12 @@ pub enum Bug {
     CollectTouched,
     /// Collection takes what older versions of a disk are still being read from.
     CollectUnderReaders,
+    /// Blocks are given out while the device is being told that they are free.
+    GiveOutUnmapping,
 }
 
 /// All of them.
-pub const ALL: [Bug; 35] = [
+pub const ALL: [Bug; 36] = [
     Bug::AckBeforeFlush,
     Bug::AckAcrossGap,
     Bug::SummaryBeforeFlush,
@@ -115,6 +117,7 @@ pub const ALL: [Bug; 35] = [
     Bug::CollectInFlight,
     Bug::CollectTouched,
     Bug::CollectUnderReaders,
+    Bug::GiveOutUnmapping,
 ];
 
 /// Whether this thread has the bug.

@@ -1,6 +1,7 @@
 //! A disk used one request at a time, on a SAN that can be cut: for tests that look at single answers.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,14 @@ impl San {
     pub fn rig(&self, cache_bytes: u64) -> Result<AgentRig> {
         let store = StoreSpec::url(self.target.url_through(self.relay.address()), STORE_BYTES);
         AgentRig::new(&store, cache_bytes)
+    }
+
+    /// Bytes of its disk that the file behind the LUN takes.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn bytes_taken(&self) -> Result<u64> {
+        Ok(std::fs::metadata(self.target.image())?.blocks() * 512)
     }
 
     /// Lets the relay fall silent.

@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use tests::agent_rig::AgentRig;
+use tests::agent_rig::{AgentRig, StoreSpec};
 use tests::single::{CHUNK, Disk, San, control, detach, until};
+use tests::targets::IstgtTarget;
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 8 * MIB;
@@ -143,5 +144,78 @@ fn cycles_that_are_killed_take_nothing_and_leave_nothing() -> Result<()> {
     rig.shut_down()?;
     let report = checked(&mut rig)?;
     ensure!(report["blocks_leaked"] == 0, "an orderly stop leaves no garbage: {report}");
+    Ok(())
+}
+
+/// A thin LUN gives back what a deleted disk took, while another disk is written, and what is left is what it was.
+#[test]
+fn the_device_gets_back_what_deleted_disks_took() -> Result<()> {
+    const BIG: u64 = 96 * MIB;
+    let san = San::new()?;
+    let mut rig = san.rig(256 * MIB)?;
+    rig.config().arguments = ["--gc-every", "0s", "--gc-unmap-rate", "0"].map(Into::into).to_vec();
+    rig.start()?;
+    control(&rig, "vdi create db --size 8MiB")?;
+    control(&rig, "vdi create big --size 96MiB")?;
+    let (kept, big) = (rig.agent()?.attach("db")?, rig.agent()?.attach("big")?);
+    let mut disk = Disk::connect(&mut rig, &kept)?;
+    let mut content = write_all(&mut disk, 1)?;
+    let mut gone = Disk::connect(&mut rig, &big)?;
+    for at in (0..BIG).step_by(CHUNK) {
+        gone.write(at, 0x77)?;
+    }
+    rig.agent()?.drain()?;
+    let full = san.bytes_taken()?;
+    ensure!(full >= BIG, "{full} bytes are taken");
+    drop(gone);
+    until(&rig, "disconnected", |status| {
+        let vdis = status["vdis"].as_array().into_iter().flatten();
+        vdis.filter(|vdi| vdi["name"] == "big").all(|vdi| vdi["front_end_connected"] == false)
+    })?;
+    control(&rig, "vdi detach big")?;
+    control(&rig, "vdi delete big")?;
+    control(&rig, "gc run --wait")?;
+    // Guests go on meanwhile; what they write is given blocks that were just unmapped.
+    for (at, byte) in (0..MIB).step_by(CHUNK).zip(2..) {
+        disk.write(at, byte)?;
+        content.insert(at, byte);
+    }
+    rig.agent()?.drain()?;
+    // The store keeps some of the blocks at hand.
+    let given_back = BIG - 24 * MIB;
+    until(&rig, "unmapped", |status| {
+        status["unmap"]["bytes"].as_u64() >= Some(given_back) && status["unmap"]["running"] == false
+    })?;
+    let unmap = &control(&rig, "gc status")?["unmap"];
+    ensure!(unmap["wanted"] == true && unmap["supported"] == true, "{unmap}");
+    ensure!(unmap["failures"] == 0 && unmap["last_failure"].is_null(), "{unmap}");
+    let left = san.bytes_taken()?;
+    ensure!(left + given_back <= full + 2 * MIB, "{left} of {full} bytes are taken still");
+    ensure_same(&rig, "db", &content)?;
+    drop(disk);
+    until(&rig, "disconnected", |status| status["vdis"][0]["front_end_connected"] == false)?;
+    control(&rig, "vdi detach db")?;
+    rig.shut_down()?;
+    let report = checked(&mut rig)?;
+    ensure!(report["blocks_leaked"] == 0, "{report}");
+    Ok(())
+}
+
+/// A target without UNMAP is sent none, and that is said once.
+#[test]
+fn a_target_without_unmap_is_left_alone() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let target = IstgtTarget::start(dir.path(), 256 * MIB)?;
+    let mut rig = AgentRig::new(&StoreSpec::url(target.url(), 256 * MIB), 64 * MIB)?;
+    rig.start()?;
+    for _ in 0..3 {
+        control(&rig, "gc run --wait")?;
+    }
+    let unmap = &control(&rig, "gc status")?["unmap"];
+    ensure!(unmap["wanted"] == true && unmap["supported"] == false, "{unmap}");
+    ensure!(unmap["runs"] == 0 && unmap["failures"] == 0, "{unmap}");
+    let said = rig.log_tail().matches("free blocks are not unmapped").count();
+    ensure!(said == 1, "said {said} times");
+    rig.shut_down()?;
     Ok(())
 }

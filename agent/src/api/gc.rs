@@ -19,10 +19,34 @@ pub struct GcStatus {
     pub every: Option<u64>,
     /// Most bytes of metadata that a cycle reads in a second; 0: as many as it can.
     pub rate: u64,
+    /// Free blocks of which the device is told.
+    #[serde(default)]
+    pub unmap: UnmapStatus,
     /// What the store can hold, bytes; none: not looked at yet.
     pub capacity: Option<u64>,
     /// Bytes of that which are free, when it was looked at last.
     pub free: Option<u64>,
+}
+
+/// What the device is told of free blocks, so that a thin one gives their space back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnmapStatus {
+    /// `[gc] unmap`.
+    pub wanted: bool,
+    /// False: the device has no UNMAP, and cannot punch holes. None: it was not asked yet.
+    pub supported: Option<bool>,
+    /// A pass over the free blocks is under way.
+    pub running: bool,
+    /// Bytes unmapped since the agent's start.
+    pub bytes: u64,
+    /// In so many pieces.
+    pub runs: u64,
+    /// Times that the device refused, or that nobody knows what it did.
+    pub failures: u64,
+    /// What the last of those said.
+    pub last_failure: Option<String>,
+    /// Most bytes in a second; 0: as many as the device takes.
+    pub rate: u64,
 }
 
 /// A cycle under way.

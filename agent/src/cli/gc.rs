@@ -3,7 +3,7 @@
 //! The agent collects by itself: a command that is interrupted leaves the cycle going on.
 
 use super::output::{Output, fields};
-use crate::api::gc::{GcEnded, GcStatus};
+use crate::api::gc::{GcEnded, GcStatus, UnmapStatus};
 use crate::control::client::Client;
 use crate::error::{Failure, Kind, Result};
 use crate::units::{format_ms, format_size};
@@ -98,6 +98,24 @@ fn outcome(ended: &GcEnded) -> String {
     }
 }
 
+fn unmapped(unmap: &UnmapStatus) -> String {
+    let mut words = match (unmap.wanted, unmap.supported) {
+        (false, _) => return "no: [gc] unmap is false".into(),
+        (true, Some(false)) => {
+            "no: the device has neither UNMAP nor a way to punch holes; free space stays taken there"
+                .to_owned()
+        }
+        (true, _) => format!("{} since the start", format_size(unmap.bytes)),
+    };
+    if unmap.running {
+        words.push_str(", going on");
+    }
+    if let Some(failure) = &unmap.last_failure {
+        words.push_str(&format!("; failed {} times, last: {failure}", unmap.failures));
+    }
+    words
+}
+
 fn table(status: &GcStatus) -> String {
     let now = status.running.as_ref().map_or("idle".into(), |running| {
         let (phase, nodes) = (running.phase.as_str(), running.nodes);
@@ -124,6 +142,7 @@ fn table(status: &GcStatus) -> String {
             format!("{} cycles gave back {}", status.cycles, format_size(status.reclaimed)),
         ),
         ("space", space),
+        ("unmapped", unmapped(&status.unmap)),
         ("begins", if when.is_empty() { "only when told".into() } else { when.join(", or ") }),
     ])
 }

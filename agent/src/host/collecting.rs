@@ -1,12 +1,14 @@
 //! Garbage collection by itself and on request: one cycle at a time, of the store that this host has open.
 //!
+//! After each cycle, and now and then, the store's device is told of free blocks.
+//!
 //! A cycle that fails (the store went away, the space in quarantine was needed) leaves nothing half done: the next begins anew.
 
 use super::{AbortOnDrop, Host};
-use crate::api::gc::{GcEnded, GcPhase, GcRunning, GcStatus};
+use crate::api::gc::{GcEnded, GcPhase, GcRunning, GcStatus, UnmapStatus};
 use crate::error::{Failure, Kind, Result};
 use blockstore::types::BLOCK_SIZE;
-use blockstore::{Space, Store};
+use blockstore::{Space, Store, UnmapOptions};
 use gc::schedule::{Schedule, Situation};
 use gc::{CollectOptions, Collected, Progress, collect};
 use parking_lot::Mutex;
@@ -18,6 +20,8 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often the store's bitmaps, 32 MiB per TiB, are read to see how much is free: per so many blocks (1 TiB), at least.
 const LOOK: Duration = Duration::from_secs(60);
 const LOOK_BLOCKS: u64 = 1 << 28;
+/// How often the device is told of what was freed without a cycle.
+const UNMAP_EVERY: Duration = Duration::from_secs(600);
 
 /// What is known of collection since the agent's start.
 #[derive(Debug, Default)]
@@ -36,6 +40,12 @@ struct State {
     cycles: u64,
     reclaimed: u64,
     space: Option<(Instant, Space)>,
+    /// The device is being told of free blocks.
+    unmapping: bool,
+    /// When that began last; at first, when it might have.
+    unmapped: Option<Instant>,
+    /// A cycle has ended since.
+    unmap_due: bool,
 }
 
 #[derive(Debug)]
@@ -84,9 +94,54 @@ impl Host {
             free_below: config.gc.free_below,
             every: config.gc.every.map(|every| every.as_millis() as u64),
             rate: config.gc_rate,
+            unmap: self.unmap_status_of(state.unmapping),
             capacity: state.space.map(|(_, space)| bytes(space.blocks)),
             free: state.space.map(|(_, space)| bytes(space.free)),
         }
+    }
+
+    /// What the device was told of free blocks.
+    #[must_use]
+    pub fn unmap_status(&self) -> UnmapStatus {
+        let running = self.collecting.state.lock().unmapping;
+        self.unmap_status_of(running)
+    }
+
+    fn unmap_status_of(&self, running: bool) -> UnmapStatus {
+        let config = &self.parts.config;
+        let opened = self.parts.store.opened();
+        let done = opened.map(|store| store.unmapped());
+        let supported = done.as_ref().filter(|_| config.gc_unmap).map(|done| !done.unsupported);
+        let done = done.unwrap_or_default();
+        UnmapStatus {
+            wanted: config.gc_unmap,
+            supported,
+            running,
+            bytes: bytes(done.blocks),
+            runs: done.runs,
+            failures: done.failures,
+            last_failure: done.last_failure,
+            rate: config.gc_unmap_rate,
+        }
+    }
+
+    fn begin_unmapping(self: &Arc<Self>, store: Arc<Store>) {
+        let host = Arc::downgrade(self);
+        let rate = Some(self.parts.config.gc_unmap_rate).filter(|rate| *rate > 0);
+        self.spawn(async move {
+            // A task of its own, so that a panic in it is one failed pass.
+            let options = UnmapOptions { rate, run_min: None };
+            let pass = async move { store.unmap(options).await };
+            let mut pass = AbortOnDrop(tokio::spawn(pass));
+            match (&mut pass.0).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::warn!("unmapping free blocks: {error}"),
+                Err(panic) => tracing::error!("unmapping free blocks: {panic}"),
+            }
+            if let Some(host) = host.upgrade() {
+                host.collecting.state.lock().unmapping = false;
+            }
+        });
     }
 
     fn begin_cycle(self: &Arc<Self>, store: Arc<Store>) {
@@ -156,6 +211,7 @@ impl Collecting {
             }
         }
         state.last = Some(ended);
+        state.unmap_due = true;
         if let Some(space) = space {
             state.space = Some((Instant::now(), space));
         }
@@ -166,6 +222,20 @@ impl Collecting {
         self.state.lock().space.is_none_or(|(at, space)| {
             at.elapsed() >= LOOK * (space.blocks / LOOK_BLOCKS).clamp(1, 1440) as u32
         })
+    }
+
+    /// True, and a pass is under way from then on, if the device is to be told of free blocks now. Not beside a cycle: it would leave
+    /// out extents that the pass takes up.
+    fn begins_unmapping(&self) -> bool {
+        let mut state = self.state.lock();
+        let now = Instant::now();
+        let since = now - *state.unmapped.get_or_insert(now);
+        if state.unmapping || state.running.is_some() || !(state.unmap_due || since >= UNMAP_EVERY)
+        {
+            return false;
+        }
+        (state.unmapping, state.unmap_due, state.unmapped) = (true, false, Some(now));
+        true
     }
 
     fn is_due(&self, schedule: &Schedule, waiting: bool) -> bool {
@@ -202,7 +272,10 @@ pub(super) async fn by_itself(host: Weak<Host>) {
             collecting.state.lock().space = Some((Instant::now(), space));
         }
         if collecting.is_due(&host.parts.config.gc, health.waiting_for_space > 0) {
-            host.begin_cycle(store);
+            host.begin_cycle(Arc::clone(&store));
+        }
+        if host.parts.config.gc_unmap && collecting.begins_unmapping() {
+            host.begin_unmapping(store);
         }
     }
 }

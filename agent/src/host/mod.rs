@@ -130,6 +130,7 @@ impl Host {
                 take_over_host: config.take_over_host,
                 node_cache_bytes: config.node_memory,
                 holds: Arc::clone(&holds),
+                unmap: config.gc_unmap,
                 ..OpenOptions::default()
             },
             cache: Arc::clone(&cache),

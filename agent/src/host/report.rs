@@ -75,6 +75,7 @@ impl Host {
             outlook,
             degraded,
             frozen_guests,
+            unmap: self.unmap_status(),
         }
     }
 

@@ -100,6 +100,7 @@ impl Allocator {
         if sabotage::on(Bug::CollectInFlight) {
             touched.clear();
         }
+        touched |= &pools.unmapping;
         for run in pools.data.runs().chain(pools.metadata.runs()) {
             touched.insert_range(run.start.0..run.start.0 + run.blocks);
         }

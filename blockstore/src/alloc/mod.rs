@@ -4,12 +4,14 @@
 //!
 //! ```text
 //! free in the BMap ──claim (page written, flushed)──► in the pool ──allocate──► in use
-//!        ▲                                              │  ▲                       │
-//!        └────────────release (page written)────────────┘  └─────────free──────────┘
+//!    │    ▲  ▲                                          │  ▲                       │
+//!    │    │  └──────────release (page written)──────────┘  └─────────free──────────┘
+//!    │    └──give back, once the device has answered (page written)──┐
+//!    └───────claim (page written, flushed)────────────────────────► being unmapped
 //! ```
 //! Invariants:
 //! * INV-ALLOC-1: a block is given out only after its BMap bit is durably set.
-//! * INV-ALLOC-2: a block is in at most one place: clear in the BMap, in the pool, or in use.
+//! * INV-ALLOC-2: a block is in at most one place: clear in the BMap, in the pool, in use, or being unmapped.
 //! * INV-ALLOC-3: data and metadata blocks come from different extents.
 //! * INV-ALLOC-4: normal allocations leave a reserve of metadata blocks to those that free space.
 //!
@@ -22,10 +24,12 @@ mod cycle;
 mod pages;
 #[cfg(test)]
 mod tests;
+pub mod unmap;
 
 use crate::alloc::cycle::Cycle;
 use crate::alloc::pages::Pages;
 use crate::alloc::runs::{FreeRuns, Run, merge};
+use crate::alloc::unmap::Unmapping;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::extent::{ExtentRecord, ExtentType};
 use crate::format::geometry::Geometry;
@@ -90,6 +94,7 @@ pub struct Allocator {
     freed: Notify,
     /// Rung when the pool is low or overfull.
     housekeeping: Notify,
+    unmapping: Unmapping,
 }
 
 #[derive(Debug, Default)]
@@ -98,6 +103,8 @@ struct Pools {
     metadata: FreeRuns,
     /// Allocated for a head that is not durable yet, or cut off with a write of unknown outcome.
     in_flight: RoaringTreemap,
+    /// Claimed so that the device can be told that they are free, until it has answered.
+    unmapping: RoaringTreemap,
     /// The cycle of collection that this host has acknowledged.
     cycle: Option<Cycle>,
 }
@@ -131,6 +138,7 @@ impl Allocator {
             pages: tokio::sync::Mutex::new(pages),
             freed: Notify::new(),
             housekeeping: Notify::new(),
+            unmapping: Unmapping::default(),
         };
         allocator.ensure_metadata(io).await?;
         Ok(allocator)

@@ -5,6 +5,7 @@
 //! record (ready), flush. A crash in between leaves an unready extent, whose owner starts again.
 
 mod apply;
+mod unmap;
 
 use crate::alloc::Territory;
 use crate::alloc::runs::Run;
@@ -18,6 +19,9 @@ use crate::slot::{Content, Slot, Swap, View};
 use crate::types::{BLOCK_SIZE, Gba};
 use bytes::Bytes;
 use std::collections::BTreeMap;
+use std::ops::Range;
+
+pub(super) use unmap::Pieces;
 
 /// Pages kept in memory between operations.
 const LOADED_MAX: usize = 64;
@@ -35,6 +39,8 @@ pub(super) struct Pages {
     /// Where the search for free blocks goes on, so that a disk's blocks lie in order.
     data_cursor: (u32, u32),
     metadata_cursor: (u32, u32),
+    /// The device is told of free blocks: an extent is given up only after that.
+    unmaps: bool,
 }
 
 #[derive(Debug)]
@@ -45,6 +51,8 @@ struct Extent {
     taken_up: bool,
     /// Clear bits of each page, where known.
     free: Vec<Option<u64>>,
+    /// Bits of each page between which some were cleared since the device was told; empty: none.
+    stale: Vec<Range<u64>>,
 }
 
 impl Extent {
@@ -66,6 +74,7 @@ impl Pages {
             catalogue: Vec::with_capacity(catalogue.len()),
             data_cursor: (0, 0),
             metadata_cursor: (0, 0),
+            unmaps: false,
         };
         for (number, view) in (0..).zip(catalogue) {
             let kind = match &view.content {
@@ -93,9 +102,11 @@ impl Pages {
         view: View<ExtentRecord>,
     ) {
         let free = vec![None; territory.geometry.bmap_pages() as usize];
+        // What was told before this incarnation is not known.
+        let stale = vec![0..PAGE_BITS; free.len()];
         let taken_up =
             view.record().is_some_and(|r| r.ready && r.owner_generation == territory.generation);
-        self.extents.insert(number, Extent { kind, view, taken_up, free });
+        self.extents.insert(number, Extent { kind, view, taken_up, free, stale });
     }
 
     pub(super) fn owned_extents(&self) -> impl Iterator<Item = (u32, ExtentType)> + '_ {
@@ -343,10 +354,8 @@ impl Pages {
                 let (extent, page, bit) = place(territory, gba);
                 if let Some(content) = self.loaded.get_mut(&(extent, page)) {
                     content.set(bit, false);
-                    if let Some(owned) = self.extents.get_mut(&extent)
-                        && let Some(free) = owned.free[page as usize].as_mut()
-                    {
-                        *free += 1;
+                    if let Some(owned) = self.extents.get_mut(&extent) {
+                        owned.note_freed(page, bit);
                     }
                 }
             }
@@ -418,7 +427,7 @@ impl Pages {
         let Some(extent) = self.extents.get(&number) else { return Ok(()) };
         let known: Option<u64> = extent.free.iter().copied().sum();
         let all = territory.geometry.extent_blocks - territory.geometry.extent_overhead();
-        if same_kind < 2 || known != Some(all) {
+        if same_kind < 2 || known != Some(all) || (self.unmaps && extent.is_stale()) {
             return Ok(());
         }
         let unused = ExtentRecord {
@@ -464,10 +473,14 @@ impl Pages {
                 .filter(|(_, k)| **k == ExtentType::Unused)
                 .map(|(number, _)| number)
                 .collect();
-            let Some(&number) = unused.first() else { return Ok(false) };
-            if kind == ExtentType::Data && unused.len() as u64 <= self.kept_for_metadata() {
+            let kept = if kind == ExtentType::Data { self.kept_for_metadata() } else { 0 };
+            let Some(&number) = unused.first().filter(|_| unused.len() as u64 > kept) else {
+                // One that only waits for the device to be told is needed now.
+                if self.give_up_unmapped(io, territory, kind).await? {
+                    continue;
+                }
                 return Ok(false);
-            }
+            };
             let slot = Slot { first: territory.geometry.extent_slot(number), paired: false };
             let view: View<ExtentRecord> = territory.records.read(io, slot).await?;
             let free = match &view.content {
@@ -490,6 +503,10 @@ impl Pages {
             self.catalogue[number as usize] = kind;
             if let Swap::Done(view) = territory.records.swap(io, &view, record).await? {
                 self.adopt(territory, number, kind, view);
+                if let Some(extent) = self.extents.get_mut(&number) {
+                    // What former owners left is theirs to tell, or nobody's.
+                    extent.stale.fill(0..0);
+                }
                 self.set_up(io, territory, number).await?;
                 return Ok(true);
             }

@@ -114,6 +114,8 @@ impl FileDevice {
             logical_block: opened.logical_block,
             compare_and_write: opened.caw.is_some(),
             discard: opened.discard,
+            discard_granularity: opened.discard_granularity,
+            discard_alignment: opened.discard_alignment,
         };
         let no_thread = |e: io::Error| {
             let message = format!(

@@ -37,6 +37,11 @@ pub struct DeviceInfo {
     pub compare_and_write: bool,
     /// Discard (hole punching, UNMAP) was tried or is promised by the backend.
     pub discard: bool,
+    /// Bytes that a discard gives back together, a multiple of 4096: a smaller one, or the ends of one that is not aligned to
+    /// it, may do nothing.
+    pub discard_granularity: u64,
+    /// Bytes from the device's start to where the first such piece begins, below the granularity.
+    pub discard_alignment: u64,
 }
 
 /// Outcome of a compare-and-write that the device carried out.

@@ -86,6 +86,8 @@ impl SimDevice {
             logical_block: options.logical_block,
             compare_and_write: options.compare_and_write,
             discard: options.discard,
+            discard_granularity: options.discard_granularity,
+            discard_alignment: 0,
         });
         Self { target, session, reach, info }
     }
@@ -269,9 +271,13 @@ impl SimDevice {
     }
 
     async fn attempt(&self, action: Action) -> Result<Reply, Failure> {
+        let kind = action.kind();
         let fate = self.target.state.lock().begin(self.session, &action);
         let flight = self.take_off(action).await?;
         flight.delay().await;
+        if kind == OpKind::Discard {
+            flight.linger().await;
+        }
         let reply = {
             let mut state = self.target.state.lock();
             state.carry_out(flight.id, fate, &self.target.options)?
@@ -310,8 +316,16 @@ struct Flight<'a> {
 impl Flight<'_> {
     /// Yields a seeded number of times, and for as long as the target hangs.
     async fn delay(&self) {
+        self.yield_up_to(self.device.target.options.yields_max).await;
+    }
+
+    /// What a discard takes longer.
+    async fn linger(&self) {
+        self.yield_up_to(self.device.target.options.discard_yields_max).await;
+    }
+
+    async fn yield_up_to(&self, yields_max: u32) {
         let target = &self.device.target;
-        let yields_max = target.options.yields_max;
         let yields = target.state.lock().media.rng.random_range(0..=yields_max);
         for _ in 0..yields {
             tokio::task::yield_now().await;

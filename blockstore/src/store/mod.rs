@@ -29,6 +29,7 @@ pub use snapshots::Thinned;
 pub use verify::{Cure, Fix, TableProblem};
 
 use crate::alloc::Allocator;
+use crate::alloc::unmap::{UnmapOptions, Unmapped};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::extent::ExtentRecord;
 use crate::format::geometry::Geometry;
@@ -164,6 +165,29 @@ impl Store {
         self.core.allocator().map_or(0, |allocator| allocator.in_flight())
     }
 
+    /// Tells the device of the free blocks of this host's extents, all of which are its own to use and none of which it gives out
+    /// meanwhile; returns what became of that since the store was opened. Dropped, it ends after what it has begun.
+    ///
+    /// # Errors
+    /// `ReadOnly`, `Closing`, those of bitmaps and records. That the device refuses is counted, and is none.
+    pub async fn unmap(&self, options: UnmapOptions) -> Result<Unmapped> {
+        let allocator = self.core.allocator()?;
+        allocator.unmap(&self.core.io, options).await?;
+        Ok(allocator.unmapped())
+    }
+
+    /// What became of unmapping so far.
+    #[must_use]
+    pub fn unmapped(&self) -> Unmapped {
+        self.core.allocator().map_or_else(|_| Unmapped::default(), |allocator| allocator.unmapped())
+    }
+
+    /// Blocks that are claimed only until the device has answered that it unmapped them.
+    #[must_use]
+    pub fn in_unmapping(&self) -> u64 {
+        self.core.allocator().map_or(0, |allocator| allocator.in_unmapping())
+    }
+
     /// Every slot of the VDI registry that was ever used, by slot number.
     ///
     /// # Errors
@@ -292,6 +316,7 @@ impl Store {
     }
 
     async fn say_goodbye(self: &Arc<Self>) -> Result<()> {
+        self.core.allocator()?.stop_unmapping(&self.core.io).await;
         self.core.writer()?.reclaimer.release_claims(&self.core.io).await?;
         self.update_host(|record| {
             record.state = HostState::Down;

@@ -52,6 +52,8 @@ pub struct OpenOptions {
     pub node_cache_bytes: usize,
     /// How long opening and control operations wait for a device that does not answer.
     pub control_timeout: Duration,
+    /// The device is told of free blocks ([`Store::unmap`]): extents are given up only after that.
+    pub unmap: bool,
     /// Snapshots that are not to be deleted while somebody reads them.
     pub holds: Arc<SnapshotHolds>,
 }
@@ -67,6 +69,7 @@ impl Default for OpenOptions {
             take_over_host: None,
             node_cache_bytes: 32 << 20,
             control_timeout: Duration::from_secs(10),
+            unmap: false,
             holds: Arc::default(),
         }
     }
@@ -146,6 +149,9 @@ async fn join(core: &Core, io: &Io, options: &OpenOptions) -> Result<Writer> {
     };
     let catalogue = scan_extents(io, &core.records, geometry).await?;
     let allocator = Arc::new(Allocator::open(io, territory, catalogue).await?);
+    if options.unmap {
+        allocator.keep_unmapped(io, true).await;
+    }
     Ok(Writer { host: options.host_uuid, generation, reclaimer: Reclaimer::new(allocator) })
 }
 

@@ -1,8 +1,8 @@
 //! Death at every device operation of a workload that collects beside its commits.
 
 use crate::world::{
-    Content, MIB, World, apply, cycle, head_of, host, list, open, read, settle, with_snapshot,
-    write,
+    Content, MIB, World, apply, cycle, head_of, host, list, open, open_to_unmap, read, settle,
+    unmap, with_snapshot, write,
 };
 use blockstore::device::sim::SimDevice;
 use blockstore::types::{Lba, Lsn};
@@ -30,8 +30,8 @@ fn changes(lsn: u64) -> Vec<Change> {
     }
 }
 
-async fn workload(sim: &SimDevice, history: &RefCell<History>) {
-    let store = open(sim).await;
+async fn workload(sim: &SimDevice, history: &RefCell<History>, unmaps: bool) {
+    let store = if unmaps { open_to_unmap(sim).await } else { open(sim).await };
     store.create_vdi("d", 16 * MIB).await.expect("create");
     let vdi = World::attach(&store, "d").await;
     for lsn in 1..=12u64 {
@@ -47,6 +47,10 @@ async fn workload(sim: &SimDevice, history: &RefCell<History>) {
             let (committed, collected) = tokio::join!(commit, cycle(&store));
             committed.expect("commit");
             collected.expect("cycle");
+        } else if unmaps && lsn % 3 == 1 {
+            let (committed, unmapped) = tokio::join!(commit, unmap(&store));
+            committed.expect("commit");
+            unmapped.expect("a pass");
         } else {
             commit.await.expect("commit");
         }
@@ -131,13 +135,13 @@ async fn until_death(sim: &SimDevice, work: impl Future<Output = ()>) -> bool {
 }
 
 /// One death, after operation `n`; false if the workload ended before it.
-async fn die_at(n: u64, seed: u64, power_loss: bool) -> bool {
+async fn die_at(n: u64, seed: u64, power_loss: bool, unmaps: bool) -> bool {
     let sim = SimDevice::new(32 * MIB, seed + n);
     Store::format(sim.device(), FormatOptions::default()).await.expect("format");
     let session = sim.connect();
     session.crash_after(n);
     let history = RefCell::new(History::default());
-    let died = until_death(&session, workload(&session, &history)).await;
+    let died = until_death(&session, workload(&session, &history, unmaps)).await;
     let end = |session: &SimDevice| {
         if power_loss { session.crash() } else { session.kill_host() }
     };
@@ -155,12 +159,12 @@ async fn die_at(n: u64, seed: u64, power_loss: bool) -> bool {
     died
 }
 
-fn die_everywhere(seed: u64, power_loss: bool) {
+fn die_everywhere(seed: u64, power_loss: bool, unmaps: bool) {
     for n in 0.. {
         // One each: what a death leaves running ends with it.
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-        if !runtime.expect("a runtime").block_on(die_at(n, seed, power_loss)) {
+        if !runtime.expect("a runtime").block_on(die_at(n, seed, power_loss, unmaps)) {
             assert!(n > 150, "the workload has {n} operations");
             return;
         }
@@ -169,10 +173,20 @@ fn die_everywhere(seed: u64, power_loss: bool) {
 
 #[test]
 fn power_loss_at_every_operation() {
-    die_everywhere(10_000, true);
+    die_everywhere(10_000, true, false);
 }
 
 #[test]
 fn death_of_the_process_at_every_operation() {
-    die_everywhere(20_000, false);
+    die_everywhere(20_000, false, false);
+}
+
+#[test]
+fn power_loss_at_every_operation_of_one_that_unmaps() {
+    die_everywhere(30_000, true, true);
+}
+
+#[test]
+fn death_of_the_process_at_every_operation_of_one_that_unmaps() {
+    die_everywhere(40_000, false, true);
 }

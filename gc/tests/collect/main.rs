@@ -5,6 +5,7 @@
 
 mod death;
 mod rules;
+mod unmapping;
 mod world;
 
 use rand::Rng;

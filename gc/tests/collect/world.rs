@@ -8,8 +8,8 @@ use blockstore::snapshots::Page;
 use blockstore::tree::Extents;
 use blockstore::types::{Lba, Lsn};
 use blockstore::{
-    AttachOptions, Batch, Change, Cut, FormatOptions, OpenOptions, SnapshotLabel, Store, Vdi,
-    WhenOffline,
+    AttachOptions, Batch, Change, Cut, FormatOptions, OpenOptions, SnapshotLabel, Store,
+    UnmapOptions, Vdi, WhenOffline,
 };
 use bytes::Bytes;
 use gc::{CheckOptions, CollectOptions, Collected, Progress, Report, check, collect};
@@ -33,6 +33,17 @@ pub fn host() -> OpenOptions {
 
 pub async fn open(sim: &SimDevice) -> Arc<Store> {
     Store::open(sim.device(), host()).await.expect("open")
+}
+
+/// As [`open`]; extents are given up only after the device was told of them.
+pub async fn open_to_unmap(sim: &SimDevice) -> Arc<Store> {
+    let options = OpenOptions { unmap: true, ..host() };
+    Store::open(sim.device(), options).await.expect("open")
+}
+
+/// Tells the device of all free blocks that it was not told of, in runs of 16 KiB or more.
+pub async fn unmap(store: &Store) -> blockstore::Result<blockstore::Unmapped> {
+    store.unmap(UnmapOptions { rate: None, run_min: Some(4) }).await
 }
 
 /// A block that says what it is.
@@ -85,17 +96,22 @@ pub struct World {
     pub store: Arc<Store>,
     pub disks: BTreeMap<String, Disk>,
     pub rng: StdRng,
+    /// The device is told of free blocks.
+    pub unmaps: bool,
     version: u64,
     names: u64,
 }
 
 impl World {
     pub async fn new(seed: u64) -> Self {
-        let sim = SimDevice::new(48 * MIB, seed);
+        Self::on(SimDevice::new(48 * MIB, seed), seed, false).await
+    }
+
+    pub async fn on(sim: SimDevice, seed: u64, unmaps: bool) -> Self {
         Store::format(sim.device(), FormatOptions::default()).await.expect("format");
-        let store = open(&sim).await;
+        let store = if unmaps { open_to_unmap(&sim).await } else { open(&sim).await };
         let (disks, rng) = (BTreeMap::new(), StdRng::seed_from_u64(seed));
-        Self { sim, store, disks, rng, version: 0, names: 0 }
+        Self { sim, store, disks, rng, unmaps, version: 0, names: 0 }
     }
 
     pub async fn attach(store: &Arc<Store>, name: &str) -> Arc<Vdi> {
@@ -223,7 +239,8 @@ impl World {
             self.sim.kill_host();
         }
         self.sim = self.sim.connect();
-        self.store = open(&self.sim).await;
+        self.store =
+            if self.unmaps { open_to_unmap(&self.sim).await } else { open(&self.sim).await };
         for (name, disk) in &mut self.disks {
             disk.vdi = Self::attach(&self.store, name).await;
         }

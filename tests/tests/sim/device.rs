@@ -18,6 +18,8 @@ use std::time::Duration;
 
 /// Milliseconds: long enough for what is read to be changed, committed and forgotten before the reply.
 const LATE_READ_MS: u64 = 4_000;
+/// How long a discard takes at most, beside what all operations do.
+const DISCARD_MS: u64 = 300;
 
 /// How slow a device is. Shared with whoever changes it.
 #[derive(Debug, Default)]
@@ -187,8 +189,12 @@ impl BlockDevice for Timed {
 
     async fn discard(&self, offset: u64, len: u64) -> Result<(), DeviceError> {
         self.wait().await;
+        // Targets take long over one.
+        let ms = self.rng.lock().random_range(0..=DISCARD_MS);
+        tokio::time::sleep(Duration::from_millis(ms)).await;
         let result = self.sim.discard(offset, len).await;
         self.note(4, offset, len, &result);
+        self.wait().await;
         result
     }
 

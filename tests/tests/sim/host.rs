@@ -286,6 +286,8 @@ pub struct Agent {
     damaged: Option<SimDevice>,
     /// There was damage without a second copy, on whatever device.
     pub may_have_lost: bool,
+    /// The store's device is told of free blocks.
+    pub unmaps: bool,
 }
 
 impl Agent {
@@ -311,7 +313,8 @@ impl Agent {
         let damaged = world.legs.may_have_lost().then(|| world.legs.victim_sim().clone());
         let models = world.models.clone();
         let (store, vdis) = (Mutex::default(), Mutex::default());
-        Ok(Self { cache, san, store, vdis, models, legs, damaged, may_have_lost })
+        let unmaps = world.profile.unmaps;
+        Ok(Self { cache, san, store, vdis, models, legs, damaged, may_have_lost, unmaps })
     }
 
     /// Waits for the store.
@@ -319,6 +322,7 @@ impl Agent {
         let host = OpenOptions {
             host_uuid: self.cache.identity().await.host,
             host_name: "host".into(),
+            unmap: self.unmaps,
             ..OpenOptions::default()
         };
         let store = loop {

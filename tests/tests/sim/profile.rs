@@ -49,6 +49,8 @@ pub struct Profile {
     pub cuts: bool,
     /// Garbage is collected, one cycle after the other.
     pub collects: bool,
+    /// The store's device is told of free blocks after cycles, and beside them.
+    pub unmaps: bool,
 }
 
 /// What most goes on in a run: a rare bug needs much of one kind of trouble rather than a little of each.
@@ -172,6 +174,7 @@ impl Profile {
             looks_ahead: rng.random_bool(0.3),
             cuts: false,
             collects: false,
+            unmaps: false,
         }
     }
 }

@@ -126,7 +126,8 @@ impl World {
         let cuts = cut_rng.random_bool(0.4);
         let mut collect_rng = SmallRng::seed_from_u64(seed ^ 0x6c);
         let collects = collect_rng.random_bool(0.5);
-        let profile = Profile { cuts, collects, ..Profile::draw(&mut rng) };
+        let unmaps = collects && SmallRng::seed_from_u64(seed ^ 0x0a9).random_bool(0.5);
+        let profile = Profile { cuts, collects, unmaps, ..Profile::draw(&mut rng) };
         let legs = Legs::new(profile.legs, CACHE_BYTES, profile.rots, &mut rng);
         let logical_block = if rng.random_bool(0.8) { 512 } else { 4096 };
         let options = SimOptions {

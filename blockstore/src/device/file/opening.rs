@@ -29,6 +29,9 @@ pub(super) struct Opened {
     /// What a buffer's address must be a multiple of.
     pub(super) memory_align: usize,
     pub(super) discard: bool,
+    /// As in [`DeviceInfo`](crate::device::DeviceInfo).
+    pub(super) discard_granularity: u64,
+    pub(super) discard_alignment: u64,
     /// How to compare and write; None: this device cannot, or was opened to read only.
     pub(super) caw: Option<CawMethod>,
 }
@@ -179,8 +182,19 @@ fn file_facts(
     let discard = !options.read_only && punches_holes(&file, capacity);
     let caw = (!options.read_only).then_some(CawMethod::FileLock);
     let memory_align = memory_align as usize;
-    let is_block_device = false;
-    Ok(Opened { file, is_block_device, capacity, logical_block, memory_align, discard, caw })
+    let blocks_of_file_system = file.metadata().map_or(0, |metadata| metadata.blksize());
+    let (discard_granularity, discard_alignment) = discard_pieces(blocks_of_file_system, 0);
+    Ok(Opened {
+        file,
+        is_block_device: false,
+        capacity,
+        logical_block,
+        memory_align,
+        discard,
+        discard_granularity,
+        discard_alignment,
+        caw,
+    })
 }
 
 fn block_device_facts(
@@ -208,8 +222,29 @@ fn block_device_facts(
             .then_some(CawMethod::Scsi),
     };
     let memory_align = (direct_alignment(&file).0.max(logical_block)) as usize;
-    let is_block_device = true;
-    Ok(Opened { file, is_block_device, capacity, logical_block, memory_align, discard, caw })
+    let (discard_granularity, discard_alignment) =
+        discard_pieces(sysfs.queue_limit("discard_granularity"), sysfs.own("discard_alignment"));
+    Ok(Opened {
+        file,
+        is_block_device: true,
+        capacity,
+        logical_block,
+        memory_align,
+        discard,
+        discard_granularity,
+        discard_alignment,
+        caw,
+    })
+}
+
+/// Granularity and alignment in bytes as the store can use them: whole blocks.
+fn discard_pieces(granularity: u64, alignment: u64) -> (u64, u64) {
+    let block = BLOCK_SIZE as u64;
+    if granularity <= block || !granularity.is_multiple_of(block) {
+        return (block, 0);
+    }
+    let alignment = alignment % granularity;
+    (granularity, if alignment.is_multiple_of(block) { alignment } else { 0 })
 }
 
 /// The length cut to whole blocks; a device without a single one is refused.
@@ -276,6 +311,12 @@ impl SysfsBlock {
         let own = self.0.join("queue").join(name);
         let parent = self.0.join("../queue").join(name);
         let text = std::fs::read_to_string(own).or_else(|_| std::fs::read_to_string(parent));
+        text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    }
+
+    /// A number of the device or partition itself; 0 if unknown.
+    fn own(&self, name: &str) -> u64 {
+        let text = std::fs::read_to_string(self.0.join(name));
         text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
     }
 

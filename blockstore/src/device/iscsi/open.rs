@@ -222,6 +222,7 @@ async fn inspect(
         0 => ours,
         told => told.min(ours),
     };
+    let (discard_granularity, discard_alignment) = limits.unmap_pieces(block_len, unit);
     let (compare_and_write, discard) = match options.read_only {
         true => (false, false),
         false => (probe::compare_and_write(&link, facts).await?, probe::unmap(&link).await?),
@@ -233,6 +234,8 @@ async fn inspect(
             logical_block: block_len,
             compare_and_write,
             discard,
+            discard_granularity,
+            discard_alignment,
         },
         link,
         read_only: options.read_only,

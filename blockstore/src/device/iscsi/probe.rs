@@ -53,8 +53,21 @@ pub async fn compare_and_write(link: &Link, facts: &Facts) -> Result<bool, Failu
     Ok(false)
 }
 
-/// Whether UNMAP is there, asked with an empty list of ranges, which changes nothing.
+/// Whether UNMAP is there: the target does not deny it in VPD page B2, and takes an empty list of ranges, which changes
+/// nothing.
 pub async fn unmap(link: &Link) -> Result<bool, Failure> {
+    let told = match call(link, Class::Query, scsi::inquiry_vpd(0xb2), vec![], scsi::VPD_LEN).await
+    {
+        Ok(Reply { data: Some(page), missing, .. }) => {
+            scsi::parse_unmap_supported(&page[..page.len().saturating_sub(missing)])
+        }
+        Ok(_) => None,
+        Err(failure) if failure.kind == DeviceErrorKind::Unreachable => return Err(failure),
+        Err(_) => None,
+    };
+    if told == Some(false) {
+        return Ok(false);
+    }
     let list = Bytes::from(scsi::unmap_list(&[]));
     let cdb = scsi::unmap(list.len() as u16);
     match call(link, Class::Query, cdb, vec![list], 0).await {

@@ -129,6 +129,10 @@ pub struct BlockLimits {
     pub transfer_max: u32,
     /// Blocks of one UNMAP.
     pub unmap_max: u32,
+    /// Blocks that are given back together.
+    pub unmap_granularity: u32,
+    /// The first block of the first such piece, where told.
+    pub unmap_alignment: u32,
 }
 
 impl BlockLimits {
@@ -141,8 +145,32 @@ impl BlockLimits {
         if page.get(1) != Some(&0xb0) {
             return Self::default();
         }
-        Self { transfer_max: field(8).unwrap_or(0), unmap_max: field(20).unwrap_or(0) }
+        // UGAVALID is the first bit of the field.
+        let alignment = field(32).filter(|alignment| alignment >> 31 == 1);
+        Self {
+            transfer_max: field(8).unwrap_or(0),
+            unmap_max: field(20).unwrap_or(0),
+            unmap_granularity: field(28).unwrap_or(0),
+            unmap_alignment: alignment.map_or(0, |alignment| alignment & 0x7fff_ffff),
+        }
     }
+
+    /// Granularity and alignment of UNMAP in bytes as the store can use them, of blocks of `unit` bytes: whole ones.
+    pub fn unmap_pieces(&self, block_len: u32, unit: u64) -> (u64, u64) {
+        let bytes = |blocks: u32| u64::from(blocks) * u64::from(block_len);
+        let granularity = bytes(self.unmap_granularity);
+        if granularity <= unit || !granularity.is_multiple_of(unit) {
+            return (unit, 0);
+        }
+        let alignment = bytes(self.unmap_alignment) % granularity;
+        (granularity, if alignment.is_multiple_of(unit) { alignment } else { 0 })
+    }
+}
+
+/// Whether VPD page B2 says that UNMAP is there (LBPU, SBC-3 6.5.4); none: the target has no such page.
+pub fn parse_unmap_supported(page: &[u8]) -> Option<bool> {
+    (page.get(1) == Some(&0xb2)).then_some(())?;
+    page.get(5).map(|flags| flags & 0x80 != 0)
 }
 
 /// The designators of VPD page 83 that name the logical unit itself, not the port or the target
@@ -330,6 +358,30 @@ mod tests {
     }
 
     #[test]
+    fn pieces_of_an_unmap_are_whole_blocks_of_the_store() {
+        let mut page = [0; 64];
+        page[1] = 0xb0;
+        assert_eq!(BlockLimits::parse(&page).unmap_pieces(512, 4096), (4096, 0), "not told");
+        page[30] = 8;
+        page[32..36].copy_from_slice(&[0x80, 0, 0, 8 * 3]);
+        assert_eq!(BlockLimits::parse(&page).unmap_pieces(512, 4096), (1 << 20, 3 * 4096));
+        page[32] = 0;
+        assert_eq!(BlockLimits::parse(&page).unmap_pieces(512, 4096), (1 << 20, 0), "not valid");
+        assert_eq!(BlockLimits::parse(&page[..34]).unmap_pieces(512, 4096), (1 << 20, 0));
+        page[31] = 1;
+        assert_eq!(BlockLimits::parse(&page).unmap_pieces(512, 4096), (4096, 0), "odd");
+    }
+
+    #[test]
+    fn a_target_may_deny_unmap_affirm_it_or_say_nothing() {
+        assert_eq!(parse_unmap_supported(&[0, 0xb2, 0, 4, 0, 0x80]), Some(true));
+        assert_eq!(parse_unmap_supported(&[0, 0xb2, 0, 4, 0, 0x60]), Some(false));
+        assert_eq!(parse_unmap_supported(&[0, 0xb2, 0, 0]), None);
+        assert_eq!(parse_unmap_supported(&[0, 0x83, 0, 4, 0, 0x80]), None);
+        assert_eq!(parse_unmap_supported(&[]), None);
+    }
+
+    #[test]
     fn a_capacity_that_overflows_is_refused() {
         assert_eq!(Capacity::parse(&[0xff; 32]), None);
         let mut answer = [0; 32];
@@ -350,7 +402,8 @@ mod tests {
         fn parsers_survive_any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             let _ = Sense::parse(&bytes);
             let _ = Capacity::parse(&bytes);
-            let _ = BlockLimits::parse(&bytes);
+            let _ = BlockLimits::parse(&bytes).unmap_pieces(512, 4096);
+            let _ = parse_unmap_supported(&bytes);
             let _ = parse_reservation(&bytes);
             let _ = parse_identity(&bytes);
         }

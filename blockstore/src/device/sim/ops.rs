@@ -19,6 +19,10 @@ pub struct SimOptions {
     pub compare_and_write: bool,
     /// False makes discards fail with `Unsupported`.
     pub discard: bool,
+    /// Bytes; what the device says of itself, it discards single blocks all the same.
+    pub discard_granularity: u64,
+    /// A discard yields up to this often more than other operations: targets take long over one.
+    pub discard_yields_max: u32,
     /// An operation yields up to this often before it takes effect, and again before it returns.
     pub yields_max: u32,
 }
@@ -33,6 +37,8 @@ impl SimOptions {
             logical_block: 512,
             compare_and_write: true,
             discard: true,
+            discard_granularity: 4096,
+            discard_yields_max: 64,
             yields_max: 2,
         }
     }

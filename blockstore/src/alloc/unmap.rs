@@ -1,0 +1,411 @@
+//! Tells the device of free blocks (UNMAP, hole punching), so that a thin one gives their space back.
+//!
+//! To the store an unmapping is a write of nobody knows what. Blocks are claimed for it as for an allocation, their bits set
+//! durably; no tree ever names them; they are given back, and not before, when the device has answered. So it is dangerous where a
+//! write to fresh blocks would be, and there only:
+//! * What is claimed was clear in this host's own BMap: it might as well have been given out and overwritten. Whatever may still be
+//!   read, or reached by a head that may come back, is not clear there.
+//! * While an unmapping is under way, nobody is given its blocks. If the device does not answer (its outcome is unknown), they stay
+//!   claimed until it has answered something else: by then its backend has made sure that nothing old can land any more. If the store is
+//!   closed meanwhile, or the host dies, the bits stay set: the blocks leak until a cycle of collection of the next incarnation, which
+//!   has a session of its own by then.
+//! * Collection keeps its hands off them, as off all that is claimed (`cycle.rs`).
+//!
+//! Nothing rests on what the device does: unmapped blocks may read as zeros, as before, or as garbage.
+//!
+//! The claim holds the lock of the bitmaps, the unmapping does not: no allocation waits for the device here. At most [`BATCH_MAX`]
+//! blocks are claimed, and no more than stay free.
+
+use crate::alloc::pages::Pieces;
+use crate::alloc::runs::Run;
+use crate::alloc::{Allocator, add};
+use crate::device::{DeviceError, DeviceErrorKind};
+use crate::error::Result;
+use crate::io::{Errors, Io};
+use crate::sabotage::{self, Bug};
+use crate::types::{BLOCK_SIZE, Gba};
+use parking_lot::Mutex;
+use serde::Serialize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::sync::OwnedMutexGuard;
+use tokio::time::Instant;
+
+/// Most blocks claimed at once: 64 MiB. Neither a command nor what a crash leaks is large.
+const BATCH_MAX: u64 = 16_384;
+/// Least blocks of a run that is worth a command: 1 MiB, less where extents are small.
+const RUN_MIN: u64 = 256;
+const RUN_MIN_SMALL: u64 = 16;
+/// Unmappings that fail one after the other until a pass is given up.
+const FAILURES_MAX: u32 = 4;
+/// Longest rest for what the device took: an outage may have been in that.
+const REST_MAX: Duration = Duration::from_secs(10);
+
+/// How to unmap.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UnmapOptions {
+    /// Most bytes unmapped in a second; none: as many as the device takes.
+    pub rate: Option<u64>,
+    /// Least blocks of a run; none: as the store's size has it.
+    pub run_min: Option<u64>,
+}
+
+/// What became of unmapping since the store was opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Unmapped {
+    /// Blocks that the device was told of, and said yes.
+    pub blocks: u64,
+    /// Times that it was.
+    pub runs: u64,
+    /// Times that it refused, or that nobody knows what it did.
+    pub failures: u64,
+    /// What the last of those said.
+    pub last_failure: Option<String>,
+    /// The device cannot, or said that it cannot when it was asked to.
+    pub unsupported: bool,
+}
+
+/// State of an allocator's unmapping.
+#[derive(Debug, Default)]
+pub(super) struct Unmapping {
+    done: Mutex<Unmapped>,
+    /// One pass at a time. What a pass has begun holds it too, as that goes on when the pass is dropped.
+    pass: Arc<tokio::sync::Mutex<()>>,
+    /// The store is about to close.
+    stopping: AtomicBool,
+    /// The last unmapping failed, and that was said.
+    failing: AtomicBool,
+}
+
+/// A pass under way.
+type Pass = Arc<OwnedMutexGuard<()>>;
+
+/// Blocks claimed of one page.
+#[derive(Debug)]
+struct Batch {
+    place: (u32, u32),
+    runs: Vec<Run>,
+    /// The bit at which to go on.
+    next: Option<u64>,
+}
+
+/// How a batch ended.
+#[derive(Debug)]
+struct Ended {
+    next: Option<u64>,
+    blocks: u64,
+    took: Duration,
+    /// Unmappings of it that failed after the last that did not.
+    failures: u32,
+    /// At least one did not.
+    some: bool,
+}
+
+/// What is known of an unmapping.
+#[derive(Debug)]
+enum Outcome {
+    Done,
+    /// The device refused, or whether it was carried out is unknown; in either case it will not land later.
+    Failed(DeviceError),
+}
+
+impl Allocator {
+    /// From now on extents that are all free are given up only after the device was told, in a [pass](Self::unmap); or no more.
+    /// True if the device can be told.
+    pub(crate) async fn keep_unmapped(&self, io: &Io, wanted: bool) -> bool {
+        let can = io.device().info().discard && !self.unmapping.done.lock().unsupported;
+        if wanted && !can {
+            self.note_unsupported(io, "it has neither UNMAP nor a way to punch holes");
+        }
+        self.pages.lock().await.set_unmaps(wanted && can);
+        can
+    }
+
+    /// What became of unmapping so far.
+    #[must_use]
+    pub fn unmapped(&self) -> Unmapped {
+        self.unmapping.done.lock().clone()
+    }
+
+    /// Blocks that are claimed only for being unmapped.
+    #[must_use]
+    pub fn in_unmapping(&self) -> u64 {
+        self.pools.lock().unmapping.len()
+    }
+
+    /// Ends the pass that is under way, and waits until what it has begun is over.
+    pub(crate) async fn stop_unmapping(&self, io: &Io) {
+        self.unmapping.stopping.store(true, Ordering::Relaxed);
+        tokio::select! {
+            biased;
+            () = io.closed() => {}
+            _ = self.unmapping.pass.lock() => {}
+        }
+    }
+
+    /// Tells the device of the free blocks of this host's extents that it was not told of. Blocks in the pool are left
+    /// out: they are used next. Ends early when the store is short of space or unmapping keeps failing; what is left is the next pass's.
+    ///
+    /// Dropped, it ends after what it has begun.
+    ///
+    /// # Errors
+    /// `Closing`, those of bitmaps and records. That the device refuses is none.
+    pub(crate) async fn unmap(self: &Arc<Self>, io: &Io, options: UnmapOptions) -> Result<()> {
+        let pass: Pass = Arc::new(Arc::clone(&self.unmapping.pass).lock_owned().await);
+        if !self.keep_unmapped(io, true).await {
+            return Ok(());
+        }
+        let extents = self.pages.lock().await.stale_extents(&self.territory);
+        let mut failures = 0;
+        for extent in extents {
+            let Some((pages, _)) = self.pages.lock().await.pages_of(extent) else { continue };
+            for page in 0..pages {
+                let mut from = Some(0);
+                while let Some(at) = from {
+                    if self.is_hindered(io) {
+                        return Ok(());
+                    }
+                    if failures >= FAILURES_MAX || self.unmapping.done.lock().unsupported {
+                        break;
+                    }
+                    let ended = self.unmap_some(io, &pass, (extent, page), at, options).await?;
+                    failures = if ended.some { ended.failures } else { failures + ended.failures };
+                    from = ended.next;
+                    self.rest(io, &ended, options).await?;
+                }
+            }
+            let failed = failures >= FAILURES_MAX || self.unmapping.done.lock().unsupported;
+            self.end_unmapping(io, &pass, extent, failed).await?;
+        }
+        Ok(())
+    }
+
+    /// Nothing more is to be begun now.
+    fn is_hindered(&self, io: &Io) -> bool {
+        self.unmapping.stopping.load(Ordering::Relaxed) || io.health().waiting_for_space > 0
+    }
+
+    /// Guests' requests go to the same device: it gets as long a rest as it took, or as the rate wants.
+    async fn rest(&self, io: &Io, ended: &Ended, options: UnmapOptions) -> Result<()> {
+        let bytes = (ended.blocks * BLOCK_SIZE as u64) as f64;
+        let by_rate = options.rate.map_or(0.0, |rate| bytes / rate.max(1) as f64);
+        let pause = Duration::from_secs_f64(by_rate).max(ended.took.min(REST_MAX));
+        tokio::select! {
+            biased;
+            () = io.closed() => Err(io.closing_error()),
+            () = tokio::time::sleep(pause) => Ok(()),
+        }
+    }
+
+    /// Unmaps some free blocks of a page, from bit `from` on. In a task that nobody stops: blocks are given back only when the
+    /// outcome is known.
+    async fn unmap_some(
+        self: &Arc<Self>,
+        io: &Io,
+        pass: &Pass,
+        place: (u32, u32),
+        from: u64,
+        options: UnmapOptions,
+    ) -> Result<Ended> {
+        let (this, io_of_task, pass) = (Arc::clone(self), io.clone(), Arc::clone(pass));
+        let task = tokio::spawn(async move {
+            let _pass = pass;
+            let batch = this.claim_batch(&io_of_task, place, from, options).await?;
+            this.unmap_batch(&io_of_task, batch).await
+        });
+        io.await_task(task).await
+    }
+
+    async fn claim_batch(
+        &self,
+        io: &Io,
+        place: (u32, u32),
+        from: u64,
+        options: UnmapOptions,
+    ) -> Result<Batch> {
+        let mut pages = tokio::select! {
+            biased;
+            () = io.closed() => return Err(io.closing_error()),
+            pages = self.pages.lock() => pages,
+        };
+        let mut batch = Batch { place, runs: Vec::new(), next: None };
+        let Some((_, kind)) = pages.pages_of(place.0) else { return Ok(batch) };
+        let pooled = self.pools.lock().of(kind).total();
+        let pieces = self.pieces(io, options);
+        let found = pages.claim_stale(io, &self.territory, place, from, pieces, pooled).await?;
+        (batch.runs, batch.next) = (found.runs, found.next);
+        let mut pools = self.pools.lock();
+        for run in &batch.runs {
+            pools.unmapping.insert_range(run.start.0..run.start.0 + run.blocks);
+            if let Some(cycle) = &mut pools.cycle {
+                cycle.touch(*run);
+            }
+            if sabotage::on(Bug::GiveOutUnmapping) {
+                add(pools.of(kind), *run);
+            }
+        }
+        Ok(batch)
+    }
+
+    /// What is worth a command.
+    fn pieces(&self, io: &Io, options: UnmapOptions) -> Pieces {
+        let info = io.device().info();
+        let block = BLOCK_SIZE as u64;
+        let of_size = self.territory.geometry.extent_blocks / 64;
+        Pieces {
+            unit: (info.discard_granularity / block).max(1),
+            offset: info.discard_alignment / block,
+            run_min: options.run_min.unwrap_or(of_size.clamp(RUN_MIN_SMALL, RUN_MIN)).max(1),
+            most: BATCH_MAX,
+        }
+    }
+
+    async fn unmap_batch(&self, io: &Io, batch: Batch) -> Result<Ended> {
+        let began = Instant::now();
+        let mut ended =
+            Ended { next: batch.next, blocks: 0, took: Duration::ZERO, failures: 0, some: false };
+        let mut untold = Vec::new();
+        for run in &batch.runs {
+            if ended.failures >= FAILURES_MAX || self.unmapping.done.lock().unsupported {
+                untold.push(*run);
+                continue;
+            }
+            match discard(io, *run).await? {
+                Outcome::Done => {
+                    ended.blocks += run.blocks;
+                    (ended.failures, ended.some) = (0, true);
+                    self.note_done(io, *run);
+                }
+                Outcome::Failed(error) => {
+                    ended.failures += 1;
+                    self.note_failure(io, &error);
+                    untold.push(*run);
+                }
+            }
+        }
+        ended.took = began.elapsed();
+        if !batch.runs.is_empty() && !sabotage::on(Bug::GiveOutUnmapping) {
+            self.give_back(io, &batch, &untold).await?;
+        }
+        Ok(ended)
+    }
+
+    /// The device has answered: the blocks of a batch are free again, and those that it was not told of wait for the next pass.
+    async fn give_back(&self, io: &Io, batch: &Batch, untold: &[Run]) -> Result<()> {
+        let mut pages = tokio::select! {
+            biased;
+            () = io.closed() => return Err(io.closing_error()),
+            pages = self.pages.lock() => pages,
+        };
+        {
+            let mut pools = self.pools.lock();
+            for run in &batch.runs {
+                pools.unmapping.remove_range(run.start.0..run.start.0 + run.blocks);
+            }
+        }
+        let outcome = pages.give_back(io, &self.territory, batch.place, &batch.runs, untold).await;
+        self.freed.notify_waiters();
+        outcome
+    }
+
+    /// An extent was gone through: if it is all free, it is nobody's now.
+    async fn end_unmapping(
+        self: &Arc<Self>,
+        io: &Io,
+        pass: &Pass,
+        extent: u32,
+        failed: bool,
+    ) -> Result<()> {
+        // A record is written in place: see `refill`.
+        let (this, io_of_task, pass) = (Arc::clone(self), io.clone(), Arc::clone(pass));
+        let task = tokio::spawn(async move {
+            let _pass = pass;
+            let mut pages = this.pages.lock().await;
+            let outcome = pages.end_unmapping(&io_of_task, &this.territory, extent, failed).await;
+            this.refresh_owned(&pages);
+            this.freed.notify_waiters();
+            outcome
+        });
+        io.await_task(task).await
+    }
+
+    fn note_done(&self, io: &Io, run: Run) {
+        let mut done = self.unmapping.done.lock();
+        done.blocks += run.blocks;
+        done.runs += 1;
+        if self.unmapping.failing.swap(false, Ordering::Relaxed) {
+            tracing::info!(store = io.url(), "the device unmaps free blocks again");
+        }
+    }
+
+    fn note_failure(&self, io: &Io, error: &DeviceError) {
+        if error.kind == DeviceErrorKind::Unsupported {
+            self.note_unsupported(io, &error.to_string());
+        }
+        let mut done = self.unmapping.done.lock();
+        done.failures += 1;
+        done.last_failure = Some(error.to_string());
+        if error.kind != DeviceErrorKind::Unsupported
+            && !self.unmapping.failing.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!(
+                store = io.url(), %error,
+                "the device could not be told of free blocks; nothing is lost, their space stays taken there until it can"
+            );
+        }
+    }
+
+    /// Said once.
+    fn note_unsupported(&self, io: &Io, why: &str) {
+        let mut done = self.unmapping.done.lock();
+        if !done.unsupported {
+            done.unsupported = true;
+            tracing::info!(
+                store = io.url(),
+                "free blocks are not unmapped: the device does not support it ({why}); their space stays taken there and is used \
+                 again by this store"
+            );
+        }
+    }
+}
+
+/// Tells the device of a run, and returns when nothing of that can land any more.
+///
+/// # Errors
+/// `Closing`: it may land later.
+async fn discard(io: &Io, run: Run) -> Result<Outcome> {
+    let (offset, len) = (run.start.byte_offset(), run.blocks * BLOCK_SIZE as u64);
+    let outcome = tokio::select! {
+        biased;
+        () = io.closed() => return Err(io.closing_error()),
+        outcome = io.device().discard(offset, len) => outcome,
+    };
+    match outcome {
+        Ok(()) => Ok(Outcome::Done),
+        Err(error) => {
+            if error.kind == DeviceErrorKind::Unreachable {
+                until_it_answers(io, run.start).await?;
+            }
+            Ok(Outcome::Failed(error))
+        }
+    }
+}
+
+/// A command of unknown outcome is over once the device answers a later one. It is not sent again: a target that breaks off
+/// for it would break off again, and guests with it.
+async fn until_it_answers(io: &Io, gba: Gba) -> Result<()> {
+    let mut attempts = io.attempts();
+    loop {
+        let read = async {
+            match io.device().read(gba.byte_offset(), BLOCK_SIZE).await {
+                Err(error) if error.kind == DeviceErrorKind::Unreachable => Err(error),
+                // That it cannot be read is an answer, too.
+                _ => Ok(()),
+            }
+        };
+        if attempts.once(read, Errors::AllAreRetried).await?.is_some() {
+            return Ok(());
+        }
+    }
+}

@@ -12,6 +12,7 @@ mod repair;
 mod rewind;
 mod rollback;
 mod snapshots;
+mod unsure;
 mod verify;
 
 pub use collecting::{Collection, Reclaimed};

@@ -256,6 +256,7 @@ impl VdiInner {
     async fn resize(&self, size_bytes: u64) -> Result<()> {
         let mut control = self.control.lock().await;
         control.check(self)?;
+        self.settle(&mut control).await?;
         loop {
             let base = self.root.load_full();
             let (next, added) =
@@ -274,6 +275,7 @@ impl VdiInner {
     async fn set_policy(&self, change: PolicyChange) -> Result<Policy> {
         let mut control = self.control.lock().await;
         control.check(self)?;
+        self.settle(&mut control).await?;
         let present = *self.policy.lock();
         let policy = change.of(present);
         if policy == present {

@@ -50,15 +50,14 @@ impl Host {
             ));
         }
         let store = self.parts.store.get()?;
-        let info = store.lookup_vdi(name).await?;
-        let uuid = info.uuid.to_string();
+        let (name, uuid) = store.identify_vdi(name).await?;
         if with_snapshots {
-            store.delete_vdi_and_snapshots(&uuid).await?;
+            store.delete_vdi_and_snapshots(&uuid.to_string()).await?;
         } else {
-            store.delete_vdi(&uuid).await?;
+            store.delete_vdi(&uuid.to_string()).await?;
         }
         self.schedules.release_held();
-        Ok(Done { name: info.name, uuid: info.uuid })
+        Ok(Done { name, uuid })
     }
 
     /// Serves a disk, or, `read_only`, a snapshot. One that is served already stays as it is; one that failed is tried again.

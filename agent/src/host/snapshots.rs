@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
-/// Most snapshots that one request deletes: each is looked for in the store.
+/// Most snapshots that one request deletes: they are looked for in the store while the disk's commits wait.
 const DELETE_MAX: usize = 256;
 /// How long a caller waits for a snapshot if nothing was said, and at most.
 const WAIT: Duration = Duration::from_secs(30);
@@ -82,9 +82,9 @@ impl Host {
 
     async fn stored(&self, name: &str, page: Page) -> Result<(String, Uuid, Vec<Snapshot>)> {
         let store = self.parts.store.get()?;
-        let info = store.lookup_vdi(name).await?;
-        let list = store.snapshots(&info.uuid.to_string(), page).await?;
-        Ok((info.name, info.uuid, list.iter().map(in_store).collect()))
+        let (name, uuid) = store.identify_vdi(name).await?;
+        let list = store.snapshots(&uuid.to_string(), page).await?;
+        Ok((name, uuid, list.iter().map(in_store).collect()))
     }
 
     fn in_log(&self, disk: &Served) -> Vec<Snapshot> {
@@ -116,10 +116,8 @@ impl Host {
         let vdi = uuid.to_string();
         let wanted: Vec<&str> = which.iter().map(String::as_str).collect();
         self.bring_to_store(&vdi, &wanted).await?;
-        let mut lsns = Vec::new();
-        for snapshot in wanted {
-            lsns.push(self.parts.store.get()?.find_only_snapshot(&vdi, snapshot).await?.lsn);
-        }
+        let found = self.parts.store.get()?.find_only_snapshots(&vdi, &wanted).await?;
+        let mut lsns: Vec<Lsn> = found.iter().map(|snapshot| snapshot.lsn).collect();
         lsns.sort_unstable();
         lsns.dedup();
         self.parts.store.get()?.delete_snapshots(&vdi, lsns.clone()).await?;
@@ -160,8 +158,7 @@ impl Host {
         if let Some(disk) = self.find_served(name) {
             return Ok((disk.name.clone(), disk.uuid));
         }
-        let info = self.parts.store.get()?.lookup_vdi(name).await?;
-        Ok((info.name, info.uuid))
+        Ok(self.parts.store.get()?.identify_vdi(name).await?)
     }
 
     /// A snapshot in the store; one that is still in this host's log is drained there first.

@@ -120,8 +120,8 @@ impl Allocator {
         Err(StoreError::new(
             StoreErrorKind::NoSpace,
             format!("garbage collection, cycle {epoch}"),
-            "given up, because what was freed meanwhile was needed at once, or was too much to set aside; \
-             it begins anew by itself",
+            "given up, because what was freed meanwhile was needed at once, or was too much to set aside, or because a \
+             disk's head that was read turned out not to be there; it begins anew by itself",
         ))
     }
 
@@ -155,6 +155,12 @@ impl Allocator {
             pools.give_up_cycle();
         }
         drop(pools);
+        self.note_room();
+    }
+
+    /// Ends whatever cycle is under way: it may have read what is not there.
+    pub(crate) fn give_up_cycle(&self) {
+        self.pools.lock().give_up_cycle();
         self.note_room();
     }
 

@@ -163,6 +163,8 @@ impl VdiInner {
             let problem = format!("the batch ends at LSN {lsn}, before the committed {committed}");
             return Err(self.invalid(problem));
         }
+        // Before it waits for room.
+        self.settle(&mut control).await?;
         let mut data = Vec::new();
         loop {
             let base = self.root.load_full();
@@ -325,13 +327,18 @@ impl VdiInner {
 
     /// Step 4. The head is durable: what the former root is retired with. None: a later head of our own was adopted as the
     /// base.
+    ///
+    /// If an earlier write of unknown outcome turns out not to be there, a cycle of collection may have read its head, which the
+    /// target forgot since, and so have missed what is reachable now: it is given up.
     pub(crate) async fn swap_head(
         &self,
         control: &mut Control,
         next: VdiHead,
     ) -> Result<Option<Stay>> {
         let core = &self.core;
-        let since = control.unsure.take().unwrap_or_else(|| self.sink.stay());
+        let unsure = control.unsure.take();
+        let was_unsure = unsure.is_some();
+        let since = unsure.unwrap_or_else(|| self.sink.stay());
         let before = control.view.clone();
         let swap = match core.records.swap(&core.io, &before, next.clone()).await {
             Ok(swap) => swap,
@@ -344,6 +351,9 @@ impl VdiInner {
         match swap {
             Swap::Done(view) => {
                 control.view = view;
+                if was_unsure {
+                    core.allocator()?.give_up_cycle();
+                }
                 Ok(Some(since))
             }
             Swap::Lost(found) => {
@@ -401,7 +411,7 @@ impl VdiInner {
         }
     }
 
-    fn head_of(&self, control: &Control) -> Result<VdiHead> {
+    pub(crate) fn head_of(&self, control: &Control) -> Result<VdiHead> {
         let head = control.view.record().cloned();
         head.ok_or_else(|| self.invalid("its head is not known".to_owned()))
     }

@@ -152,6 +152,7 @@ impl VdiInner {
             }
         };
         control.check(self)?;
+        self.settle(&mut control).await?;
         loop {
             let base = self.root.load_full();
             let reader = &Reader { io: io.clone(), ..self.core.reader.clone() };

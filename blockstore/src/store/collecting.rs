@@ -29,6 +29,9 @@ use std::time::Duration;
 /// Extents whose reclaim bitmaps are written together, with one flush.
 const EXTENTS_AT_ONCE: usize = 16;
 
+/// How often it is looked, while a cycle waits, for heads of which it is not known what became of them.
+const SETTLE_PAUSE: Duration = Duration::from_secs(1);
+
 /// How often the registry is read until nobody has changed it meanwhile.
 const SCANS_MAX: usize = 16;
 
@@ -92,6 +95,7 @@ impl Store {
         let writer = self.core.writer()?;
         let (host, generation) = (writer.host, writer.generation);
         self.refuse_gap().await?;
+        self.settle_heads().await;
         let record = self.read_gc().await?;
         let before = record.record().ok_or_else(|| self.bad_gc_record())?;
         let epoch = before.epoch + 1;
@@ -273,7 +277,16 @@ impl Collection {
         let writer = store.core.writer()?;
         let era = writer.reclaimer.eras().turn();
         if !sabotage::on(Bug::CollectUnderReaders) {
-            let over = tokio::time::timeout(patience, writer.reclaimer.eras().over(era));
+            // A disk that waits for room must not be what this waits for.
+            let over = async {
+                while tokio::time::timeout(SETTLE_PAUSE, writer.reclaimer.eras().over(era))
+                    .await
+                    .is_err()
+                {
+                    store.settle_heads().await;
+                }
+            };
+            let over = tokio::time::timeout(patience, over);
             let over = tokio::select! {
                 biased;
                 () = store.core.io.closed() => return Err(store.core.io.closing_error()),
@@ -291,6 +304,7 @@ impl Collection {
                 )
             })?;
         }
+        self.check()?;
         let mut reclaimed = Reclaimed::default();
         let mut failure = None;
         for extent in self.extents.clone() {

@@ -11,6 +11,9 @@ use crate::types::Generation;
 /// How often a host tries to enter the table while its place there changes.
 const REGISTER_ATTEMPTS: u32 = 8;
 
+/// Slots that are read at once by who does not need all of the table.
+const RUN_SLOTS: u32 = 4;
+
 /// Every used slot of the host table.
 pub(super) async fn scan(
     io: &Io,
@@ -22,6 +25,29 @@ pub(super) async fn scan(
         .into_iter()
         .filter(|v| v.content != Content::Unused)
         .collect())
+}
+
+/// The places of the host table up to the first that was never used, that one among them: who enters takes it, or has one of
+/// those before.
+pub(super) async fn read_used(
+    io: &Io,
+    records: &Records,
+    g: &Geometry,
+) -> Result<Vec<View<HostRecord>>> {
+    let mut views: Vec<View<HostRecord>> = Vec::new();
+    while (views.len() as u32) < g.host_slots {
+        let next = views.len() as u32;
+        let first = Slot { first: g.host_slot(next), paired: true };
+        let count = RUN_SLOTS.min(g.host_slots - next);
+        for view in records.read_run(io, first, u64::from(count)).await? {
+            let is_last = view.content == Content::Unused;
+            views.push(view);
+            if is_last {
+                return Ok(views);
+            }
+        }
+    }
+    Ok(views)
 }
 
 async fn read_table(io: &Io, records: &Records, g: &Geometry) -> Result<Vec<View<HostRecord>>> {

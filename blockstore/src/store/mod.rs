@@ -12,6 +12,7 @@ mod repair;
 mod rewind;
 mod rollback;
 mod snapshots;
+mod unsure;
 mod verify;
 
 pub use collecting::{Collection, Reclaimed};
@@ -96,6 +97,8 @@ pub struct Store {
     control_io: Io,
     /// One change of the registry at a time.
     registry: tokio::sync::Mutex<()>,
+    /// The registry as it was read last.
+    latest: registry::Latest,
     attached: Mutex<HashMap<Uuid, Weak<VdiInner>>>,
     /// Snapshots that are not to be deleted.
     holds: Arc<SnapshotHolds>,

@@ -121,6 +121,7 @@ impl Store {
             core: Arc::new(core),
             control_io,
             registry: tokio::sync::Mutex::default(),
+            latest: Default::default(),
             attached: Mutex::new(HashMap::new()),
             holds: options.holds,
             background: Mutex::new(background),

@@ -11,14 +11,16 @@ use crate::format::vdi::{Origin, SnapshotIndex, VdiHead};
 use crate::name::check_name;
 use crate::policy::WhenOffline;
 use crate::root::{Garbage, GarbageSink};
+use crate::slot::View;
 use crate::snapshots::Page;
 use crate::snapshots::change::{Change, Changed, no_snapshot, writes};
 use crate::snapshots::edit::Ground;
 use crate::store::registry::Found;
 use crate::store::{Store, VdiInfo};
+use crate::tree::Reader;
 use crate::types::Lsn;
 use crate::vdi::Vdi;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -29,8 +31,8 @@ const LIST_ATTEMPTS: u32 = 5;
 enum Wanted<'a> {
     Page(Page),
     At(Lsn),
-    /// By LSN, else by label: the newest, and another if there is one.
-    Named(&'a str),
+    /// Each of these by LSN, else by label: the newest, and another if there is one.
+    Named(&'a [&'a str]),
 }
 
 /// What [`Store::thin_snapshots`] did.
@@ -40,6 +42,14 @@ pub struct Thinned {
     pub deleted: Vec<Lsn>,
     /// Clones hang on these, or they are attached read-only.
     pub held: Vec<Lsn>,
+}
+
+/// What a clone is made of.
+#[derive(Debug)]
+pub(super) struct Source {
+    origin: Origin,
+    /// The head in the store that lists the snapshot; none if it was found through another.
+    view: Option<View<VdiHead>>,
 }
 
 impl Store {
@@ -56,7 +66,7 @@ impl Store {
     /// # Errors
     /// As [`snapshots`](Self::snapshots); `NotFound` if there is none.
     pub async fn find_snapshot(&self, name_or_uuid: &str, snapshot: &str) -> Result<Snapshot> {
-        let found = self.read_snapshots(name_or_uuid, &Wanted::Named(snapshot)).await?;
+        let found = self.read_snapshots(name_or_uuid, &Wanted::Named(&[snapshot])).await?;
         if let Some(found) = found.into_iter().next() {
             return Ok(found);
         }
@@ -68,20 +78,40 @@ impl Store {
     /// # Errors
     /// As [`find_snapshot`](Self::find_snapshot); `Invalid` naming two of them.
     pub async fn find_only_snapshot(&self, name_or_uuid: &str, snapshot: &str) -> Result<Snapshot> {
-        let found = self.read_snapshots(name_or_uuid, &Wanted::Named(snapshot)).await?;
-        let mut found = found.into_iter();
-        match (found.next(), found.next()) {
-            (Some(found), None) => Ok(found),
-            (Some(newer), Some(older)) => Err(StoreError::new(
-                StoreErrorKind::Invalid,
-                format!("VDI '{name_or_uuid}', snapshot '{snapshot}'"),
-                format!(
-                    "snapshots {} and {} both have that label; name one by its LSN",
-                    newer.lsn, older.lsn
-                ),
-            )),
-            (None, _) => Err(self.no_snapshot_named(name_or_uuid, snapshot).await?),
+        let mut found = self.find_only_snapshots(name_or_uuid, &[snapshot]).await?;
+        Ok(found.remove(0))
+    }
+
+    /// As [`find_only_snapshot`](Self::find_only_snapshot), of each of these, in their order. Those that lie side by side are read
+    /// together, and labels are looked for at once.
+    ///
+    /// # Errors
+    /// As [`find_only_snapshot`](Self::find_only_snapshot).
+    pub async fn find_only_snapshots(
+        &self,
+        name_or_uuid: &str,
+        snapshots: &[&str],
+    ) -> Result<Vec<Snapshot>> {
+        let (_, found, _) = self.read_snapshots_of(name_or_uuid, &Wanted::Named(snapshots)).await?;
+        let mut only = Vec::with_capacity(snapshots.len());
+        for (name, found) in snapshots.iter().zip(found) {
+            let mut found = found.into_iter();
+            match (found.next(), found.next()) {
+                (Some(found), None) => only.push(found),
+                (Some(newer), Some(older)) => {
+                    return Err(StoreError::new(
+                        StoreErrorKind::Invalid,
+                        format!("VDI '{name_or_uuid}', snapshot '{name}'"),
+                        format!(
+                            "snapshots {} and {} both have that label; name one by its LSN",
+                            newer.lsn, older.lsn
+                        ),
+                    ));
+                }
+                (None, _) => return Err(self.no_snapshot_named(name_or_uuid, name).await?),
+            }
         }
+        Ok(only)
     }
 
     async fn no_snapshot_named(&self, name_or_uuid: &str, snapshot: &str) -> Result<StoreError> {
@@ -98,12 +128,24 @@ impl Store {
         name_or_uuid: &str,
         wanted: &Wanted<'_>,
     ) -> Result<Vec<Snapshot>> {
+        let (_, found, _) = self.read_snapshots_of(name_or_uuid, wanted).await?;
+        Ok(found.into_iter().flatten().collect())
+    }
+
+    /// As [`Self::read_snapshots`], for each name if they are looked for by name, with the disk as the store has it, and whether it was that head whose snapshots were read: of a
+    /// disk that is attached here it is the one at hand, which may be older or newer.
+    async fn read_snapshots_of(
+        &self,
+        name_or_uuid: &str,
+        wanted: &Wanted<'_>,
+    ) -> Result<(Found, Vec<Vec<Snapshot>>, bool)> {
         let mut attempts = LIST_ATTEMPTS;
         loop {
             let found = self.find_vdi(name_or_uuid).await?;
             // Held while reading, so that commits of this very process reuse nothing under us.
             let pinned = self.attached_here(&found.head).map(|inner| inner.root.load_full());
             let head = pinned.as_ref().map_or(&found.head, |root| &root.head);
+            let as_stored = *head == found.head;
             match self.look_for(&head.snapshots, wanted).await {
                 Err(error) if error.kind == StoreErrorKind::Corrupt && pinned.is_none() => {
                     let now = self.core.records.read(&self.control_io, found.view.slot).await?;
@@ -121,40 +163,25 @@ impl Store {
                         ));
                     }
                 }
-                outcome => return outcome,
+                outcome => return Ok((found, outcome?, as_stored)),
             }
         }
     }
 
-    async fn look_for(&self, index: &SnapshotIndex, wanted: &Wanted<'_>) -> Result<Vec<Snapshot>> {
+    async fn look_for(
+        &self,
+        index: &SnapshotIndex,
+        wanted: &Wanted<'_>,
+    ) -> Result<Vec<Vec<Snapshot>>> {
         let reader = self.control_reader();
-        let name = match wanted {
-            Wanted::Page(page) => return reader.snapshot_page(index, *page).await,
+        Ok(match wanted {
+            Wanted::Page(page) => vec![reader.snapshot_page(index, *page).await?],
             Wanted::At(lsn) => {
                 let found = reader.find_snapshot(index, *lsn).await?;
-                return Ok(found.into_iter().map(|(_, found)| found).collect());
+                vec![found.into_iter().map(|(_, found)| found).collect()]
             }
-            Wanted::Named(name) => *name,
-        };
-        if let Ok(lsn) = name.parse::<u64>()
-            && let Some((_, found)) = reader.find_snapshot(index, Lsn(lsn)).await?
-        {
-            return Ok(vec![found]);
-        }
-        let mut named = Vec::new();
-        if name.is_empty() {
-            return Ok(named);
-        }
-        let mut page = Page { newest_first: true, beyond: None, limit: 1024 };
-        loop {
-            let list = reader.snapshot_page(index, page).await?;
-            let Some(last) = list.last() else { return Ok(named) };
-            page.beyond = Some(last.lsn);
-            named.extend(list.into_iter().filter(|found| found.label.as_str() == name));
-            if named.len() >= 2 {
-                return Ok(named);
-            }
-        }
+            Wanted::Named(names) => look_for_names(&reader, index, names).await?,
+        })
     }
 
     /// Deletes snapshots of a disk that is attached to this host or to none. What only they hold is free after collection.
@@ -188,10 +215,7 @@ impl Store {
     }
 
     async fn thin_now(&self, vdi: Uuid, mut snapshots: Vec<Lsn>) -> Result<Thinned> {
-        let all = self.all_vdis().await?;
-        let origins = all.iter().filter_map(|other| other.head.origin);
-        let cloned: HashSet<Lsn> =
-            origins.filter(|origin| origin.vdi == vdi).map(|origin| origin.lsn).collect();
+        let cloned = self.cloned_of(vdi).await?;
         let stays = |lsn: &mut Lsn| cloned.contains(lsn) || self.holds.is_held(vdi, *lsn);
         let held = snapshots.extract_if(.., stays).collect();
         let deleted = self.change_snapshots(&vdi.to_string(), Change::Thin(snapshots)).await?;
@@ -243,20 +267,22 @@ impl Store {
         Ok(snapshots)
     }
 
+    /// The snapshots of a disk on which clones hang.
+    async fn cloned_of(&self, vdi: Uuid) -> Result<HashSet<Lsn>> {
+        Ok(self.directory().await?.clones_of(vdi).map(|(lsn, _)| lsn).collect())
+    }
+
     /// Refuses what would take a snapshot away on which a clone hangs: any of the disk's, or one of `snapshots`.
     pub(super) async fn refuse_cloned(
         &self,
         found: &Found,
         snapshots: Option<&[Lsn]>,
     ) -> Result<()> {
-        let hangs = |origin: Origin| {
-            origin.vdi == found.head.uuid && snapshots.is_none_or(|list| list.contains(&origin.lsn))
-        };
-        let all = self.all_vdis().await?;
+        let directory = self.directory().await?;
+        let clones = directory.clones_of(found.head.uuid);
         let clones: Vec<_> =
-            all.iter().filter(|other| other.head.origin.is_some_and(hangs)).collect();
-        let Some(first) = clones.first() else { return Ok(()) };
-        let lsn = first.head.origin.map_or(Lsn(0), |origin| origin.lsn);
+            clones.filter(|(lsn, _)| snapshots.is_none_or(|list| list.contains(lsn))).collect();
+        let Some((lsn, first)) = clones.first() else { return Ok(()) };
         let more = match clones.len() - 1 {
             0 => String::new(),
             more => format!(" and {more} more"),
@@ -309,11 +335,14 @@ impl Store {
         when_offline: WhenOffline,
     ) -> Result<VdiInfo> {
         self.core.writer()?;
-        self.refuse_taken_name(name, None).await?;
-        let source = self.find_vdi(source).await?;
-        let origin = Origin { vdi: source.head.uuid, lsn };
-        let snapshot = self.snapshot_of(origin).await?;
-        let birth = source.head.birth.max(snapshot.birth);
+        self.refuse_known_name(name).await?;
+        let (found, snapshots, as_stored) =
+            self.read_snapshots_of(source, &Wanted::At(lsn)).await?;
+        let Some(snapshot) = snapshots.into_iter().flatten().next() else {
+            return Err(no_snapshot(&found.object(), lsn));
+        };
+        let origin = Origin { vdi: found.head.uuid, lsn };
+        let birth = found.head.birth.max(snapshot.birth);
         let head = VdiHead {
             root: snapshot.root,
             height: snapshot.height,
@@ -322,7 +351,18 @@ impl Store {
             origin: Some(origin),
             ..VdiHead::new_disk(snapshot.size_bytes)
         };
-        self.enrol(name, when_offline, head).await
+        let source = Source { origin, view: as_stored.then_some(found.view) };
+        self.enrol(name, when_offline, head, Some(&source)).await
+    }
+
+    /// Refuses a clone whose source is gone by now (rule G3).
+    pub(super) async fn refuse_lost_source(&self, source: &Source) -> Result<()> {
+        if let Some(view) = &source.view
+            && self.core.records.read::<VdiHead>(&self.control_io, view.slot).await? == *view
+        {
+            return Ok(());
+        }
+        self.snapshot_of(source.origin).await.map(drop)
     }
 
     /// The snapshot that a disk begins as.
@@ -331,4 +371,47 @@ impl Store {
         let found = self.read_snapshots(&vdi, &Wanted::At(origin.lsn)).await?;
         found.into_iter().next().ok_or_else(|| no_snapshot(&format!("VDI {vdi}"), origin.lsn))
     }
+}
+
+/// For each name the snapshot that has it as its LSN, else those that have it as their label, newest first: two of these at least, if
+/// there are as many.
+async fn look_for_names(
+    reader: &Reader,
+    index: &SnapshotIndex,
+    names: &[&str],
+) -> Result<Vec<Vec<Snapshot>>> {
+    let mut found: Vec<Vec<Snapshot>> = vec![Vec::new(); names.len()];
+    let mut labels: HashMap<&str, Vec<usize>> = HashMap::new();
+    // Those that are asked for together lie side by side, as a rule.
+    let mut leaf: Vec<(u64, Snapshot)> = Vec::new();
+    for (number, name) in names.iter().enumerate() {
+        if let Ok(lsn) = name.parse::<u64>().map(Lsn) {
+            let mut hit = leaf.iter().find(|(_, snapshot)| snapshot.lsn == lsn).cloned();
+            if hit.is_none() && names.len() == 1 {
+                hit = reader.find_snapshot(index, lsn).await?;
+            } else if hit.is_none() {
+                (hit, leaf) = reader.find_with_leaf(index, lsn).await?;
+            }
+            if let Some((_, snapshot)) = hit {
+                found[number].push(snapshot);
+                continue;
+            }
+        }
+        if !name.is_empty() {
+            labels.entry(name).or_default().push(number);
+        }
+    }
+    let mut page = Page { newest_first: true, beyond: None, limit: 1024 };
+    while !labels.is_empty() {
+        let list = reader.snapshot_page(index, page).await?;
+        let Some(last) = list.last() else { break };
+        page.beyond = Some(last.lsn);
+        for snapshot in &list {
+            for number in labels.get(snapshot.label.as_str()).into_iter().flatten() {
+                found[*number].push(snapshot.clone());
+            }
+        }
+        labels.retain(|_, numbers| found[numbers[0]].len() < 2);
+    }
+    Ok(found)
 }

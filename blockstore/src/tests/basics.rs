@@ -270,6 +270,10 @@ async fn a_disk_with_a_damaged_name_can_still_be_handled() {
     store.set_policy("b", change).await.expect("set");
     let meta = store.read_vdi_slot(0).await.expect("slot").record().expect("head").meta;
     sim.corrupt(meta.gba.byte_offset() + 41, 1);
+    // This process has read it; the next one finds it damaged.
+    assert_eq!(store.lookup_vdi("a").await.expect("known").uuid, info.uuid);
+    store.close().await.expect("close");
+    let store = open(&sim.connect()).await;
     let names: Vec<String> =
         store.list_vdis().await.expect("list").into_iter().map(|v| v.name).collect();
     assert_eq!(names, [format!("unnamed-{}", info.uuid), "b".to_owned()]);

@@ -4,9 +4,11 @@ use crate::world::{World, cycle, head_of, open, read, stamp, with_snapshot, writ
 use blockstore::device::sim::{Fault, OpKind, Reach};
 use blockstore::format::vdi::{VdiHead, VdiState};
 use blockstore::types::{Lba, Lsn};
-use blockstore::{Batch, Reclaimed, StoreErrorKind, WhenOffline};
+use blockstore::{Batch, Change, Committed, Reclaimed, Result, StoreErrorKind, Vdi, WhenOffline};
 use gc::{CheckOptions, CollectOptions, Progress, check, collect};
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::JoinHandle;
 
 async fn pause() {
     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -177,34 +179,166 @@ async fn a_handle_of_before_a_detach_is_no_source() {
     drop(vdi);
 }
 
-/// A head's write that landed, and was reported as failed: what only the former root reaches is not collected before the
-/// next write of the head has found out.
+/// Ends a write of the head with an error, after its compare-and-write had this fate, and lets nobody read for a while.
+async fn without_an_answer<T>(world: &World, fault: Fault, write: JoinHandle<Result<T>>) {
+    let sim = &world.sim;
+    let before = sim.counts().compare_and_writes;
+    sim.inject(OpKind::CompareAndWrite, 0, fault);
+    while sim.counts().compare_and_writes == before {
+        tokio::task::yield_now().await;
+    }
+    for _ in 0..60 {
+        sim.inject(OpKind::Read, 0, Fault::Io);
+    }
+    assert!(write.await.expect("a task").is_err(), "nobody knows");
+    while world.store.scan_vdis().await.is_err() {}
+}
+
+/// A commit of which nothing is left to do but its nodes and its head. (Claims of extents are compare-and-writes, too.)
+async fn prepared(vdi: &Arc<Vdi>, batch: Batch) -> JoinHandle<Result<Committed>> {
+    let prepared = vdi.prepare(batch).await.expect("prepare");
+    pause().await;
+    let vdi = Arc::clone(vdi);
+    tokio::spawn(async move { vdi.publish(prepared).await })
+}
+
+/// A head's write that landed, or did not, and was reported as failed: a cycle finds out, and what only the head that is not
+/// there reached, or the one before, is collected once nobody reads it. The disk is idle all the while.
+#[tokio::test(start_paused = true)]
+async fn a_cycle_finds_out_what_became_of_an_uncertain_head() {
+    for fault in [Fault::UnknownApplied, Fault::Unreachable] {
+        let mut world = World::new(30).await;
+        let name = world.create().await;
+        let vdi = world.disks[&name].vdi.clone();
+        let all = |version| (0..300).map(|lba| write(lba, version)).collect::<Vec<_>>();
+        vdi.commit(with_snapshot(1, all(1))).await.expect("commit");
+        vdi.commit(Batch::new(Lsn(2), all(2))).await.expect("commit");
+        world.store.delete_snapshots(&name, vec![Lsn(1)]).await.expect("delete");
+        let third = prepared(&vdi, Batch::new(Lsn(3), all(3))).await;
+        without_an_answer(&world, fault, third).await;
+        let reading = vdi.read(Lba(0), 300).await.expect("the former image");
+        assert!(reading.into_iter().zip(0..).all(|(block, lba)| block == Some(stamp(lba, 2))));
+        let landed = fault == Fault::UnknownApplied;
+        let collected = cycle(&world.store).await.expect("it does not wait for the disk");
+        assert!(collected.reclaimed.data >= 300, "{fault:?}: {collected:?}");
+        let disk = world.disks.get_mut(&name).expect("disk");
+        disk.content = (0..300).map(|lba| (lba, if landed { 3 } else { 2 })).collect();
+        assert_eq!(vdi.committed().lsn, Lsn(if landed { 3 } else { 2 }));
+        world.verify("found out").await;
+        vdi.commit(Batch::new(Lsn(4), all(4))).await.expect("commit");
+        let disk = world.disks.get_mut(&name).expect("disk");
+        disk.content = (0..300).map(|lba| (lba, 4)).collect();
+        cycle(&world.store).await.expect("cycle");
+        world.verify("after the next commit").await;
+    }
+}
+
+/// The same while the store is full of garbage, and the disk's next commit waits for the room that the cycle is to give.
+#[tokio::test(start_paused = true)]
+async fn an_uncertain_disk_that_waits_for_room_gets_it() {
+    let mut world = World::new(31).await;
+    let name = world.create().await;
+    let vdi = world.disks[&name].vdi.clone();
+    let all = |version| (0..1000).map(|lba| write(lba, version)).collect::<Vec<_>>();
+    vdi.commit(with_snapshot(1, all(1))).await.expect("commit");
+    let second = prepared(&vdi, with_snapshot(2, all(2))).await;
+    without_an_answer(&world, Fault::Unreachable, second).await;
+    // Another disk fills the store.
+    let other = world.create().await;
+    let filler = world.disks[&other].vdi.clone();
+    let mut lsn = 0;
+    loop {
+        lsn += 1;
+        let filling = filler.commit(with_snapshot(lsn, all(lsn)));
+        if tokio::time::timeout(Duration::from_secs(30), filling).await.is_err() {
+            break;
+        }
+    }
+    let waiting = Arc::clone(&vdi);
+    let waiting = tokio::spawn(async move { waiting.commit(with_snapshot(2, all(2))).await });
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert!(!waiting.is_finished(), "there is no room");
+    let garbage = (1..lsn - 1).map(Lsn).collect();
+    world.store.delete_snapshots(&other, garbage).await.expect("deleting needs no room");
+    let collected = cycle(&world.store).await.expect("it does not wait for the disk");
+    assert!(collected.reclaimed.data >= 1000, "{collected:?}");
+    waiting.await.expect("a task").expect("there is room");
+}
+
+/// While the device says nothing of the head, what only the former root reaches is not collected.
 #[tokio::test(start_paused = true)]
 async fn what_an_uncertain_head_replaced_is_not_collected() {
-    let mut world = World::new(30).await;
+    let mut world = World::new(32).await;
     let name = world.create().await;
     let vdi = world.disks[&name].vdi.clone();
     let all = |version| (0..300).map(|lba| write(lba, version)).collect::<Vec<_>>();
     vdi.commit(Batch::new(Lsn(1), all(1))).await.expect("commit");
-    let prepared = vdi.prepare(Batch::new(Lsn(2), all(2))).await.expect("prepare");
-    // The compare-and-write lands without an answer, and its record cannot be read for a while.
-    world.sim.inject(OpKind::CompareAndWrite, 0, Fault::UnknownApplied);
-    for _ in 0..60 {
-        world.sim.inject(OpKind::Read, 0, Fault::Io);
-    }
-    vdi.publish(prepared).await.expect_err("nobody knows");
-    while world.store.scan_vdis().await.is_err() {}
-    let options = CollectOptions { patience: Duration::from_secs(5), ..CollectOptions::default() };
-    let outcome = collect(&world.store, options, &Progress::default()).await;
-    assert_eq!(outcome.expect_err("uncertain").kind, StoreErrorKind::InUse);
-    // Reads go on as before; the next commit finds out, and then all is collected.
+    let cycle_begun = world.store.begin_collection().await.expect("begin");
+    let second = prepared(&vdi, Batch::new(Lsn(2), all(2))).await;
+    without_an_answer(&world, Fault::UnknownApplied, second).await;
+    let roots = cycle_begun.roots().await.expect("roots");
+    assert_eq!(roots[0].record().map(|head| head.committed), Some(Lsn(2)), "it landed");
+    // As if marking had found nothing: the former image is what only the former root reaches.
+    let name_block = head_of(&world.store, vdi.uuid()).await.meta.gba;
+    let place = roots[0].slot.first.byte_offset() + 100;
+    world.sim.corrupt(place, 1);
+    let sweep = cycle_begun.sweep(move |gba| gba == name_block, Duration::from_secs(5));
+    assert_eq!(sweep.await.expect_err("uncertain").kind, StoreErrorKind::InUse);
+    world.sim.corrupt(place, 1);
     let blocks = vdi.read(Lba(0), 300).await.expect("the former image");
     assert!(blocks.into_iter().zip(0..).all(|(block, lba)| block == Some(stamp(lba, 1))));
-    vdi.commit(Batch::new(Lsn(3), all(3))).await.expect("commit");
-    let disk = world.disks.get_mut(&name).expect("disk");
-    disk.content = (0..300).map(|lba| (lba, 3)).collect();
-    assert!(cycle(&world.store).await.expect("cycle").reclaimed.data >= 300);
-    world.verify("after an uncertain head").await;
+}
+
+/// A head that a cycle read, of a write that got no answer, and that the target forgot then: the former one counts again, and
+/// what the cycle missed is reachable.
+#[tokio::test(start_paused = true)]
+async fn a_cycle_that_read_a_head_which_the_target_forgot_is_given_up() {
+    let mut forgotten = 0;
+    for (seed, commits) in (0..40).flat_map(|seed| [(seed, false), (seed, true)]) {
+        let mut world = World::new(seed).await;
+        let name = world.create().await;
+        let vdi = world.disks[&name].vdi.clone();
+        let changes = (0..300).map(|lba| write(lba, 1)).collect();
+        vdi.commit(Batch::new(Lsn(1), changes)).await.expect("commit");
+        let cycle = world.store.begin_collection().await.expect("begin");
+        let nothing = Batch::new(Lsn(2), vec![Change::Zero { lba: Lba(0), blocks: 4096 }]);
+        let second = prepared(&vdi, nothing).await;
+        let before = world.sim.counts().compare_and_writes;
+        world.sim.inject(OpKind::CompareAndWrite, 0, Fault::UnknownApplied);
+        while world.sim.counts().compare_and_writes == before {
+            tokio::task::yield_now().await;
+        }
+        // The registry can be read once. A flush that failed says nothing of what it was to cover, nor does a later one.
+        for _ in 0..60 {
+            world.sim.inject(OpKind::Read, 1, Fault::Io);
+        }
+        world.sim.inject(OpKind::Flush, 0, Fault::Io);
+        let Ok(roots) = cycle.roots().await else { continue };
+        let found = roots[0].record().cloned().expect("a head");
+        let outcome = second.await.expect("a task");
+        while world.store.scan_vdis().await.is_err() {}
+        world.sim.lose_session();
+        let is_back = head_of(&world.store, vdi.uuid()).await.committed == Lsn(1);
+        if outcome.is_ok() || !is_back || found.committed != Lsn(2) {
+            continue;
+        }
+        forgotten += 1;
+        if commits {
+            vdi.commit(Batch::new(Lsn(3), vec![write(1000, 3)])).await.expect("commit");
+        }
+        // What the head that was read reaches: its name, and no block of the disk.
+        assert!(found.root.is_sparse());
+        let _ = cycle.sweep(move |gba| gba == found.meta.gba, Duration::from_secs(60)).await;
+        let report = check(&world.store, CheckOptions { data: true }).await.expect("check");
+        assert!(report.is_sound(), "seed {seed}: {report:#?}");
+        assert_eq!(vdi.committed().lsn, Lsn(if commits { 3 } else { 1 }));
+        vdi.commit(Batch::new(Lsn(4), (2000..3500).map(|lba| write(lba, 4)).collect()))
+            .await
+            .expect("commit");
+        let blocks = vdi.read(Lba(0), 300).await.expect("whole");
+        assert!(blocks.into_iter().zip(0..).all(|(block, lba)| block == Some(stamp(lba, 1))));
+    }
+    assert!(forgotten > 10, "forgotten {forgotten} times only");
 }
 
 /// Damage in a tree stops collection, and says whose tree it is.

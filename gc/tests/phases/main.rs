@@ -19,8 +19,8 @@
 //! | `Claim` | `alloc/mod.rs`: `refill_now`; `alloc/pages.rs`: `claim`, `take_up` |
 //! | `CutAlone`, `DeleteSnapshot` | `commit/publish.rs`: a batch with a cut and no changes; `snapshots/change.rs`, `store/snapshots.rs`: `change_snapshots` |
 //! | `Discard` | `commit/plan.rs`: a batch that zeroes the whole disk |
-//! | `CloneFrom`, `Enter` | `store/snapshots.rs`: `clone_now`; `store/registry.rs`: `enrol`, `take_slot` |
-//! | `LookAgain`, `Activate` | `store/registry.rs`: `enrol`, from `snapshot_of` on |
+//! | `CloneFrom`, `Enter` | `store/snapshots.rs`: `clone_now`; `store/registry/creating.rs`: `enrol`, `take_place` |
+//! | `LookAgain`, `Activate` | `store/registry/creating.rs`: `enrol`, from `refuse_lost_source` on |
 //! | `Lead`, `Acknowledge` | `store/collecting.rs`: `begin_collection_now`; `alloc/cycle.rs`: `begin_cycle` |
 //! | `LeadOn`, asking | `store/collecting.rs`: `begin_collection_now`, from the record's *mark* on |
 //! | `LeadOn`, reading | `gc/src/collect.rs`: `collect`; `store/collecting.rs`: `roots`; `gc/src/reach.rs`: `mark` |

@@ -115,7 +115,7 @@ pub async fn collect(
     let reached = reach.into_bits();
     let blocks_reachable = reached.len();
     progress.sweeping.store(1, Ordering::Relaxed);
-    let reclaimed = cycle.sweep(move |gba| reached.contains(gba), options.patience).await?;
+    let reclaimed = cycle.sweep(move |first| reached.word(first), options.patience).await?;
     let nodes = progress.nodes();
     tracing::info!(
         store = store.url(),

@@ -11,6 +11,7 @@ pub mod bits;
 pub mod check;
 pub mod collect;
 pub mod dump;
+mod fetch;
 pub mod mark;
 pub mod pointing;
 mod reach;

@@ -7,42 +7,18 @@
 
 use crate::bits::Bits;
 use crate::collect::Progress;
-use blockstore::format::node::Node;
+use crate::fetch::{Ahead, BATCH, Entry, Failed, Pace, misplaced_words};
 use blockstore::format::pointer::Pointer;
 use blockstore::format::vdi::{SnapshotIndex, VdiHead};
 use blockstore::tree::Reader;
-use blockstore::types::{BLOCK_SIZE, Birth, Gba};
+use blockstore::types::Gba;
 use blockstore::{Result, StoreError, StoreErrorKind};
-use std::sync::Arc;
-use std::time::Duration;
-use tokio::task::JoinSet;
-use tokio::time::Instant;
 use uuid::Uuid;
-
-/// Nodes read at once.
-const BATCH: usize = 1024;
-
-/// A node to read. Small, since there is one for each node of a level.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Entry {
-    gba: u64,
-    crc: u32,
-    /// Whose it is, for messages: an index into the disks.
-    disk: u32,
-}
-
-impl Entry {
-    fn pointer(self) -> Pointer {
-        Pointer { gba: Gba(self.gba), read_only: false, birth: Birth(0), crc: self.crc }
-    }
-}
 
 /// Marks what roots reach.
 pub(crate) struct Reach<'a> {
     reader: Reader,
     reached: Bits,
-    /// Blocks of it that `progress` was not told of yet.
-    fresh: u64,
     /// By level; leaves at 1.
     frontier: Vec<Vec<Entry>>,
     disks: Vec<Uuid>,
@@ -62,7 +38,7 @@ impl<'a> Reach<'a> {
     ) -> Self {
         let reached = Bits::new(reader.geometry().total_blocks());
         let (frontier, disks, pace) = (Vec::new(), Vec::new(), Pace::new(rate));
-        Self { reader, reached, fresh: 0, frontier, disks, goes_on, pace, progress }
+        Self { reader, reached, frontier, disks, goes_on, pace, progress }
     }
 
     /// Marks what disks and their snapshots reach.
@@ -80,22 +56,34 @@ impl<'a> Reach<'a> {
         while let Some(mut nodes) = self.frontier.pop() {
             let level = self.frontier.len();
             nodes.sort_unstable();
-            // While one batch is looked through, the next is read, and its checksums are compared.
-            let mut batches = nodes.chunks(BATCH);
-            let mut ahead = batches.next().map(|batch| (batch, self.fetch(batch)));
-            while let Some((batch, fetched)) = ahead {
-                let read = self.fetched(batch, fetched).await?;
-                ahead = batches.next().map(|batch| (batch, self.fetch(batch)));
-                for (entry, node) in batch.iter().zip(read) {
-                    for (_, child) in node.children() {
-                        if self.reach(child, entry.disk)? && level > 1 {
-                            self.push(level - 1, child, entry.disk);
-                        }
-                    }
+            self.read_level(level, &nodes).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads nodes of one level, which are sorted, and marks what they name.
+    async fn read_level(&mut self, level: usize, nodes: &[Entry]) -> Result<()> {
+        let reader = self.reader.clone();
+        let mut ahead = Ahead::new(&reader, level, nodes, &self.pace);
+        while let Some((batch, read)) = ahead.next(&mut self.pace).await {
+            (self.goes_on)()?;
+            let named = match read {
+                Ok(named) => named,
+                Err(failed) => return Err(self.blame(batch, failed).await),
+            };
+            let mut fresh = 0;
+            for (first, blocks) in named.data {
+                fresh += self.reached.insert_run(first, blocks);
+            }
+            for child in named.nodes {
+                if self.reached.insert(Gba(child.gba)) {
+                    fresh += 1;
+                    self.push(level - 1, child);
                 }
             }
+            self.progress.note_nodes(batch.len() as u64);
+            self.progress.note_reached(fresh);
         }
-        self.progress.note_reached(std::mem::take(&mut self.fresh));
         Ok(())
     }
 
@@ -107,115 +95,78 @@ impl<'a> Reach<'a> {
     /// The root of a tree whose top node is at `level`.
     fn begin(&mut self, root: Pointer, level: u8, disk: u32) -> Result<()> {
         if self.reach(root, disk)? {
-            self.push(usize::from(level), root, disk);
+            self.push(usize::from(level), Entry::of(root, disk));
         }
         Ok(())
     }
 
-    fn push(&mut self, level: usize, pointer: Pointer, disk: u32) {
+    fn push(&mut self, level: usize, entry: Entry) {
         if self.frontier.len() <= level {
             self.frontier.resize_with(level + 1, Vec::new);
         }
-        self.frontier[level].push(Entry { gba: pointer.gba.0, crc: pointer.crc, disk });
+        self.frontier[level].push(entry);
     }
 
-    /// Sets a block's bit; true if it was not set before.
-    #[inline]
+    /// Sets the bit of a block of metadata; true if it was not set before.
     fn reach(&mut self, pointer: Pointer, disk: u32) -> Result<bool> {
         if pointer.is_sparse() {
             return Ok(false);
         }
         if !self.reader.geometry().is_allocatable(pointer.gba) {
-            return Err(self.misplaced(pointer, disk));
+            return Err(self.damaged(disk, &misplaced_words(pointer.gba)));
         }
         let fresh = self.reached.insert(pointer.gba);
-        self.fresh += u64::from(fresh);
+        self.progress.note_reached(u64::from(fresh));
         Ok(fresh)
-    }
-
-    #[cold]
-    fn misplaced(&self, pointer: Pointer, disk: u32) -> StoreError {
-        let words = format!("a pointer names block {}, which no tree block can be", pointer.gba);
-        self.damaged(disk, &words)
     }
 
     /// The tree that lists a disk's snapshots, and the root of each.
     async fn mark_snapshots(&mut self, index: SnapshotIndex, disk: u32) -> Result<()> {
         let mut level = Vec::new();
         if self.reach(index.root, disk)? {
-            level.push(Entry { gba: index.root.gba.0, crc: index.root.crc, disk });
+            level.push(Entry::of(index.root, disk));
         }
         for _ in 1..index.height {
             let mut below = Vec::new();
             for batch in level.chunks(BATCH) {
-                for node in self.read(batch).await? {
+                (self.goes_on)()?;
+                self.pace.before(batch.len()).await;
+                let nodes: Vec<Pointer> = batch.iter().map(|entry| entry.pointer()).collect();
+                let read = self.reader.read_nodes(&nodes).await;
+                for node in read.map_err(|error| self.judge(disk, error))? {
                     for (_, child) in node.children() {
                         if self.reach(child, disk)? {
-                            below.push(Entry { gba: child.gba.0, crc: child.crc, disk });
+                            below.push(Entry::of(child, disk));
                         }
                     }
                 }
+                self.progress.note_nodes(batch.len() as u64);
             }
             level = below;
         }
         for batch in level.chunks(BATCH) {
             (self.goes_on)()?;
+            self.pace.before(batch.len()).await;
             let leaves: Vec<Pointer> = batch.iter().map(|entry| entry.pointer()).collect();
             let read = self.reader.snapshots_of(&leaves).await;
             for snapshot in read.map_err(|error| self.judge(disk, error))? {
                 self.begin(snapshot.root, snapshot.height, disk)?;
             }
-            self.pace.after(batch.len()).await;
         }
         Ok(())
     }
 
-    /// Reads nodes of one level.
-    async fn read(&mut self, batch: &[Entry]) -> Result<Vec<Arc<Node>>> {
-        let fetched = self.fetch(batch);
-        self.fetched(batch, fetched).await
-    }
-
-    /// Begins to read nodes, on another core if there is one; given up when it is dropped.
-    fn fetch(&self, batch: &[Entry]) -> JoinSet<Result<Vec<Arc<Node>>>> {
-        let pointers: Vec<Pointer> = batch.iter().map(|entry| entry.pointer()).collect();
-        let reader = self.reader.clone();
-        let mut fetched = JoinSet::new();
-        fetched.spawn(async move { reader.read_nodes(&pointers).await });
-        fetched
-    }
-
-    /// The nodes that are being read.
-    async fn fetched(
-        &mut self,
-        batch: &[Entry],
-        mut fetched: JoinSet<Result<Vec<Arc<Node>>>>,
-    ) -> Result<Vec<Arc<Node>>> {
-        (self.goes_on)()?;
-        let read = match fetched.join_next().await {
-            Some(Ok(read)) => read,
-            // It was stopped with its runtime, or failed inside: then it is told where.
-            _ => {
-                self.reader.read_nodes(&batch.iter().map(|e| e.pointer()).collect::<Vec<_>>()).await
-            }
-        };
-        let nodes = match read {
-            Ok(nodes) => nodes,
-            Err(error) if error.kind == StoreErrorKind::Corrupt => {
-                return Err(self.blame(batch, error).await);
-            }
-            Err(error) => return Err(error),
-        };
-        self.progress.note_nodes(batch.len() as u64);
-        self.progress.note_reached(std::mem::take(&mut self.fresh));
-        self.pace.after(batch.len()).await;
-        Ok(nodes)
-    }
-
     /// Finds out whose node is damaged.
-    async fn blame(&self, batch: &[Entry], error: StoreError) -> StoreError {
+    async fn blame(&self, batch: &[Entry], failed: Failed) -> StoreError {
+        let Failed { disk, error } = failed;
+        if error.kind != StoreErrorKind::Corrupt {
+            return error;
+        }
+        if let Some(disk) = disk {
+            return self.judge(disk, error);
+        }
         for entry in batch {
-            match self.reader.read_nodes(&[entry.pointer()]).await {
+            match self.reader.read_blocks(&[entry.pointer()]).await {
                 Err(error) if error.kind == StoreErrorKind::Corrupt => {
                     return self.judge(entry.disk, error);
                 }
@@ -246,27 +197,5 @@ impl<'a> Reach<'a> {
                  {what}; 'ballast store check' says more"
             ),
         )
-    }
-}
-
-/// Keeps reading below a rate.
-struct Pace {
-    rate: Option<u64>,
-    next: Instant,
-}
-
-impl Pace {
-    fn new(rate: Option<u64>) -> Self {
-        Self { rate: rate.filter(|rate| *rate > 0), next: Instant::now() }
-    }
-
-    /// To be called after `blocks` were read.
-    async fn after(&mut self, blocks: usize) {
-        let Some(rate) = self.rate else { return };
-        let took = Duration::from_secs_f64((blocks * BLOCK_SIZE) as f64 / rate as f64);
-        let now = Instant::now();
-        // What was not used is not saved up: a burst would be felt by the guests.
-        self.next = self.next.max(now) + took;
-        tokio::time::sleep_until(self.next).await;
     }
 }

@@ -5,6 +5,7 @@
 
 mod death;
 mod rules;
+mod sweep;
 mod world;
 
 use rand::Rng;

@@ -41,6 +41,7 @@ const FULL: &str = r#"
     free_below = 10
     every = "1h"
     rate = "1MiB"
+    memory = "16MiB"
     [metrics]
     listen = "127.0.0.1:9477"
 "#;
@@ -72,6 +73,7 @@ fn a_file_alone_is_enough() {
         flush_max_age: Some(Duration::from_millis(500)),
         gc: Schedule { free_below: 10, every: Some(Duration::from_secs(3600)) },
         gc_rate: 1 << 20,
+        gc_memory: 16 << 20,
         metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 9477))),
     };
     assert_eq!(config, expected);
@@ -97,6 +99,7 @@ fn flags_alone_are_enough_and_defaults_are_safe() {
     let never = AgentArgs { gc_every: Some(Duration::ZERO), gc_free_below: Some(0), ..minimal() };
     assert_eq!(load(never, "").unwrap().gc, Schedule { free_below: 0, every: None });
     refused(minimal(), "[gc]\nfree_below = 101\n", &["gc.free_below", "101"]);
+    refused(minimal(), "[gc]\nmemory = 4096\n", &["gc.memory", "4096"]);
 }
 
 #[track_caller]

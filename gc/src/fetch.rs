@@ -11,14 +11,17 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-/// Nodes read at once: 1 MiB, one request where they lie together.
+/// Leaves read at once: 1 MiB, one request where they lie together.
 pub(crate) const BATCH: usize = 256;
+/// Inner nodes read at once. They are few, and name 256 times as much.
+pub(crate) const INNER_BATCH: usize = 64;
 
 /// Batches of leaves that are read ahead, 12 MiB; the device is never without work then.
 const AHEAD: usize = 12;
-/// Of inner nodes, which are few, and name 256 times as much; and below a rate, so that a device that is slow for a while is not
-/// buried in reads that guests would have to wait for.
-const AHEAD_FEW: usize = 2;
+/// Of inner nodes; and below a rate, so that a device that is slow for a while is not buried in reads that guests would have to
+/// wait for.
+const AHEAD_FEW: usize = 4;
+const AHEAD_PACED: usize = 2;
 
 /// A node to read. Small, since there is one for each node of a level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,8 +73,9 @@ pub(crate) struct Ahead<'a> {
 impl<'a> Ahead<'a> {
     /// Nothing is read yet. Leaves are at level 1.
     pub(crate) fn new(reader: &'a Reader, level: usize, nodes: &'a [Entry], pace: &Pace) -> Self {
-        let ahead = if level > 1 || pace.rate.is_some() { AHEAD_FEW } else { AHEAD };
-        let rest = nodes.chunks(BATCH);
+        let (batch, ahead) = if level > 1 { (INNER_BATCH, AHEAD_FEW) } else { (BATCH, AHEAD) };
+        let ahead = if pace.rate.is_some() { AHEAD_PACED } else { ahead };
+        let rest = nodes.chunks(batch);
         Self { reader, level, rest, under_way: VecDeque::new(), ahead }
     }
 

@@ -3,22 +3,47 @@
 //! Nothing that a root reached when it was read is used again while this runs: this host keeps what it frees in quarantine. So
 //! each block holds one thing throughout, a bit says all there is to say of it, and a node that does not match its pointer is
 //! damage (rule G4). Nodes of all disks and snapshots of one level are read together: a tree that many snapshots share is
-//! read once, and the reads go over the metadata in one direction.
+//! read once, and the reads go over the metadata in one direction. When the list of a level is full, the levels below are
+//! walked first, so that lists do not grow with the store.
 
-use crate::bits::Bits;
 use crate::collect::Progress;
-use crate::fetch::{Ahead, BATCH, Entry, Failed, Pace, misplaced_words};
+use crate::fetch::{Ahead, BATCH, Entry, Failed, INNER_BATCH, Pace, misplaced_words};
+use crate::marks::Marks;
+use blockstore::format::node::{HEIGHT_MAX, NODE_ENTRIES};
 use blockstore::format::pointer::Pointer;
 use blockstore::format::vdi::{SnapshotIndex, VdiHead};
 use blockstore::tree::Reader;
-use blockstore::types::Gba;
 use blockstore::{Result, StoreError, StoreErrorKind};
 use uuid::Uuid;
+
+/// The list of each level may take this part of a cycle's memory.
+const LISTS: u64 = 64;
+/// Nodes in a full list, at least: what a batch of inner nodes names.
+const LIST_MIN: usize = INNER_BATCH * NODE_ENTRIES;
+
+/// How a cycle's memory is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Memory {
+    /// Bytes of bits.
+    pub(crate) bits: u64,
+    /// Nodes in the list of a level before it is full; a batch more may come.
+    list: usize,
+}
+
+impl Memory {
+    /// Divides so many bytes. Lists have a least size, bits take what is left.
+    pub(crate) fn of(bytes: u64) -> Self {
+        let list = ((bytes / LISTS) as usize / size_of::<Entry>()).max(LIST_MIN);
+        let lists = (list + LIST_MIN) * size_of::<Entry>() * usize::from(HEIGHT_MAX);
+        Self { bits: bytes.saturating_sub(lists as u64), list }
+    }
+}
 
 /// Marks what roots reach.
 pub(crate) struct Reach<'a> {
     reader: Reader,
-    reached: Bits,
+    marks: Marks,
+    list_max: usize,
     /// By level; leaves at 1.
     frontier: Vec<Vec<Entry>>,
     disks: Vec<Uuid>,
@@ -29,16 +54,18 @@ pub(crate) struct Reach<'a> {
 }
 
 impl<'a> Reach<'a> {
-    /// Nothing is reached yet. Reads at most `rate` bytes a second, if that is said.
+    /// Nothing is reached yet. Reads at most `rate` bytes a second, if that is said, and keeps to the memory.
     pub(crate) fn new(
         reader: Reader,
         rate: Option<u64>,
+        memory: Memory,
         goes_on: &'a (dyn Fn() -> Result<()> + Send + Sync),
         progress: &'a Progress,
     ) -> Self {
-        let reached = Bits::new(reader.geometry().total_blocks());
+        let marks = Marks::new(reader.geometry(), memory.bits);
         let (frontier, disks, pace) = (Vec::new(), Vec::new(), Pace::new(rate));
-        Self { reader, reached, frontier, disks, goes_on, pace, progress }
+        let list_max = memory.list;
+        Self { reader, marks, list_max, frontier, disks, goes_on, pace, progress }
     }
 
     /// Marks what disks and their snapshots reach.
@@ -53,43 +80,85 @@ impl<'a> Reach<'a> {
             self.begin(head.root, head.height, disk)?;
             self.mark_snapshots(head.snapshots, disk).await?;
         }
-        while let Some(mut nodes) = self.frontier.pop() {
-            let level = self.frontier.len();
-            nodes.sort_unstable();
-            self.read_level(level, &nodes).await?;
+        self.walk().await
+    }
+
+    /// What is marked.
+    pub(crate) fn marks(&self) -> &Marks {
+        &self.marks
+    }
+
+    /// Ends a pass over all roots, and begins the next, over the same roots.
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish).
+    pub(crate) fn next_pass(&mut self) -> Result<()> {
+        self.marks.next_pass().map_err(|words| self.strange(words))?;
+        self.disks.clear();
+        Ok(())
+    }
+
+    /// Ends the last pass; what is marked.
+    ///
+    /// # Errors
+    /// `Corrupt` if passes differ: something changed that must not.
+    pub(crate) fn finish(self) -> Result<Marks> {
+        self.marks.check_pass().map_err(|words| self.strange(words))?;
+        Ok(self.marks)
+    }
+
+    fn strange(&self, words: &str) -> StoreError {
+        StoreError::new(
+            StoreErrorKind::Corrupt,
+            "garbage collection",
+            format!("{words}: nothing is collected; report this"),
+        )
+    }
+
+    /// Reads all nodes that are listed, and what is below them.
+    async fn walk(&mut self) -> Result<()> {
+        while let Some(level) = self.frontier.iter().rposition(|nodes| !nodes.is_empty()) {
+            self.walk_level(level).await?;
         }
         Ok(())
     }
 
-    /// Reads nodes of one level, which are sorted, and marks what they name.
-    async fn read_level(&mut self, level: usize, nodes: &[Entry]) -> Result<()> {
+    /// Reads the nodes that are listed of a level, and marks what they name; those of the levels below, too, when their list is
+    /// full.
+    async fn walk_level(&mut self, level: usize) -> Result<()> {
+        let mut nodes = std::mem::take(&mut self.frontier[level]);
+        nodes.sort_unstable();
         let reader = self.reader.clone();
-        let mut ahead = Ahead::new(&reader, level, nodes, &self.pace);
+        let mut ahead = Ahead::new(&reader, level, &nodes, &self.pace);
         while let Some((batch, read)) = ahead.next(&mut self.pace).await {
             (self.goes_on)()?;
             let named = match read {
                 Ok(named) => named,
                 Err(failed) => return Err(self.blame(batch, failed).await),
             };
-            let mut fresh = 0;
             for (first, blocks) in named.data {
-                fresh += self.reached.insert_run(first, blocks);
+                self.marks.insert_data(first, blocks);
             }
             for child in named.nodes {
-                if self.reached.insert(Gba(child.gba)) {
-                    fresh += 1;
+                if self.mark_metadata(child.pointer(), child.disk)? {
                     self.push(level - 1, child);
                 }
             }
-            self.progress.note_nodes(batch.len() as u64);
-            self.progress.note_reached(fresh);
+            self.note(batch.len());
+            if level > 1 && self.is_full(level - 1) {
+                Box::pin(self.walk_level(level - 1)).await?;
+            }
         }
         Ok(())
     }
 
-    /// What is reached.
-    pub(crate) fn into_bits(self) -> Bits {
-        self.reached
+    /// Tells of nodes that were read.
+    fn note(&self, nodes: usize) {
+        self.progress.note(self.progress.nodes() + nodes as u64, self.marks.reached());
+    }
+
+    fn is_full(&self, level: usize) -> bool {
+        self.frontier.get(level).is_some_and(|nodes| nodes.len() >= self.list_max)
     }
 
     /// The root of a tree whose top node is at `level`.
@@ -115,9 +184,15 @@ impl<'a> Reach<'a> {
         if !self.reader.geometry().is_allocatable(pointer.gba) {
             return Err(self.damaged(disk, &misplaced_words(pointer.gba)));
         }
-        let fresh = self.reached.insert(pointer.gba);
-        self.progress.note_reached(u64::from(fresh));
-        Ok(fresh)
+        self.mark_metadata(pointer, disk)
+    }
+
+    /// As [`reach`](Self::reach), of a pointer whose place is known to be good.
+    fn mark_metadata(&mut self, pointer: Pointer, disk: u32) -> Result<bool> {
+        self.marks.insert_metadata(pointer.gba).map_err(|words| {
+            let corrupt = StoreError::new(StoreErrorKind::Corrupt, String::new(), words);
+            self.judge(disk, corrupt)
+        })
     }
 
     /// The tree that lists a disk's snapshots, and the root of each.
@@ -140,7 +215,7 @@ impl<'a> Reach<'a> {
                         }
                     }
                 }
-                self.progress.note_nodes(batch.len() as u64);
+                self.note(batch.len());
             }
             level = below;
         }
@@ -151,6 +226,9 @@ impl<'a> Reach<'a> {
             let read = self.reader.snapshots_of(&leaves).await;
             for snapshot in read.map_err(|error| self.judge(disk, error))? {
                 self.begin(snapshot.root, snapshot.height, disk)?;
+            }
+            if (0..self.frontier.len()).any(|level| self.is_full(level)) {
+                self.walk().await?;
             }
         }
         Ok(())

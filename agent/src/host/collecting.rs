@@ -73,6 +73,8 @@ impl Host {
                 false => GcPhase::Marking,
             },
             since: running.since_ms,
+            pass: running.progress.pass().0,
+            passes: running.progress.pass().1,
             nodes: running.progress.nodes(),
             reachable: bytes(running.progress.reached()),
         });
@@ -84,6 +86,7 @@ impl Host {
             free_below: config.gc.free_below,
             every: config.gc.every.map(|every| every.as_millis() as u64),
             rate: config.gc_rate,
+            memory: config.gc_memory as u64,
             capacity: state.space.map(|(_, space)| bytes(space.blocks)),
             free: state.space.map(|(_, space)| bytes(space.free)),
         }
@@ -105,6 +108,7 @@ impl Host {
         let host = Arc::downgrade(self);
         let options = CollectOptions {
             rate: Some(self.parts.config.gc_rate).filter(|rate| *rate > 0),
+            memory: self.parts.config.gc_memory as u64,
             ..CollectOptions::default()
         };
         self.spawn(async move {
@@ -134,6 +138,7 @@ impl Collecting {
             failure: None,
             epoch: None,
             vdis: 0,
+            passes: running.progress.pass().0,
             nodes: running.progress.nodes(),
             reachable: bytes(running.progress.reached()),
             reclaimed_data: 0,

@@ -3,7 +3,8 @@
 //! One cycle, in the order of its writes:
 //! 1. this host begins to note what it touches, and keeps what it frees in quarantine; GC record: next epoch, *prepare*; own
 //!    host record: the epoch is acknowledged; GC record: *mark*;
-//! 2. the caller reads roots, which are made durable, and marks what they reach (`gc` does);
+//! 2. the caller reads roots, which are made durable, and marks what they reach (`gc` does); if it marks in several passes, a
+//!    reclaim bitmap per own extent of all passes but the last, durably;
 //! 3. GC record: *sweep*; a reclaim bitmap per own extent in which anything was not reached, durably; GC record: *done*;
 //! 4. once nobody reads, or has yet to free, what was cut off before the roots were read: these bitmaps are applied.
 //!
@@ -23,6 +24,7 @@ use crate::tree::Reader;
 use crate::types::{Gba, Generation};
 use bytes::Bytes;
 use serde::Serialize;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,6 +52,25 @@ pub struct Collection {
     record: View<GcRecord>,
     epoch: u64,
     extents: Vec<Extent>,
+    /// Those with a reclaim bitmap of this cycle.
+    named: Vec<Extent>,
+}
+
+/// Tells whether a cycle goes on.
+#[derive(Clone, Debug)]
+pub struct CycleCheck {
+    store: Arc<Store>,
+    epoch: u64,
+}
+
+impl CycleCheck {
+    /// Makes sure that the cycle goes on.
+    ///
+    /// # Errors
+    /// `NoSpace` if this host needed what it had in quarantine.
+    pub fn check(&self) -> Result<()> {
+        self.store.core.allocator()?.check_cycle(self.epoch)
+    }
 }
 
 /// An extent of this host, as it was when the cycle began.
@@ -100,7 +121,7 @@ impl Store {
         self.core.allocator()?.begin_cycle(epoch).await?;
         let store = Arc::clone(self);
         // From here on, dropping it ends the cycle here.
-        let mut cycle = Collection { store, record, epoch, extents: Vec::new() };
+        let mut cycle = Collection { store, record, epoch, extents: Vec::new(), named: Vec::new() };
         let next = |phase| GcRecord {
             epoch,
             phase,
@@ -195,75 +216,74 @@ impl Collection {
     /// Makes sure that the cycle goes on.
     ///
     /// # Errors
-    /// `NoSpace` if this host needed what it had in quarantine.
+    /// As [`CycleCheck::check`].
     pub fn check(&self) -> Result<()> {
-        self.store.core.allocator()?.check_cycle(self.epoch)
+        self.checker().check()
     }
 
-    /// Steps 3 and 4: gives back what is not reached. `reached` tells of 64 blocks from the one it is asked for on, which is a
-    /// multiple of as many; the first is the lowest bit. Waits at most `patience` for readers of what was cut off before.
+    /// Asks later whether the cycle goes on.
+    #[must_use]
+    pub fn checker(&self) -> CycleCheck {
+        CycleCheck { store: Arc::clone(&self.store), epoch: self.epoch }
+    }
+
+    /// How many extents of data, and of metadata, are collected from this one on; metadata from the first on.
+    #[must_use]
+    pub fn extents_from(&self, first: u32) -> (u64, u64) {
+        let is_metadata = |extent: &&Extent| extent.kind == ExtentType::Metadata;
+        let metadata = self.extents.iter().filter(is_metadata).count();
+        let left = self.extents.iter().filter(|extent| extent.number >= first);
+        (left.filter(|extent| !is_metadata(extent)).count() as u64, metadata as u64)
+    }
+
+    /// Notes what is not reached in some extents, so that the marks of these need not be kept: their reclaim bitmaps are
+    /// written. For all of step 2; nothing is given back before [`sweep`](Self::sweep). `reached` is as there.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check), the device's.
+    pub async fn note_window(
+        &mut self,
+        window: Range<u32>,
+        reached: &(impl Fn(Gba) -> u64 + Sync),
+    ) -> Result<()> {
+        self.check()?;
+        let mut group = Vec::new();
+        for extent in self.extents.iter().filter(|extent| window.contains(&extent.number)) {
+            group.extend(self.reclaim_pages(*extent, reached).map(|write| (*extent, write)));
+            if group.len() == PUBLISHED_AT_ONCE {
+                let group = std::mem::take(&mut group);
+                self.named.extend(write_pages(&self.store, group).await?);
+            }
+        }
+        self.named.extend(write_pages(&self.store, group).await?);
+        Ok(())
+    }
+
+    /// Steps 3 and 4: gives back what is not reached in the extents of this window, and of those that were noted before.
+    /// `reached` tells of 64 blocks from the one it is asked for on, which is a multiple of as many; the first is the lowest
+    /// bit. Waits at most `patience` for readers of what was cut off before.
     ///
     /// # Errors
     /// `NoSpace` as [`check`](Self::check), `InUse` if another host leads a cycle now or readers take too long, the device's.
     /// What was not given back leaks until the next cycle.
     pub async fn sweep(
         mut self,
+        window: Range<u32>,
         reached: impl Fn(Gba) -> u64 + Send + Sync + 'static,
         patience: Duration,
     ) -> Result<Reclaimed> {
         let store = Arc::clone(&self.store);
         // As a task that nobody stops: pages are written in place.
         let task = tokio::spawn(async move {
+            // The roots were read and marked: what is cut off from here on was reached.
             self.check()?;
-            let named = self.publish(&reached).await?;
-            self.apply(named, patience).await
+            self.store.core.allocator()?.end_quarantine(self.epoch)?;
+            self.go_to(GcPhase::Sweep).await?;
+            self.note_window(window, &reached).await?;
+            self.go_to(GcPhase::Done).await?;
+            self.apply(patience).await
         });
         store.core.io.await_task(task).await
-    }
-
-    /// Step 3; the extents in which there is something to reclaim. The roots were read: what is cut off from here on was
-    /// reached.
-    async fn publish(&mut self, reached: &(impl Fn(Gba) -> u64 + Sync)) -> Result<Vec<Extent>> {
-        self.store.core.allocator()?.end_quarantine(self.epoch)?;
-        self.go_to(GcPhase::Sweep).await?;
-        let (mut named, mut group) = (Vec::new(), Vec::new());
-        for extent in &self.extents {
-            group.extend(self.reclaim_pages(*extent, reached).map(|write| (*extent, write)));
-            if group.len() == PUBLISHED_AT_ONCE {
-                named.extend(self.write_pages(std::mem::take(&mut group)).await?);
-            }
-        }
-        named.extend(self.write_pages(group).await?);
-        self.go_to(GcPhase::Done).await?;
-        Ok(named)
-    }
-
-    /// Writes reclaim bitmaps with one flush; the extents of those that are durable.
-    async fn write_pages(&self, group: Vec<(Extent, Write)>) -> Result<Vec<Extent>> {
-        let io = &self.store.control_io;
-        let (extents, writes): (Vec<Extent>, Vec<Write>) = group.into_iter().unzip();
-        if extents.is_empty() {
-            return Ok(extents);
-        }
-        // With limited patience: a page that lands late names a cycle that nobody asks for any more.
-        let Err(error) = io.write_durable(&writes).await else { return Ok(extents) };
-        let is_over =
-            |error: &StoreError| !io.health().reachable || error.kind == StoreErrorKind::Closing;
-        if is_over(&error) {
-            return Err(error);
-        }
-        // One bad extent does not keep the others from being collected.
-        let mut written = Vec::new();
-        for (extent, write) in extents.into_iter().zip(writes) {
-            match io.write_durable(&[write]).await {
-                Err(error) if is_over(&error) => return Err(error),
-                Err(error) => {
-                    tracing::warn!(extent = extent.number, %error, "left to the next cycle");
-                }
-                Ok(()) => written.push(extent),
-            }
-        }
-        Ok(written)
     }
 
     /// An extent's reclaim bitmap; none if all of its blocks were reached. A bitmap of another cycle names nothing in this one.
@@ -294,12 +314,12 @@ impl Collection {
     }
 
     /// Step 4.
-    async fn apply(&mut self, named: Vec<Extent>, patience: Duration) -> Result<Reclaimed> {
+    async fn apply(&mut self, patience: Duration) -> Result<Reclaimed> {
         self.wait_for_readers(patience).await?;
         let store = Arc::clone(&self.store);
         let mut reclaimed = Reclaimed::default();
         let mut failure = None;
-        for group in named.chunks(APPLIED_AT_ONCE) {
+        for group in self.named.chunks(APPLIED_AT_ONCE) {
             let numbers = group.iter().map(|extent| extent.number).collect();
             let allocator = store.core.allocator()?;
             let outcomes = allocator.apply(&store.core.io, numbers, self.epoch).await?;
@@ -367,4 +387,32 @@ impl Collection {
         }
         Ok(())
     }
+}
+
+/// Writes reclaim bitmaps with one flush; the extents of those that are durable.
+async fn write_pages(store: &Store, group: Vec<(Extent, Write)>) -> Result<Vec<Extent>> {
+    let io = &store.control_io;
+    let (extents, writes): (Vec<Extent>, Vec<Write>) = group.into_iter().unzip();
+    if extents.is_empty() {
+        return Ok(extents);
+    }
+    // With limited patience: a page that lands late names a cycle that nobody asks for any more.
+    let Err(error) = io.write_durable(&writes).await else { return Ok(extents) };
+    let is_over =
+        |error: &StoreError| !io.health().reachable || error.kind == StoreErrorKind::Closing;
+    if is_over(&error) {
+        return Err(error);
+    }
+    // One bad extent does not keep the others from being collected.
+    let mut written = Vec::new();
+    for (extent, write) in extents.into_iter().zip(writes) {
+        match io.write_durable(&[write]).await {
+            Err(error) if is_over(&error) => return Err(error),
+            Err(error) => {
+                tracing::warn!(extent = extent.number, %error, "left to the next cycle");
+            }
+            Ok(()) => written.push(extent),
+        }
+    }
+    Ok(written)
 }

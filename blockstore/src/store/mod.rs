@@ -14,7 +14,7 @@ mod rollback;
 mod snapshots;
 mod verify;
 
-pub use collecting::{Collection, Reclaimed};
+pub use collecting::{Collection, CycleCheck, Reclaimed};
 pub use differences::{CHANGES_MAX, Difference, ImageInfo};
 pub use format::{FormatOptions, check_size, foreign_signature};
 pub use image::SnapshotImage;

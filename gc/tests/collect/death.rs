@@ -1,8 +1,8 @@
 //! Death at every device operation of a workload that collects beside its commits.
 
 use crate::world::{
-    Content, MIB, World, apply, cycle, head_of, host, list, open, read, settle, with_snapshot,
-    write,
+    Content, MIB, World, apply, cycle, cycle_in, head_of, host, list, open, read, settle,
+    with_snapshot, write,
 };
 use blockstore::device::sim::SimDevice;
 use blockstore::types::{Lba, Lsn};
@@ -30,7 +30,7 @@ fn changes(lsn: u64) -> Vec<Change> {
     }
 }
 
-async fn workload(sim: &SimDevice, history: &RefCell<History>) {
+async fn workload(sim: &SimDevice, history: &RefCell<History>, memory: u64) {
     let store = open(sim).await;
     store.create_vdi("d", 16 * MIB).await.expect("create");
     let vdi = World::attach(&store, "d").await;
@@ -44,7 +44,7 @@ async fn workload(sim: &SimDevice, history: &RefCell<History>) {
         };
         let commit = vdi.commit(batch);
         if lsn.is_multiple_of(3) {
-            let (committed, collected) = tokio::join!(commit, cycle(&store));
+            let (committed, collected) = tokio::join!(commit, cycle_in(&store, memory));
             committed.expect("commit");
             collected.expect("cycle");
         } else {
@@ -131,13 +131,13 @@ async fn until_death(sim: &SimDevice, work: impl Future<Output = ()>) -> bool {
 }
 
 /// One death, after operation `n`; false if the workload ended before it.
-async fn die_at(n: u64, seed: u64, power_loss: bool) -> bool {
+async fn die_at(n: u64, seed: u64, power_loss: bool, memory: u64) -> bool {
     let sim = SimDevice::new(32 * MIB, seed + n);
     Store::format(sim.device(), FormatOptions::default()).await.expect("format");
     let session = sim.connect();
     session.crash_after(n);
     let history = RefCell::new(History::default());
-    let died = until_death(&session, workload(&session, &history)).await;
+    let died = until_death(&session, workload(&session, &history, memory)).await;
     let end = |session: &SimDevice| {
         if power_loss { session.crash() } else { session.kill_host() }
     };
@@ -155,12 +155,12 @@ async fn die_at(n: u64, seed: u64, power_loss: bool) -> bool {
     died
 }
 
-fn die_everywhere(seed: u64, power_loss: bool) {
+fn die_everywhere(seed: u64, power_loss: bool, memory: u64) {
     for n in 0.. {
         // One each: what a death leaves running ends with it.
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-        if !runtime.expect("a runtime").block_on(die_at(n, seed, power_loss)) {
+        if !runtime.expect("a runtime").block_on(die_at(n, seed, power_loss, memory)) {
             assert!(n > 150, "the workload has {n} operations");
             return;
         }
@@ -169,10 +169,16 @@ fn die_everywhere(seed: u64, power_loss: bool) {
 
 #[test]
 fn power_loss_at_every_operation() {
-    die_everywhere(10_000, true);
+    die_everywhere(10_000, true, gc::MEMORY_DEFAULT);
 }
 
 #[test]
 fn death_of_the_process_at_every_operation() {
-    die_everywhere(20_000, false);
+    die_everywhere(20_000, false, gc::MEMORY_DEFAULT);
+}
+
+/// With memory for the bits of one extent: reclaim bitmaps are written while other extents are still to be marked.
+#[test]
+fn power_loss_at_every_operation_of_windows() {
+    die_everywhere(30_000, true, 0);
 }

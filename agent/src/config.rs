@@ -23,6 +23,8 @@ const GC_FREE_BELOW: u8 = 20;
 const GC_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// Bytes of metadata that a cycle reads in a second: little beside what guests ask of a SAN.
 const GC_RATE: u64 = 64 << 20;
+/// Bytes that a cycle's bits and lists may take, at least: less than that is needed in any case.
+const GC_MEMORY_MIN: usize = 1 << 20;
 
 /// Bytes unmapped in a second: a command of 64 MiB, a few times.
 const GC_UNMAP_RATE: u64 = 512 << 20;
@@ -118,6 +120,9 @@ pub struct AgentArgs {
     /// Most free space that the device is told of in a second; 0: as much as it takes [default: 512MiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     pub gc_unmap_rate: Option<u64>,
+    /// Memory for what garbage collection marks, one bit per block in use; with less it takes several passes [default: 256MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    pub gc_memory: Option<usize>,
     /// Serve metrics for Prometheus at this address of the loopback device, like 127.0.0.1:9477
     #[arg(long, value_name = "ADDRESS", value_parser = crate::metrics::parse_address)]
     pub metrics_listen: Option<SocketAddr>,
@@ -164,6 +169,8 @@ struct GcSection {
     unmap: Option<bool>,
     #[serde(default, deserialize_with = "rate")]
     unmap_rate: Option<u64>,
+    #[serde(default, deserialize_with = "memory")]
+    memory: Option<usize>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -270,6 +277,8 @@ pub struct AgentConfig {
     pub gc_unmap: bool,
     /// Bytes of them in a second; 0: as many as it takes.
     pub gc_unmap_rate: u64,
+    /// Bytes of memory that a cycle marks in.
+    pub gc_memory: usize,
     /// Where metrics are served by TCP, if anywhere; a loopback address.
     pub metrics_listen: Option<SocketAddr>,
 }
@@ -340,6 +349,10 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
     if free_below > 100 {
         return Err(usage(format!("gc.free_below is {free_below}: give a percentage, 0 to 100")));
     }
+    let gc_memory = args.gc_memory.or(file.gc.memory).unwrap_or(gc::MEMORY_DEFAULT as usize);
+    if gc_memory < GC_MEMORY_MIN {
+        return Err(usage(format!("gc.memory is {gc_memory} bytes: give {GC_MEMORY_MIN} or more")));
+    }
     let every = args.gc_every.or(file.gc.every).unwrap_or(GC_EVERY);
     Ok(AgentConfig {
         store,
@@ -376,6 +389,7 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         gc_rate: args.gc_rate.or(file.gc.rate).unwrap_or(GC_RATE),
         gc_unmap: args.gc_unmap.or(file.gc.unmap).unwrap_or(true),
         gc_unmap_rate: args.gc_unmap_rate.or(file.gc.unmap_rate).unwrap_or(GC_UNMAP_RATE),
+        gc_memory,
         metrics_listen: args.metrics_listen.or(file.metrics.listen),
     })
 }

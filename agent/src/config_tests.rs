@@ -43,6 +43,7 @@ const FULL: &str = r#"
     rate = "1MiB"
     unmap = false
     unmap_rate = "1GiB"
+    memory = "16MiB"
     [metrics]
     listen = "127.0.0.1:9477"
 "#;
@@ -76,6 +77,7 @@ fn a_file_alone_is_enough() {
         gc_rate: 1 << 20,
         gc_unmap: false,
         gc_unmap_rate: 1 << 30,
+        gc_memory: 16 << 20,
         metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 9477))),
     };
     assert_eq!(config, expected);
@@ -102,6 +104,7 @@ fn flags_alone_are_enough_and_defaults_are_safe() {
     let never = AgentArgs { gc_every: Some(Duration::ZERO), gc_free_below: Some(0), ..minimal() };
     assert_eq!(load(never, "").unwrap().gc, Schedule { free_below: 0, every: None });
     refused(minimal(), "[gc]\nfree_below = 101\n", &["gc.free_below", "101"]);
+    refused(minimal(), "[gc]\nmemory = 4096\n", &["gc.memory", "4096"]);
 }
 
 #[track_caller]

@@ -63,10 +63,10 @@ pub use io::Health;
 pub use policy::{Policy, PolicyChange, WhenOffline};
 pub use schedule::Schedule;
 pub use store::{
-    AttachOptions, CHANGES_MAX, Collection, Cure, Difference, ExportReport, Fingerprint, Fix,
-    FormatOptions, Held, HostInfo, ImageInfo, LostLog, OpenOptions, OwnerInfo, REPAIR_HOST,
-    Reclaimed, Repairer, Rewound, SnapshotImage, Space, Store, StoreInfo, TableProblem, Thinned,
-    VdiInfo,
+    AttachOptions, CHANGES_MAX, Collection, Cure, CycleCheck, Difference, ExportReport,
+    Fingerprint, Fix, FormatOptions, Held, HostInfo, ImageInfo, LostLog, OpenOptions, OwnerInfo,
+    REPAIR_HOST, Reclaimed, Repairer, Rewound, SnapshotImage, Space, Store, StoreInfo,
+    TableProblem, Thinned, VdiInfo,
 };
 pub use vdi::{CommittedState, Vdi};
 

@@ -206,6 +206,60 @@ impl Records {
         }
     }
 
+    /// Changes several records, each as by [`swap`](Self::swap), with one flush for all of them while nothing goes wrong. The
+    /// outcomes are in the order of the changes.
+    pub async fn swap_all<T: Record>(
+        &self,
+        io: &Io,
+        changes: &[(View<T>, T)],
+    ) -> Vec<Result<Swap<T>>> {
+        if !self.single_host
+            && let Some(done) = self.compare_and_write_all(io, changes).await
+        {
+            return done.into_iter().map(|view| Ok(Swap::Done(view))).collect();
+        }
+        // One by one: each finds out what became of its own, and writes it over itself if it landed.
+        let mut outcomes = Vec::with_capacity(changes.len());
+        for (current, record) in changes {
+            outcomes.push(self.swap(io, current, record.clone()).await);
+        }
+        outcomes
+    }
+
+    /// The records after their changes; none if one of these was not carried out at the first attempt, or the flush failed.
+    async fn compare_and_write_all<T: Record>(
+        &self,
+        io: &Io,
+        changes: &[(View<T>, T)],
+    ) -> Option<Vec<View<T>>> {
+        let mut attempts = io.attempts();
+        let epoch = io.device().epoch();
+        let mut done = Vec::with_capacity(changes.len());
+        for (current, record) in changes {
+            if matches!(current.content, Content::Damaged(_)) {
+                return None;
+            }
+            let sequence = current.sequence() + 1;
+            let next = Head { store: self.store, sequence, record: record.clone() };
+            let new = self.bytes_of(current.slot, &next);
+            let (offset, expected) = (current.slot.first.byte_offset(), current.raw.clone());
+            let operation = io.device().compare_and_write(offset, expected, new.clone());
+            match attempts.once(operation, Errors::AllAreRetried).await {
+                Ok(Some(CawOutcome::Written)) => {}
+                _ => return None,
+            }
+            done.push(View { slot: current.slot, content: Content::Valid(next), raw: new });
+        }
+        io.flush_since(epoch, &mut attempts).await.ok().filter(|kept| *kept).map(|_| done)
+    }
+
+    /// What a compare-and-write puts in place.
+    fn bytes_of<T: Record>(&self, slot: Slot, head: &Head<T>) -> Bytes {
+        let mut block = vec![0; self.logical_block];
+        block[..HEAD_SIZE].copy_from_slice(&head.encode(slot.first));
+        Bytes::from(block)
+    }
+
     /// Makes records durable that were read: they may be in a volatile cache only, of an operation that ended with an error, or
     /// be what a failed flush left behind, which no later flush covers. Each is written over itself. False: one is not what was
     /// read any more.
@@ -278,9 +332,7 @@ impl Records {
         next: Head<T>,
     ) -> Result<Swap<T>> {
         let offset = current.slot.first.byte_offset();
-        let mut block = vec![0; self.logical_block];
-        block[..HEAD_SIZE].copy_from_slice(&next.encode(current.slot.first));
-        let mut new = Bytes::from(block);
+        let mut new = self.bytes_of(current.slot, &next);
         let (mut was, mut expected) = (current.raw.clone(), current.raw.clone());
         let mut contradictions = 0;
         let mut attempts = io.attempts();

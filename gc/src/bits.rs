@@ -59,9 +59,36 @@ impl Bits {
     }
 }
 
+/// Sets `blocks` bits from bit `first` on, which must be there; how many of them were not set.
+#[inline]
+pub(crate) fn insert_run(words: &mut [u64], first: u64, blocks: u64) -> u64 {
+    let (mut at, end, mut fresh) = (first, first + blocks, 0);
+    while at < end {
+        let bits = (64 - at % 64).min(end - at);
+        let mask = (!0 >> (64 - bits)) << (at % 64);
+        let word = &mut words[(at / 64) as usize];
+        fresh += u64::from((mask & !*word).count_ones());
+        *word |= mask;
+        at += bits;
+    }
+    fresh
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_are_their_blocks() {
+        for (first, blocks) in [(0, 1), (0, 64), (63, 2), (5, 187), (100, 92), (190, 2), (191, 0)] {
+            let (mut run, mut single) = ([0; 3], Bits::new(192));
+            insert_run(&mut run, 101, 1);
+            single.insert(Gba(101));
+            let fresh = (first..first + blocks).filter(|&block| single.insert(Gba(block))).count();
+            assert_eq!(insert_run(&mut run, first, blocks), fresh as u64, "{first}, {blocks}");
+            assert_eq!(run, *single.words, "{first}, {blocks}");
+        }
+    }
 
     #[test]
     fn behaves_as_a_set() {

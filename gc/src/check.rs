@@ -56,7 +56,7 @@ pub struct Report {
     pub blocks_leaked: u64,
     /// Pages of BMaps that a power loss, or rot, left damaged: their free blocks are among the leaked.
     pub bitmap_pages_damaged: u64,
-    /// Pages of reclaim bitmaps that are damaged: the next cycle of garbage collection writes them anew.
+    /// Pages of reclaim bitmaps that are damaged: they name nothing, until a cycle of garbage collection writes them anew.
     pub reclaim_pages_damaged: u64,
     /// The store was in use and kept changing; problems may be due to that.
     pub changed_during_check: bool,

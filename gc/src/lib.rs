@@ -11,13 +11,15 @@ pub mod bits;
 pub mod check;
 pub mod collect;
 pub mod dump;
+mod fetch;
 pub mod mark;
+mod marks;
 pub mod pointing;
 mod reach;
 pub mod repair;
 pub mod schedule;
 
 pub use check::{CheckOptions, Report, check, check_with};
-pub use collect::{CollectOptions, Collected, Progress, collect};
+pub use collect::{CollectOptions, Collected, MEMORY_DEFAULT, Progress, collect};
 pub use dump::{Dump, Dumped, What, dump};
 pub use repair::{Findings, Repaired, examine, repair};

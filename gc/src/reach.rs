@@ -3,46 +3,47 @@
 //! Nothing that a root reached when it was read is used again while this runs: this host keeps what it frees in quarantine. So
 //! each block holds one thing throughout, a bit says all there is to say of it, and a node that does not match its pointer is
 //! damage (rule G4). Nodes of all disks and snapshots of one level are read together: a tree that many snapshots share is
-//! read once, and the reads go over the metadata in one direction.
+//! read once, and the reads go over the metadata in one direction. When the list of a level is full, the levels below are
+//! walked first, so that lists do not grow with the store.
 
-use crate::bits::Bits;
 use crate::collect::Progress;
-use blockstore::format::node::Node;
+use crate::fetch::{Ahead, BATCH, Entry, Failed, INNER_BATCH, Pace, misplaced_words};
+use crate::marks::Marks;
+use blockstore::format::node::{HEIGHT_MAX, NODE_ENTRIES};
 use blockstore::format::pointer::Pointer;
 use blockstore::format::vdi::{SnapshotIndex, VdiHead};
 use blockstore::tree::Reader;
-use blockstore::types::{BLOCK_SIZE, Birth, Gba};
 use blockstore::{Result, StoreError, StoreErrorKind};
-use std::sync::Arc;
-use std::time::Duration;
-use tokio::task::JoinSet;
-use tokio::time::Instant;
 use uuid::Uuid;
 
-/// Nodes read at once.
-const BATCH: usize = 1024;
+/// The list of each level may take this part of a cycle's memory.
+const LISTS: u64 = 64;
+/// Nodes in a full list, at least: what a batch of inner nodes names.
+const LIST_MIN: usize = INNER_BATCH * NODE_ENTRIES;
 
-/// A node to read. Small, since there is one for each node of a level.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Entry {
-    gba: u64,
-    crc: u32,
-    /// Whose it is, for messages: an index into the disks.
-    disk: u32,
+/// How a cycle's memory is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Memory {
+    /// Bytes of bits.
+    pub(crate) bits: u64,
+    /// Nodes in the list of a level before it is full; a batch more may come.
+    list: usize,
 }
 
-impl Entry {
-    fn pointer(self) -> Pointer {
-        Pointer { gba: Gba(self.gba), read_only: false, birth: Birth(0), crc: self.crc }
+impl Memory {
+    /// Divides so many bytes. Lists have a least size, bits take what is left.
+    pub(crate) fn of(bytes: u64) -> Self {
+        let list = ((bytes / LISTS) as usize / size_of::<Entry>()).max(LIST_MIN);
+        let lists = (list + LIST_MIN) * size_of::<Entry>() * usize::from(HEIGHT_MAX);
+        Self { bits: bytes.saturating_sub(lists as u64), list }
     }
 }
 
 /// Marks what roots reach.
 pub(crate) struct Reach<'a> {
     reader: Reader,
-    reached: Bits,
-    /// Blocks of it that `progress` was not told of yet.
-    fresh: u64,
+    marks: Marks,
+    list_max: usize,
     /// By level; leaves at 1.
     frontier: Vec<Vec<Entry>>,
     disks: Vec<Uuid>,
@@ -53,16 +54,18 @@ pub(crate) struct Reach<'a> {
 }
 
 impl<'a> Reach<'a> {
-    /// Nothing is reached yet. Reads at most `rate` bytes a second, if that is said.
+    /// Nothing is reached yet. Reads at most `rate` bytes a second, if that is said, and keeps to the memory.
     pub(crate) fn new(
         reader: Reader,
         rate: Option<u64>,
+        memory: Memory,
         goes_on: &'a (dyn Fn() -> Result<()> + Send + Sync),
         progress: &'a Progress,
     ) -> Self {
-        let reached = Bits::new(reader.geometry().total_blocks());
+        let marks = Marks::new(reader.geometry(), memory.bits);
         let (frontier, disks, pace) = (Vec::new(), Vec::new(), Pace::new(rate));
-        Self { reader, reached, fresh: 0, frontier, disks, goes_on, pace, progress }
+        let list_max = memory.list;
+        Self { reader, marks, list_max, frontier, disks, goes_on, pace, progress }
     }
 
     /// Marks what disks and their snapshots reach.
@@ -77,145 +80,171 @@ impl<'a> Reach<'a> {
             self.begin(head.root, head.height, disk)?;
             self.mark_snapshots(head.snapshots, disk).await?;
         }
-        while let Some(mut nodes) = self.frontier.pop() {
-            let level = self.frontier.len();
-            nodes.sort_unstable();
-            // While one batch is looked through, the next is read, and its checksums are compared.
-            let mut batches = nodes.chunks(BATCH);
-            let mut ahead = batches.next().map(|batch| (batch, self.fetch(batch)));
-            while let Some((batch, fetched)) = ahead {
-                let read = self.fetched(batch, fetched).await?;
-                ahead = batches.next().map(|batch| (batch, self.fetch(batch)));
-                for (entry, node) in batch.iter().zip(read) {
-                    for (_, child) in node.children() {
-                        if self.reach(child, entry.disk)? && level > 1 {
-                            self.push(level - 1, child, entry.disk);
-                        }
-                    }
-                }
-            }
-        }
-        self.progress.note_reached(std::mem::take(&mut self.fresh));
+        self.walk().await
+    }
+
+    /// What is marked.
+    pub(crate) fn marks(&self) -> &Marks {
+        &self.marks
+    }
+
+    /// Ends a pass over all roots, and begins the next, over the same roots.
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish).
+    pub(crate) fn next_pass(&mut self) -> Result<()> {
+        self.marks.next_pass().map_err(|words| self.strange(words))?;
+        self.disks.clear();
         Ok(())
     }
 
-    /// What is reached.
-    pub(crate) fn into_bits(self) -> Bits {
-        self.reached
+    /// Ends the last pass; what is marked.
+    ///
+    /// # Errors
+    /// `Corrupt` if passes differ: something changed that must not.
+    pub(crate) fn finish(self) -> Result<Marks> {
+        self.marks.check_pass().map_err(|words| self.strange(words))?;
+        Ok(self.marks)
+    }
+
+    fn strange(&self, words: &str) -> StoreError {
+        StoreError::new(
+            StoreErrorKind::Corrupt,
+            "garbage collection",
+            format!("{words}: nothing is collected; report this"),
+        )
+    }
+
+    /// Reads all nodes that are listed, and what is below them.
+    async fn walk(&mut self) -> Result<()> {
+        while let Some(level) = self.frontier.iter().rposition(|nodes| !nodes.is_empty()) {
+            self.walk_level(level).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads the nodes that are listed of a level, and marks what they name; those of the levels below, too, when their list is
+    /// full.
+    async fn walk_level(&mut self, level: usize) -> Result<()> {
+        let mut nodes = std::mem::take(&mut self.frontier[level]);
+        nodes.sort_unstable();
+        let reader = self.reader.clone();
+        let mut ahead = Ahead::new(&reader, level, &nodes, &self.pace);
+        while let Some((batch, read)) = ahead.next(&mut self.pace).await {
+            (self.goes_on)()?;
+            let named = match read {
+                Ok(named) => named,
+                Err(failed) => return Err(self.blame(batch, failed).await),
+            };
+            for (first, blocks) in named.data {
+                self.marks.insert_data(first, blocks);
+            }
+            for child in named.nodes {
+                if self.mark_metadata(child.pointer(), child.disk)? {
+                    self.push(level - 1, child);
+                }
+            }
+            self.note(batch.len());
+            if level > 1 && self.is_full(level - 1) {
+                Box::pin(self.walk_level(level - 1)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells of nodes that were read.
+    fn note(&self, nodes: usize) {
+        self.progress.note(self.progress.nodes() + nodes as u64, self.marks.reached());
+    }
+
+    fn is_full(&self, level: usize) -> bool {
+        self.frontier.get(level).is_some_and(|nodes| nodes.len() >= self.list_max)
     }
 
     /// The root of a tree whose top node is at `level`.
     fn begin(&mut self, root: Pointer, level: u8, disk: u32) -> Result<()> {
         if self.reach(root, disk)? {
-            self.push(usize::from(level), root, disk);
+            self.push(usize::from(level), Entry::of(root, disk));
         }
         Ok(())
     }
 
-    fn push(&mut self, level: usize, pointer: Pointer, disk: u32) {
+    fn push(&mut self, level: usize, entry: Entry) {
         if self.frontier.len() <= level {
             self.frontier.resize_with(level + 1, Vec::new);
         }
-        self.frontier[level].push(Entry { gba: pointer.gba.0, crc: pointer.crc, disk });
+        self.frontier[level].push(entry);
     }
 
-    /// Sets a block's bit; true if it was not set before.
-    #[inline]
+    /// Sets the bit of a block of metadata; true if it was not set before.
     fn reach(&mut self, pointer: Pointer, disk: u32) -> Result<bool> {
         if pointer.is_sparse() {
             return Ok(false);
         }
         if !self.reader.geometry().is_allocatable(pointer.gba) {
-            return Err(self.misplaced(pointer, disk));
+            return Err(self.damaged(disk, &misplaced_words(pointer.gba)));
         }
-        let fresh = self.reached.insert(pointer.gba);
-        self.fresh += u64::from(fresh);
-        Ok(fresh)
+        self.mark_metadata(pointer, disk)
     }
 
-    #[cold]
-    fn misplaced(&self, pointer: Pointer, disk: u32) -> StoreError {
-        let words = format!("a pointer names block {}, which no tree block can be", pointer.gba);
-        self.damaged(disk, &words)
+    /// As [`reach`](Self::reach), of a pointer whose place is known to be good.
+    fn mark_metadata(&mut self, pointer: Pointer, disk: u32) -> Result<bool> {
+        self.marks.insert_metadata(pointer.gba).map_err(|words| {
+            let corrupt = StoreError::new(StoreErrorKind::Corrupt, String::new(), words);
+            self.judge(disk, corrupt)
+        })
     }
 
     /// The tree that lists a disk's snapshots, and the root of each.
     async fn mark_snapshots(&mut self, index: SnapshotIndex, disk: u32) -> Result<()> {
         let mut level = Vec::new();
         if self.reach(index.root, disk)? {
-            level.push(Entry { gba: index.root.gba.0, crc: index.root.crc, disk });
+            level.push(Entry::of(index.root, disk));
         }
         for _ in 1..index.height {
             let mut below = Vec::new();
             for batch in level.chunks(BATCH) {
-                for node in self.read(batch).await? {
+                (self.goes_on)()?;
+                self.pace.before(batch.len()).await;
+                let nodes: Vec<Pointer> = batch.iter().map(|entry| entry.pointer()).collect();
+                let read = self.reader.read_nodes(&nodes).await;
+                for node in read.map_err(|error| self.judge(disk, error))? {
                     for (_, child) in node.children() {
                         if self.reach(child, disk)? {
-                            below.push(Entry { gba: child.gba.0, crc: child.crc, disk });
+                            below.push(Entry::of(child, disk));
                         }
                     }
                 }
+                self.note(batch.len());
             }
             level = below;
         }
         for batch in level.chunks(BATCH) {
             (self.goes_on)()?;
+            self.pace.before(batch.len()).await;
             let leaves: Vec<Pointer> = batch.iter().map(|entry| entry.pointer()).collect();
             let read = self.reader.snapshots_of(&leaves).await;
             for snapshot in read.map_err(|error| self.judge(disk, error))? {
                 self.begin(snapshot.root, snapshot.height, disk)?;
             }
-            self.pace.after(batch.len()).await;
+            if (0..self.frontier.len()).any(|level| self.is_full(level)) {
+                self.walk().await?;
+            }
         }
         Ok(())
     }
 
-    /// Reads nodes of one level.
-    async fn read(&mut self, batch: &[Entry]) -> Result<Vec<Arc<Node>>> {
-        let fetched = self.fetch(batch);
-        self.fetched(batch, fetched).await
-    }
-
-    /// Begins to read nodes, on another core if there is one; given up when it is dropped.
-    fn fetch(&self, batch: &[Entry]) -> JoinSet<Result<Vec<Arc<Node>>>> {
-        let pointers: Vec<Pointer> = batch.iter().map(|entry| entry.pointer()).collect();
-        let reader = self.reader.clone();
-        let mut fetched = JoinSet::new();
-        fetched.spawn(async move { reader.read_nodes(&pointers).await });
-        fetched
-    }
-
-    /// The nodes that are being read.
-    async fn fetched(
-        &mut self,
-        batch: &[Entry],
-        mut fetched: JoinSet<Result<Vec<Arc<Node>>>>,
-    ) -> Result<Vec<Arc<Node>>> {
-        (self.goes_on)()?;
-        let read = match fetched.join_next().await {
-            Some(Ok(read)) => read,
-            // It was stopped with its runtime, or failed inside: then it is told where.
-            _ => {
-                self.reader.read_nodes(&batch.iter().map(|e| e.pointer()).collect::<Vec<_>>()).await
-            }
-        };
-        let nodes = match read {
-            Ok(nodes) => nodes,
-            Err(error) if error.kind == StoreErrorKind::Corrupt => {
-                return Err(self.blame(batch, error).await);
-            }
-            Err(error) => return Err(error),
-        };
-        self.progress.note_nodes(batch.len() as u64);
-        self.progress.note_reached(std::mem::take(&mut self.fresh));
-        self.pace.after(batch.len()).await;
-        Ok(nodes)
-    }
-
     /// Finds out whose node is damaged.
-    async fn blame(&self, batch: &[Entry], error: StoreError) -> StoreError {
+    async fn blame(&self, batch: &[Entry], failed: Failed) -> StoreError {
+        let Failed { disk, error } = failed;
+        if error.kind != StoreErrorKind::Corrupt {
+            return error;
+        }
+        if let Some(disk) = disk {
+            return self.judge(disk, error);
+        }
         for entry in batch {
-            match self.reader.read_nodes(&[entry.pointer()]).await {
+            match self.reader.read_blocks(&[entry.pointer()]).await {
                 Err(error) if error.kind == StoreErrorKind::Corrupt => {
                     return self.judge(entry.disk, error);
                 }
@@ -246,27 +275,5 @@ impl<'a> Reach<'a> {
                  {what}; 'ballast store check' says more"
             ),
         )
-    }
-}
-
-/// Keeps reading below a rate.
-struct Pace {
-    rate: Option<u64>,
-    next: Instant,
-}
-
-impl Pace {
-    fn new(rate: Option<u64>) -> Self {
-        Self { rate: rate.filter(|rate| *rate > 0), next: Instant::now() }
-    }
-
-    /// To be called after `blocks` were read.
-    async fn after(&mut self, blocks: usize) {
-        let Some(rate) = self.rate else { return };
-        let took = Duration::from_secs_f64((blocks * BLOCK_SIZE) as f64 / rate as f64);
-        let now = Instant::now();
-        // What was not used is not saved up: a burst would be felt by the guests.
-        self.next = self.next.max(now) + took;
-        tokio::time::sleep_until(self.next).await;
     }
 }

@@ -22,6 +22,8 @@ pub struct GcStatus {
     /// Free blocks of which the device is told.
     #[serde(default)]
     pub unmap: UnmapStatus,
+    /// Bytes of memory that a cycle marks in; where that is too little for one pass, it takes several.
+    pub memory: u64,
     /// What the store can hold, bytes; none: not looked at yet.
     pub capacity: Option<u64>,
     /// Bytes of that which are free, when it was looked at last.
@@ -58,7 +60,11 @@ pub struct GcRunning {
     pub phase: GcPhase,
     /// Milliseconds since 1970.
     pub since: u64,
-    /// Nodes read.
+    /// Which pass over the metadata it is in, from 1.
+    pub pass: u64,
+    /// How many passes there will be, as far as is known.
+    pub passes: u64,
+    /// Nodes read, in all passes.
     pub nodes: u64,
     /// Bytes found reachable.
     pub reachable: u64,
@@ -100,7 +106,9 @@ pub struct GcEnded {
     pub epoch: Option<u64>,
     /// Disks whose maps, and whose snapshots' maps, it read.
     pub vdis: u64,
-    /// Nodes that it read.
+    /// Passes over the metadata that it took, or had begun.
+    pub passes: u64,
+    /// Nodes that it read, in all passes.
     pub nodes: u64,
     /// Bytes found reachable.
     pub reachable: u64,

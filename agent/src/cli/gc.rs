@@ -3,7 +3,7 @@
 //! The agent collects by itself: a command that is interrupted leaves the cycle going on.
 
 use super::output::{Output, fields};
-use crate::api::gc::{GcEnded, GcStatus, UnmapStatus};
+use crate::api::gc::{GcEnded, GcPhase, GcRunning, GcStatus, UnmapStatus};
 use crate::control::client::Client;
 use crate::error::{Failure, Kind, Result};
 use crate::units::{format_ms, format_size};
@@ -70,11 +70,7 @@ async fn look_on(
     while let Some(running) = status.running.as_ref().filter(|running| Some(running.id) == id) {
         if terminal {
             let reached = format_size(running.reachable);
-            eprint!(
-                "\r\x1b[K{}: {} nodes, {reached} in use",
-                running.phase.as_str(),
-                running.nodes
-            );
+            eprint!("\r\x1b[K{}: {} nodes, {reached} in use", doing(running), running.nodes);
         }
         tokio::time::sleep(LOOK).await;
         status = client.get(RESOURCE).await?;
@@ -83,6 +79,15 @@ async fn look_on(
         eprint!("\r\x1b[K");
     }
     Ok(status)
+}
+
+/// The phase; which pass it is, if there are several.
+fn doing(running: &GcRunning) -> String {
+    let phase = running.phase.as_str();
+    match (running.phase, running.passes) {
+        (GcPhase::Marking, 2..) => format!("{phase}, pass {} of {}", running.pass, running.passes),
+        _ => phase.to_owned(),
+    }
 }
 
 fn outcome(ended: &GcEnded) -> String {
@@ -118,8 +123,8 @@ fn unmapped(unmap: &UnmapStatus) -> String {
 
 fn table(status: &GcStatus) -> String {
     let now = status.running.as_ref().map_or("idle".into(), |running| {
-        let (phase, nodes) = (running.phase.as_str(), running.nodes);
-        format!("{phase}: {nodes} nodes, {} in use", format_size(running.reachable))
+        let (doing, nodes) = (doing(running), running.nodes);
+        format!("{doing}: {nodes} nodes, {} in use", format_size(running.reachable))
     });
     let space = match (status.free, status.capacity) {
         (Some(free), Some(capacity)) => {

@@ -539,7 +539,7 @@ pub fn store_report(report: &gc::Report) -> String {
     }
     if report.reclaim_pages_damaged > 0 {
         text.push_str(&format!(
-            "{} reclaim pages damaged: the next cycle of garbage collection writes them anew\n",
+            "{} reclaim pages damaged: no harm; a cycle of garbage collection writes them anew when it needs them\n",
             report.reclaim_pages_damaged
         ));
     }

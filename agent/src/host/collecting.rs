@@ -83,6 +83,8 @@ impl Host {
                 false => GcPhase::Marking,
             },
             since: running.since_ms,
+            pass: running.progress.pass().0,
+            passes: running.progress.pass().1,
             nodes: running.progress.nodes(),
             reachable: bytes(running.progress.reached()),
         });
@@ -95,6 +97,7 @@ impl Host {
             every: config.gc.every.map(|every| every.as_millis() as u64),
             rate: config.gc_rate,
             unmap: self.unmap_status_of(state.unmapping),
+            memory: config.gc_memory as u64,
             capacity: state.space.map(|(_, space)| bytes(space.blocks)),
             free: state.space.map(|(_, space)| bytes(space.free)),
         }
@@ -160,6 +163,7 @@ impl Host {
         let host = Arc::downgrade(self);
         let options = CollectOptions {
             rate: Some(self.parts.config.gc_rate).filter(|rate| *rate > 0),
+            memory: self.parts.config.gc_memory as u64,
             ..CollectOptions::default()
         };
         self.spawn(async move {
@@ -189,6 +193,7 @@ impl Collecting {
             failure: None,
             epoch: None,
             vdis: 0,
+            passes: running.progress.pass().0,
             nodes: running.progress.nodes(),
             reachable: bytes(running.progress.reached()),
             reclaimed_data: 0,

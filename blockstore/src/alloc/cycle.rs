@@ -188,22 +188,29 @@ impl Allocator {
         found
     }
 
-    /// Frees what the finished cycle `epoch` found unreachable in one of this host's extents; how many blocks that were.
+    /// Frees what the finished cycle `epoch` found unreachable in some of this host's extents; how many blocks that were, for
+    /// each.
     ///
     /// # Errors
-    /// The device's, `Closing`: what was not freed leaks until the next cycle.
-    pub(crate) async fn apply(self: &Arc<Self>, io: &Io, extent: u32, epoch: u64) -> Result<u64> {
+    /// `NoSpace` if the cycle was given up, `Closing`; for single extents the device's. What was not freed leaks until the next
+    /// cycle.
+    pub(crate) async fn apply(
+        self: &Arc<Self>,
+        io: &Io,
+        extents: Vec<u32>,
+        epoch: u64,
+    ) -> Result<Vec<Result<u64>>> {
         // In a task of its own, as claims are: see `refill`.
         let (this, io_of_task) = (Arc::clone(self), io.clone());
         let task = tokio::spawn(async move {
             let mut pages = this.pages.lock().await;
             this.check_cycle(epoch)?;
             let untouched = |found| this.untouched(epoch, found);
-            let freed =
-                pages.apply(&io_of_task, &this.territory, extent, epoch, &untouched).await?;
+            let outcomes =
+                pages.apply(&io_of_task, &this.territory, &extents, epoch, &untouched).await;
             this.refresh_owned(&pages);
             this.freed.notify_waiters();
-            Ok(freed)
+            Ok(outcomes)
         });
         io.await_task(task).await
     }

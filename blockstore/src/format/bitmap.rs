@@ -13,6 +13,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Blocks that a page covers.
 pub const PAGE_BITS: u64 = 32_000;
+/// Blocks that are looked at together, where all of a page is; pages and extents hold whole numbers of them.
+pub const WORD_BITS: u64 = 64;
 const BIT_BYTES: usize = 4000;
 const CRC_OFFSET: usize = 92;
 const VERSION: u16 = 1;
@@ -57,6 +59,7 @@ const _: () = {
     assert!(std::mem::offset_of!(RawPage, crc) == CRC_OFFSET);
     assert!(std::mem::offset_of!(RawPage, bits) == 96);
     assert!(BIT_BYTES * 8 == PAGE_BITS as usize);
+    assert!(PAGE_BITS.is_multiple_of(WORD_BITS));
 };
 
 /// A page of a bitmap.
@@ -123,6 +126,19 @@ impl BitmapPage {
         } else {
             *byte &= !(1 << (bit % 8));
         }
+    }
+
+    /// The [`WORD_BITS`] bits from `first` on, which is a multiple of as many, below [`PAGE_BITS`]; the first is the lowest.
+    #[must_use]
+    pub fn word(&self, first: u64) -> u64 {
+        let (words, _) = self.bits.as_chunks();
+        u64::from_le_bytes(words[(first / WORD_BITS) as usize])
+    }
+
+    /// Sets the bits that [`word`](Self::word) shows.
+    pub fn set_word(&mut self, first: u64, word: u64) {
+        let (words, _) = self.bits.as_chunks_mut();
+        words[(first / WORD_BITS) as usize] = word.to_le_bytes();
     }
 
     /// How many of the first `limit` bits are clear.
@@ -263,6 +279,16 @@ mod tests {
         fn garbage_is_judged_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..5000)) {
             let _ = BitmapPage::decode(&bytes, BitmapKind::Allocation, Uuid::nil(), Gba(1));
         }
+    }
+
+    #[test]
+    fn words_are_the_bits_in_order() {
+        let mut page = BitmapPage::clear();
+        page.set_word(PAGE_BITS - WORD_BITS, 1 << 63 | 1);
+        assert!(page.get(PAGE_BITS - 1) && page.get(PAGE_BITS - WORD_BITS));
+        assert_eq!(page.clear_bits(PAGE_BITS), PAGE_BITS - 2);
+        page.set(WORD_BITS + 3, true);
+        assert_eq!(page.word(WORD_BITS), 8);
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! ```
 //! All numbers are blocks unless said otherwise.
 
-use crate::format::bitmap::PAGE_BITS;
+use crate::format::bitmap::{PAGE_BITS, WORD_BITS};
 use crate::format::head::Damage;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, Gba};
 
@@ -234,6 +234,21 @@ impl Geometry {
             && gba.0 >= self.extent_blocks
             && gba.0 & (self.extent_blocks - 1) >= self.extent_overhead()
     }
+
+    /// Which of the [`WORD_BITS`] blocks from `first` on, a multiple of as many, are [allocatable](Self::is_allocatable); the
+    /// first is the lowest bit.
+    #[must_use]
+    pub fn allocatable_word(&self, first: Gba) -> u64 {
+        // An extent is a power of two of blocks, and at least 256: a word lies in one of them.
+        if !(self.extent_blocks..self.total_blocks()).contains(&first.0) {
+            return 0;
+        }
+        let within = first.0 & (self.extent_blocks - 1);
+        match self.extent_overhead().saturating_sub(within) {
+            overhead if overhead < WORD_BITS => !0 << overhead,
+            _ => 0,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -277,6 +292,10 @@ mod tests {
             prop_assert!(!g.is_allocatable(g.reclaim_page(1, g.bmap_pages() - 1)));
             prop_assert!(g.is_allocatable(g.reclaim_page(1, g.bmap_pages() - 1).plus(1)));
             prop_assert!(!g.is_allocatable(Gba(g.total_blocks())));
+            for first in (0..3 * g.extent_blocks).chain(g.total_blocks()..g.total_blocks() + 1).step_by(64) {
+                let each = (0..64).map(|bit| u64::from(g.is_allocatable(Gba(first + bit))) << bit);
+                prop_assert_eq!(g.allocatable_word(Gba(first)), each.sum::<u64>());
+            }
         }
     }
 }

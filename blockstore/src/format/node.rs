@@ -42,6 +42,24 @@ impl Node {
         Ok(Self { raw: Box::new(*raw) })
     }
 
+    /// Hands the children in a node's bytes to `child`, checked as by [`decode`](Self::decode), in order and without a copy: for
+    /// walks over everything.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode); some children may have been handed over.
+    #[inline]
+    pub fn children_in(bytes: &[u8], mut child: impl FnMut(Pointer)) -> Result<(), Damage> {
+        let raw: &[u8; BLOCK_SIZE] = bytes.try_into().map_err(|_| Damage::Short)?;
+        let (entries, _) = raw.as_chunks::<POINTER_SIZE>();
+        for entry in entries {
+            let pointer = Pointer::decode(*entry)?;
+            if !pointer.is_sparse() {
+                child(pointer);
+            }
+        }
+        Ok(())
+    }
+
     /// The child in `slot`.
     #[must_use]
     pub fn get(&self, slot: u8) -> Pointer {
@@ -134,13 +152,17 @@ mod tests {
         node.set(2, pointer);
         assert_eq!(&node.bytes()[32..48], &pointer.encode());
         assert_eq!(node.children().collect::<Vec<_>>(), vec![(2, pointer)]);
+        let mut seen = Vec::new();
+        assert_eq!(Node::children_in(node.bytes(), |child| seen.push(child)), Ok(()));
+        assert_eq!(seen, [pointer]);
         assert_eq!(Node::decode(node.bytes()), Ok(node));
     }
 
     proptest! {
         #[test]
         fn garbage_is_judged_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..5000)) {
-            let _ = Node::decode(&bytes);
+            let decoded = Node::decode(&bytes).map(drop);
+            prop_assert_eq!(Node::children_in(&bytes, drop), decoded);
         }
     }
 }

@@ -3,15 +3,16 @@
 //! One cycle, in the order of its writes:
 //! 1. this host begins to note what it touches, and keeps what it frees in quarantine; GC record: next epoch, *prepare*; own
 //!    host record: the epoch is acknowledged; GC record: *mark*;
-//! 2. the caller reads roots, which are made durable, and marks what they reach (`gc` does);
-//! 3. GC record: *sweep*; a reclaim bitmap per own extent, durably; GC record: *done*;
-//! 4. once nobody reads, or has yet to free, what was cut off before the roots were read: each extent's bitmap is applied.
+//! 2. the caller reads roots, which are made durable, and marks what they reach (`gc` does); if it marks in several passes, a
+//!    reclaim bitmap per own extent of all passes but the last, durably;
+//! 3. GC record: *sweep*; a reclaim bitmap per own extent in which anything was not reached, durably; GC record: *done*;
+//! 4. once nobody reads, or has yet to free, what was cut off before the roots were read: these bitmaps are applied.
 //!
 //! Cut off anywhere, a cycle is abandoned: the next has another epoch, and nothing but a finished cycle of this very
 //! incarnation is applied.
 
 use crate::error::{Result, StoreError, StoreErrorKind};
-use crate::format::bitmap::{BitmapKind, BitmapPage};
+use crate::format::bitmap::{BitmapKind, BitmapPage, PAGE_BITS, WORD_BITS};
 use crate::format::extent::ExtentType;
 use crate::format::gc::{GcPhase, GcRecord};
 use crate::format::vdi::VdiHead;
@@ -23,11 +24,14 @@ use crate::tree::Reader;
 use crate::types::{Gba, Generation};
 use bytes::Bytes;
 use serde::Serialize;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Extents whose reclaim bitmaps are written together, with one flush.
-const EXTENTS_AT_ONCE: usize = 16;
+/// Extents whose reclaim bitmaps are written together, with one flush: at most 4.3 MiB.
+const PUBLISHED_AT_ONCE: usize = 64;
+/// Extents whose reclaim bitmaps are applied together. Allocations that need a claim wait so long.
+const APPLIED_AT_ONCE: usize = 16;
 
 /// How often it is looked, while a cycle waits, for heads of which it is not known what became of them.
 const SETTLE_PAUSE: Duration = Duration::from_secs(1);
@@ -51,6 +55,25 @@ pub struct Collection {
     record: View<GcRecord>,
     epoch: u64,
     extents: Vec<Extent>,
+    /// Those with a reclaim bitmap of this cycle.
+    named: Vec<Extent>,
+}
+
+/// Tells whether a cycle goes on.
+#[derive(Clone, Debug)]
+pub struct CycleCheck {
+    store: Arc<Store>,
+    epoch: u64,
+}
+
+impl CycleCheck {
+    /// Makes sure that the cycle goes on.
+    ///
+    /// # Errors
+    /// `NoSpace` if this host needed what it had in quarantine.
+    pub fn check(&self) -> Result<()> {
+        self.store.core.allocator()?.check_cycle(self.epoch)
+    }
 }
 
 /// An extent of this host, as it was when the cycle began.
@@ -102,7 +125,7 @@ impl Store {
         self.core.allocator()?.begin_cycle(epoch).await?;
         let store = Arc::clone(self);
         // From here on, dropping it ends the cycle here.
-        let mut cycle = Collection { store, record, epoch, extents: Vec::new() };
+        let mut cycle = Collection { store, record, epoch, extents: Vec::new(), named: Vec::new() };
         let next = |phase| GcRecord {
             epoch,
             phase,
@@ -197,130 +220,164 @@ impl Collection {
     /// Makes sure that the cycle goes on.
     ///
     /// # Errors
-    /// `NoSpace` if this host needed what it had in quarantine.
+    /// As [`CycleCheck::check`].
     pub fn check(&self) -> Result<()> {
-        self.store.core.allocator()?.check_cycle(self.epoch)
+        self.checker().check()
     }
 
-    /// Steps 3 and 4: gives back what is not `reached`. Waits at most `patience` for readers of what was cut off before.
+    /// Asks later whether the cycle goes on.
+    #[must_use]
+    pub fn checker(&self) -> CycleCheck {
+        CycleCheck { store: Arc::clone(&self.store), epoch: self.epoch }
+    }
+
+    /// How many extents of data, and of metadata, are collected from this one on; metadata from the first on.
+    #[must_use]
+    pub fn extents_from(&self, first: u32) -> (u64, u64) {
+        let is_metadata = |extent: &&Extent| extent.kind == ExtentType::Metadata;
+        let metadata = self.extents.iter().filter(is_metadata).count();
+        let left = self.extents.iter().filter(|extent| extent.number >= first);
+        (left.filter(|extent| !is_metadata(extent)).count() as u64, metadata as u64)
+    }
+
+    /// Notes what is not reached in some extents, so that the marks of these need not be kept: their reclaim bitmaps are
+    /// written. For all of step 2; nothing is given back before [`sweep`](Self::sweep). `reached` is as there.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check), the device's.
+    pub async fn note_window(
+        &mut self,
+        window: Range<u32>,
+        reached: &(impl Fn(Gba) -> u64 + Sync),
+    ) -> Result<()> {
+        self.check()?;
+        let mut group = Vec::new();
+        for extent in self.extents.iter().filter(|extent| window.contains(&extent.number)) {
+            group.extend(self.reclaim_pages(*extent, reached).map(|write| (*extent, write)));
+            if group.len() == PUBLISHED_AT_ONCE {
+                let group = std::mem::take(&mut group);
+                self.named.extend(write_pages(&self.store, group).await?);
+            }
+        }
+        self.named.extend(write_pages(&self.store, group).await?);
+        Ok(())
+    }
+
+    /// Steps 3 and 4: gives back what is not reached in the extents of this window, and of those that were noted before.
+    /// `reached` tells of 64 blocks from the one it is asked for on, which is a multiple of as many; the first is the lowest
+    /// bit. Waits at most `patience` for readers of what was cut off before.
     ///
     /// # Errors
     /// `NoSpace` as [`check`](Self::check), `InUse` if another host leads a cycle now or readers take too long, the device's.
     /// What was not given back leaks until the next cycle.
     pub async fn sweep(
         mut self,
-        reached: impl Fn(Gba) -> bool + Send + Sync + 'static,
+        window: Range<u32>,
+        reached: impl Fn(Gba) -> u64 + Send + Sync + 'static,
         patience: Duration,
     ) -> Result<Reclaimed> {
         let store = Arc::clone(&self.store);
         // As a task that nobody stops: pages are written in place.
         let task = tokio::spawn(async move {
+            // The roots were read and marked: what is cut off from here on was reached.
             self.check()?;
-            self.publish(&reached).await?;
+            self.store.core.allocator()?.end_quarantine(self.epoch)?;
+            self.go_to(GcPhase::Sweep).await?;
+            self.note_window(window, &reached).await?;
+            self.go_to(GcPhase::Done).await?;
             self.apply(patience).await
         });
         store.core.io.await_task(task).await
     }
 
-    /// Step 3. The roots were read: what is cut off from here on was reached.
-    async fn publish(&mut self, reached: &(impl Fn(Gba) -> bool + Sync)) -> Result<()> {
-        let store = Arc::clone(&self.store);
-        store.core.allocator()?.end_quarantine(self.epoch)?;
-        self.go_to(GcPhase::Sweep).await?;
-        for group in self.extents.clone().chunks(EXTENTS_AT_ONCE) {
-            let writes: Vec<Write> =
-                group.iter().map(|extent| self.reclaim_pages(*extent, reached)).collect();
-            // With limited patience: a page that lands late names a cycle that nobody asks for any more.
-            let Err(error) = store.control_io.write_durable(&writes).await else { continue };
-            let is_over = |error: &StoreError| {
-                !store.core.io.health().reachable || error.kind == StoreErrorKind::Closing
-            };
-            if is_over(&error) {
-                return Err(error);
-            }
-            // One bad extent does not keep the others from being collected.
-            for (extent, write) in group.iter().zip(writes) {
-                match store.control_io.write_durable(&[write]).await {
-                    Err(error) if is_over(&error) => return Err(error),
-                    Err(error) => {
-                        tracing::warn!(extent = extent.number, %error, "left to the next cycle");
-                    }
-                    Ok(()) => {}
-                }
-            }
-        }
-        self.go_to(GcPhase::Done).await
-    }
-
-    fn reclaim_pages(&self, extent: Extent, reached: &impl Fn(Gba) -> bool) -> Write {
+    /// An extent's reclaim bitmap; none if all of its blocks were reached. A bitmap of another cycle names nothing in this one.
+    fn reclaim_pages(&self, extent: Extent, reached: &impl Fn(Gba) -> u64) -> Option<Write> {
         let g = &self.store.core.superblock.geometry;
         let base = g.extent_base(extent.number);
+        let mut any = false;
         let pages = (0..g.bmap_pages()).map(|page| {
             let address = g.reclaim_page(extent.number, page);
             let mut content = BitmapPage::clear().with_sequence(self.epoch);
             content.gc_epoch = self.epoch;
             content.extent_sequence = extent.sequence;
             content.owner_generation = extent.generation.0;
-            let first = u64::from(page) * crate::format::bitmap::PAGE_BITS;
-            for bit in 0..g.page_bits(page) {
-                let gba = base.plus(first + bit);
-                content.set(bit, g.is_allocatable(gba) && !reached(gba));
+            let start = base.plus(u64::from(page) * PAGE_BITS);
+            for bit in (0..g.page_bits(page)).step_by(WORD_BITS as usize) {
+                let first = start.plus(bit);
+                let word = g.allocatable_word(first) & !reached(first);
+                any |= word != 0;
+                content.set_word(bit, word);
             }
-            Bytes::from(content.encode(BitmapKind::Reclaim, self.store.uuid(), address))
+            (content, address)
         });
-        (g.reclaim_page(extent.number, 0), pages.collect())
+        let pages: Vec<_> = pages.collect();
+        let encode = |(content, address): (BitmapPage, Gba)| {
+            Bytes::from(content.encode(BitmapKind::Reclaim, self.store.uuid(), address))
+        };
+        any.then(|| (g.reclaim_page(extent.number, 0), pages.into_iter().map(encode).collect()))
     }
 
     /// Step 4.
     async fn apply(&mut self, patience: Duration) -> Result<Reclaimed> {
+        self.wait_for_readers(patience).await?;
         let store = Arc::clone(&self.store);
-        let writer = store.core.writer()?;
-        let era = writer.reclaimer.eras().turn();
-        if !sabotage::on(Bug::CollectUnderReaders) {
-            // A disk that waits for room must not be what this waits for.
-            let over = async {
-                while tokio::time::timeout(SETTLE_PAUSE, writer.reclaimer.eras().over(era))
-                    .await
-                    .is_err()
-                {
-                    store.settle_heads().await;
-                }
-            };
-            let over = tokio::time::timeout(patience, over);
-            let over = tokio::select! {
-                biased;
-                () = store.core.io.closed() => return Err(store.core.io.closing_error()),
-                over = over => over,
-            };
-            over.map_err(|_| {
-                StoreError::new(
-                    StoreErrorKind::InUse,
-                    format!("{}, garbage collection, cycle {}", store.url(), self.epoch),
-                    format!(
-                        "given up: what was cut off before was still read, or being freed, after {} s; \
-                         the next cycle takes it up",
-                        patience.as_secs()
-                    ),
-                )
-            })?;
-        }
         self.check()?;
         let mut reclaimed = Reclaimed::default();
         let mut failure = None;
-        for extent in self.extents.clone() {
+        for group in self.named.chunks(APPLIED_AT_ONCE) {
+            let numbers = group.iter().map(|extent| extent.number).collect();
             let allocator = store.core.allocator()?;
-            match allocator.apply(&store.core.io, extent.number, self.epoch).await {
-                Ok(freed) if extent.kind == ExtentType::Metadata => reclaimed.metadata += freed,
-                Ok(freed) => reclaimed.data += freed,
-                Err(error) if error.kind == StoreErrorKind::Closing => return Err(error),
-                // One bad extent does not keep the others from being collected.
-                Err(error) => {
-                    tracing::warn!(extent = extent.number, %error, "left to the next cycle");
-                    failure.get_or_insert(error);
+            let outcomes = allocator.apply(&store.core.io, numbers, self.epoch).await?;
+            for (extent, outcome) in group.iter().zip(outcomes) {
+                match outcome {
+                    Ok(freed) if extent.kind == ExtentType::Metadata => reclaimed.metadata += freed,
+                    Ok(freed) => reclaimed.data += freed,
+                    Err(error) if error.kind == StoreErrorKind::Closing => return Err(error),
+                    // One bad extent does not keep the others from being collected.
+                    Err(error) => {
+                        tracing::warn!(extent = extent.number, %error, "left to the next cycle");
+                        failure.get_or_insert(error);
+                    }
                 }
             }
         }
         failure.map_or(Ok(reclaimed), Err)
+    }
+
+    /// Waits until nobody reads, or has yet to free, what was cut off before this moment.
+    async fn wait_for_readers(&self, patience: Duration) -> Result<()> {
+        let core = &self.store.core;
+        let writer = core.writer()?;
+        let era = writer.reclaimer.eras().turn();
+        if sabotage::on(Bug::CollectUnderReaders) {
+            return Ok(());
+        }
+        // A disk that waits for room must not be what this waits for.
+        let over = async {
+            while tokio::time::timeout(SETTLE_PAUSE, writer.reclaimer.eras().over(era))
+                .await
+                .is_err()
+            {
+                self.store.settle_heads().await;
+            }
+        };
+        let over = tokio::time::timeout(patience, over);
+        let over = tokio::select! {
+            biased;
+            () = core.io.closed() => return Err(core.io.closing_error()),
+            over = over => over,
+        };
+        over.map_err(|_| {
+            StoreError::new(
+                StoreErrorKind::InUse,
+                format!("{}, garbage collection, cycle {}", core.io.url(), self.epoch),
+                format!(
+                    "given up: what was cut off before was still read, or being freed, after {} s; \
+                     the next cycle takes it up",
+                    patience.as_secs()
+                ),
+            )
+        })
     }
 
     async fn go_to(&mut self, phase: GcPhase) -> Result<()> {
@@ -344,4 +401,32 @@ impl Collection {
         }
         Ok(())
     }
+}
+
+/// Writes reclaim bitmaps with one flush; the extents of those that are durable.
+async fn write_pages(store: &Store, group: Vec<(Extent, Write)>) -> Result<Vec<Extent>> {
+    let io = &store.control_io;
+    let (extents, writes): (Vec<Extent>, Vec<Write>) = group.into_iter().unzip();
+    if extents.is_empty() {
+        return Ok(extents);
+    }
+    // With limited patience: a page that lands late names a cycle that nobody asks for any more.
+    let Err(error) = io.write_durable(&writes).await else { return Ok(extents) };
+    let is_over =
+        |error: &StoreError| !io.health().reachable || error.kind == StoreErrorKind::Closing;
+    if is_over(&error) {
+        return Err(error);
+    }
+    // One bad extent does not keep the others from being collected.
+    let mut written = Vec::new();
+    for (extent, write) in extents.into_iter().zip(writes) {
+        match io.write_durable(&[write]).await {
+            Err(error) if is_over(&error) => return Err(error),
+            Err(error) => {
+                tracing::warn!(extent = extent.number, %error, "left to the next cycle");
+            }
+            Ok(()) => written.push(extent),
+        }
+    }
+    Ok(written)
 }

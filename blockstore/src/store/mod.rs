@@ -15,7 +15,7 @@ mod snapshots;
 mod unsure;
 mod verify;
 
-pub use collecting::{Collection, Reclaimed};
+pub use collecting::{Collection, CycleCheck, Reclaimed};
 pub use differences::{CHANGES_MAX, Difference, ImageInfo};
 pub use format::{FormatOptions, check_size, foreign_signature};
 pub use image::SnapshotImage;

@@ -1,8 +1,8 @@
 //! Death at every device operation of a workload that collects beside its commits.
 
 use crate::world::{
-    Content, MIB, World, apply, cycle, head_of, host, list, open, open_to_unmap, read, settle,
-    unmap, with_snapshot, write,
+    Content, MIB, World, apply, cycle, cycle_in, head_of, host, list, open, open_to_unmap, read,
+    settle, unmap, with_snapshot, write,
 };
 use blockstore::device::sim::SimDevice;
 use blockstore::types::{Lba, Lsn};
@@ -30,7 +30,21 @@ fn changes(lsn: u64) -> Vec<Change> {
     }
 }
 
-async fn workload(sim: &SimDevice, history: &RefCell<History>, unmaps: bool) {
+/// What goes on beside the commits.
+#[derive(Clone, Copy)]
+struct Beside {
+    unmaps: bool,
+    /// Bytes of memory for marks.
+    memory: u64,
+}
+
+const COLLECTS: Beside = Beside { unmaps: false, memory: gc::MEMORY_DEFAULT };
+const UNMAPS: Beside = Beside { unmaps: true, ..COLLECTS };
+/// With memory for the bits of one extent: reclaim bitmaps are written while other extents are still to be marked.
+const IN_WINDOWS: Beside = Beside { memory: 0, ..COLLECTS };
+
+async fn workload(sim: &SimDevice, history: &RefCell<History>, beside: Beside) {
+    let Beside { unmaps, memory } = beside;
     let store = if unmaps { open_to_unmap(sim).await } else { open(sim).await };
     store.create_vdi("d", 16 * MIB).await.expect("create");
     let vdi = World::attach(&store, "d").await;
@@ -44,7 +58,7 @@ async fn workload(sim: &SimDevice, history: &RefCell<History>, unmaps: bool) {
         };
         let commit = vdi.commit(batch);
         if lsn.is_multiple_of(3) {
-            let (committed, collected) = tokio::join!(commit, cycle(&store));
+            let (committed, collected) = tokio::join!(commit, cycle_in(&store, memory));
             committed.expect("commit");
             collected.expect("cycle");
         } else if unmaps && lsn % 3 == 1 {
@@ -135,13 +149,13 @@ async fn until_death(sim: &SimDevice, work: impl Future<Output = ()>) -> bool {
 }
 
 /// One death, after operation `n`; false if the workload ended before it.
-async fn die_at(n: u64, seed: u64, power_loss: bool, unmaps: bool) -> bool {
+async fn die_at(n: u64, seed: u64, power_loss: bool, beside: Beside) -> bool {
     let sim = SimDevice::new(32 * MIB, seed + n);
     Store::format(sim.device(), FormatOptions::default()).await.expect("format");
     let session = sim.connect();
     session.crash_after(n);
     let history = RefCell::new(History::default());
-    let died = until_death(&session, workload(&session, &history, unmaps)).await;
+    let died = until_death(&session, workload(&session, &history, beside)).await;
     let end = |session: &SimDevice| {
         if power_loss { session.crash() } else { session.kill_host() }
     };
@@ -159,12 +173,12 @@ async fn die_at(n: u64, seed: u64, power_loss: bool, unmaps: bool) -> bool {
     died
 }
 
-fn die_everywhere(seed: u64, power_loss: bool, unmaps: bool) {
+fn die_everywhere(seed: u64, power_loss: bool, beside: Beside) {
     for n in 0.. {
         // One each: what a death leaves running ends with it.
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-        if !runtime.expect("a runtime").block_on(die_at(n, seed, power_loss, unmaps)) {
+        if !runtime.expect("a runtime").block_on(die_at(n, seed, power_loss, beside)) {
             assert!(n > 150, "the workload has {n} operations");
             return;
         }
@@ -173,20 +187,25 @@ fn die_everywhere(seed: u64, power_loss: bool, unmaps: bool) {
 
 #[test]
 fn power_loss_at_every_operation() {
-    die_everywhere(10_000, true, false);
+    die_everywhere(10_000, true, COLLECTS);
 }
 
 #[test]
 fn death_of_the_process_at_every_operation() {
-    die_everywhere(20_000, false, false);
+    die_everywhere(20_000, false, COLLECTS);
+}
+
+#[test]
+fn power_loss_at_every_operation_of_windows() {
+    die_everywhere(30_000, true, IN_WINDOWS);
 }
 
 #[test]
 fn power_loss_at_every_operation_of_one_that_unmaps() {
-    die_everywhere(30_000, true, true);
+    die_everywhere(30_000, true, UNMAPS);
 }
 
 #[test]
 fn death_of_the_process_at_every_operation_of_one_that_unmaps() {
-    die_everywhere(40_000, false, true);
+    die_everywhere(40_000, false, UNMAPS);
 }

@@ -3,7 +3,7 @@
 use crate::world::{World, cycle, head_of, open, read, stamp, with_snapshot, write};
 use blockstore::device::sim::{Fault, OpKind, Reach};
 use blockstore::format::vdi::{VdiHead, VdiState};
-use blockstore::types::{Lba, Lsn};
+use blockstore::types::{Gba, Lba, Lsn};
 use blockstore::{Batch, Change, Committed, Reclaimed, Result, StoreErrorKind, Vdi, WhenOffline};
 use gc::{CheckOptions, CollectOptions, Progress, check, collect};
 use std::sync::Arc;
@@ -46,8 +46,12 @@ async fn what_was_allocated_meanwhile_is_not_collected() {
     vdi.commit(Batch::new(Lsn(2), changes)).await.expect("commit");
     // As if marking had found nothing but the disk's name: all else was touched, also what the second commit freed.
     let name_block = head_of(&world.store, vdi.uuid()).await.meta.gba;
-    let reached = move |gba| gba == name_block;
-    let reclaimed = cycle.sweep(reached, Duration::from_secs(60)).await.expect("sweep");
+    let reached = move |first: Gba| match name_block.0 & !63 == first.0 {
+        true => 1 << (name_block.0 % 64),
+        false => 0,
+    };
+    let reclaimed =
+        cycle.sweep(0..u32::MAX, reached, Duration::from_secs(60)).await.expect("sweep");
     assert_eq!(reclaimed, Reclaimed::default());
     let disk = world.disks.get_mut(&name).expect("disk");
     disk.content = (0..3000).map(|lba| (lba, 2)).collect();
@@ -137,7 +141,7 @@ async fn an_abandoned_cycle_frees_nothing() {
     world.reopen(false).await;
     // The dead host's own cycle goes on, and reaches the device no more.
     let patience = Duration::from_secs(30);
-    let sweep = tokio::time::timeout(patience, cycle.sweep(|_| false, patience));
+    let sweep = tokio::time::timeout(patience, cycle.sweep(0..u32::MAX, |_| 0, patience));
     assert!(!matches!(sweep.await, Ok(Ok(_))));
     world.verify("abandoned").await;
 }
@@ -155,7 +159,8 @@ async fn a_host_that_needs_its_quarantine_ends_the_cycle() {
         vdi.commit(Batch::new(Lsn(lsn), changes)).await.expect("commit");
     }
     assert_eq!(cycle.check().expect_err("given up").kind, StoreErrorKind::NoSpace);
-    let error = cycle.sweep(|_| false, Duration::from_secs(1)).await.expect_err("given up");
+    let error =
+        cycle.sweep(0..u32::MAX, |_| 0, Duration::from_secs(1)).await.expect_err("given up");
     assert_eq!(error.kind, StoreErrorKind::NoSpace, "{error}");
     let disk = world.disks.get_mut(&name).expect("disk");
     disk.content = (0..1000).map(|lba| (lba, 30)).collect();
@@ -410,7 +415,7 @@ async fn a_head_that_the_target_forgets_is_a_root_again() {
         assert!(!roots.iter().filter_map(|view| view.record()).any(is_root));
         sim.lose_session();
         // It may end with an error, too.
-        let _ = cycle.sweep(|_| false, Duration::from_secs(60)).await;
+        let _ = cycle.sweep(0..u32::MAX, |_| 0, Duration::from_secs(60)).await;
         let report = check(&world.store, CheckOptions { data: true }).await.expect("check");
         assert!(report.is_sound(), "seed {seed}: {report:#?}");
     }

@@ -280,7 +280,13 @@ pub async fn settle() {
 
 /// A cycle at full speed.
 pub async fn cycle(store: &Arc<Store>) -> blockstore::Result<Collected> {
-    collect(store, CollectOptions::default(), &Progress::default()).await
+    cycle_in(store, gc::MEMORY_DEFAULT).await
+}
+
+/// A cycle at full speed with so many bytes of memory.
+pub async fn cycle_in(store: &Arc<Store>, memory: u64) -> blockstore::Result<Collected> {
+    let options = CollectOptions { memory, ..CollectOptions::default() };
+    collect(store, options, &Progress::default()).await
 }
 
 pub async fn head_of(store: &Store, uuid: Uuid) -> VdiHead {

@@ -24,7 +24,7 @@
 //! | `Lead`, `Acknowledge` | `store/collecting.rs`: `begin_collection_now`; `alloc/cycle.rs`: `begin_cycle` |
 //! | `LeadOn`, asking | `store/collecting.rs`: `begin_collection_now`, from the record's *mark* on |
 //! | `LeadOn`, reading | `gc/src/collect.rs`: `collect`; `store/collecting.rs`: `roots`; `gc/src/reach.rs`: `mark` |
-//! | `LeadOn`, to *sweep*, pages, *done* | `store/collecting.rs`: `publish`, `reclaim_pages`, `go_to` |
+//! | `LeadOn`, to *sweep*, pages, *done* | `store/collecting.rs`: `sweep`, `note_window`, `reclaim_pages`, `go_to` |
 //! | `EndQuarantine` | `alloc/cycle.rs`: `end_quarantine`, `end_cycle` |
 //! | `Withdraw` | `alloc/cycle.rs`: `withdraw`; that the cycle ends with it: `check_cycle` |
 //! | `Turn`, `Settle` | `store/collecting.rs`: `apply`; `eras.rs`: `turn`, `over` |

@@ -2,7 +2,8 @@
 
 use crate::host::{Agent, few, transient};
 use blockstore::{StoreErrorKind, UnmapOptions};
-use gc::{CheckOptions, CollectOptions, Progress};
+use gc::{CheckOptions, CollectOptions, MEMORY_DEFAULT, Progress};
+use rand::Rng;
 use rand::rngs::SmallRng;
 use std::time::Duration;
 
@@ -12,7 +13,9 @@ impl Agent {
         loop {
             tokio::time::sleep(Duration::from_millis(few(rng, 10_000))).await;
             let patience = Duration::from_millis(few(rng, 60_000));
-            let options = CollectOptions { rate: None, patience };
+            // One that takes a window for each extent, now and then.
+            let memory = if rng.random_bool(0.3) { 0 } else { MEMORY_DEFAULT };
+            let options = CollectOptions { rate: None, memory, patience };
             let store = self.store();
             if !self.unmaps {
                 let _ = gc::collect(&store, options, &Progress::default()).await;

@@ -1,38 +1,101 @@
-//! Applying what a cycle of collection found: the extent's owner clears the bits of its own BMap.
+//! Applying what a cycle of collection found: the extents' owner clears the bits of its own BMap.
+//!
+//! Some extents at a time: what is to be freed is looked up; their records get the epoch, with one flush for all; then the
+//! BMaps are written. Cut off after the records, the blocks leak until the next cycle. An extent in which nothing is to be freed
+//! is not written at all.
 
 use super::{Pages, page_base};
 use crate::alloc::Territory;
-use crate::alloc::runs::merge;
-use crate::error::Result;
-use crate::format::bitmap::{BitmapKind, BitmapPage};
-use crate::format::extent::ExtentRecord;
+use crate::error::{Result, StoreError};
+use crate::format::bitmap::{BitmapKind, BitmapPage, WORD_BITS};
+use crate::format::extent::{ExtentRecord, ExtentType};
 use crate::io::Io;
-use crate::types::{BLOCK_SIZE, Gba};
+use crate::slot::View;
+use crate::types::BLOCK_SIZE;
 use roaring::RoaringTreemap;
 
+/// What is to be freed in an extent.
+struct Found {
+    number: u32,
+    kind: ExtentType,
+    view: View<ExtentRecord>,
+    /// The record from now on.
+    record: ExtentRecord,
+    /// Blocks, by page.
+    pages: Vec<(u32, RoaringTreemap)>,
+}
+
+impl Found {
+    fn blocks(&self) -> u64 {
+        self.pages.iter().map(|(_, free)| free.len()).sum()
+    }
+}
+
 impl Pages {
-    /// Frees what the reclaim bitmap of an own extent names, if it was made by cycle `epoch` for the extent as it is now and was
-    /// not applied before (rule G2), and `untouched` lets it pass. How many blocks that were.
+    /// Frees what the reclaim bitmaps of own extents name, if they were made by cycle `epoch` for the extents as they are now and
+    /// were not applied before (rule G2), and `untouched` lets it pass. How many blocks that were, for each.
     ///
-    /// Not flushed, since a loss only leaks: what is freed here no root reaches.
+    /// The BMaps are not flushed, since a loss only leaks: what is freed here no root reaches.
     pub(in crate::alloc) async fn apply(
+        &mut self,
+        io: &Io,
+        territory: &Territory,
+        numbers: &[u32],
+        epoch: u64,
+        untouched: &(dyn Fn(RoaringTreemap) -> RoaringTreemap + Sync),
+    ) -> Vec<Result<u64>> {
+        let mut outcomes = Vec::with_capacity(numbers.len());
+        // What is freed where, with its place among the outcomes.
+        let mut found = Vec::new();
+        for (place, &number) in numbers.iter().enumerate() {
+            outcomes.push(match self.find(io, territory, number, epoch, untouched).await {
+                Ok(Some(extent)) => {
+                    let blocks = extent.blocks();
+                    found.push((place, extent));
+                    Ok(blocks)
+                }
+                Ok(None) => Ok(0),
+                Err(error) => Err(error),
+            });
+        }
+        self.note_swept(io, territory, &mut found, &mut outcomes).await;
+        let freed = self.clear(io, territory, &found).await;
+        for (place, extent) in found {
+            let given_up = match &freed {
+                Ok(()) => self.give_up_if_empty(io, territory, extent.kind, extent.number).await,
+                Err(error) => {
+                    let context = format!("{}, bitmap of extent {}", io.url(), extent.number);
+                    Err(StoreError::new(error.kind, context, error.to_string()))
+                }
+            };
+            if let Err(error) = given_up {
+                outcomes[place] = Err(error);
+            }
+        }
+        if freed.is_ok() {
+            self.trim();
+        }
+        outcomes
+    }
+
+    /// What is to be freed in an extent; none if that is nothing. The pages of its BMap are in memory then.
+    async fn find(
         &mut self,
         io: &Io,
         territory: &Territory,
         number: u32,
         epoch: u64,
         untouched: &(dyn Fn(RoaringTreemap) -> RoaringTreemap + Sync),
-    ) -> Result<u64> {
+    ) -> Result<Option<Found>> {
         let g = &territory.geometry;
-        let Some(extent) = self.extents.get(&number) else { return Ok(0) };
-        let (kind, sequence) = (extent.kind, extent.view.sequence());
-        let Some(record) = extent.view.record().filter(|record| record.sweep_epoch < epoch) else {
-            return Ok(0);
-        };
-        let made_for = (epoch, sequence, record.owner_generation.0);
-        let found = io.read(g.reclaim_page(number, 0), u64::from(g.bmap_pages())).await?;
-        let (mut freed, mut changed) = (0, Vec::new());
-        for (page, block) in (0..).zip(found.chunks_exact(BLOCK_SIZE)) {
+        let Some(extent) = self.extents.get(&number) else { return Ok(None) };
+        let (kind, view) = (extent.kind, extent.view.clone());
+        let record = view.record().filter(|record| record.sweep_epoch < epoch).cloned();
+        let Some(record) = record else { return Ok(None) };
+        let made_for = (epoch, view.sequence(), record.owner_generation.0);
+        let reclaim = io.read(g.reclaim_page(number, 0), u64::from(g.bmap_pages())).await?;
+        let mut pages = Vec::new();
+        for (page, block) in (0..).zip(reclaim.chunks_exact(BLOCK_SIZE)) {
             let (address, store) = (g.reclaim_page(number, page), territory.records.store);
             let reclaim = match BitmapPage::decode(block, BitmapKind::Reclaim, store, address) {
                 Ok(reclaim) => reclaim,
@@ -44,42 +107,94 @@ impl Pages {
             if (reclaim.gc_epoch, reclaim.extent_sequence, reclaim.owner_generation) != made_for {
                 continue;
             }
+            let words = || (0..g.page_bits(page)).step_by(WORD_BITS as usize);
+            if words().all(|first| reclaim.word(first) == 0) {
+                continue;
+            }
             self.load(io, territory, number, page).await?;
             let Some(content) = self.loaded.get(&(number, page)) else { continue };
             let base = page_base(territory, number, page);
-            let candidates = (0..g.page_bits(page)).filter(|&bit| {
-                reclaim.get(bit) && content.get(bit) && g.is_allocatable(base.plus(bit))
-            });
-            let free = untouched(candidates.map(|bit| base.0 + bit).collect());
-            if free.is_empty() {
-                continue;
+            let mut candidates = RoaringTreemap::new();
+            for first in words() {
+                let mut word = reclaim.word(first) & content.word(first);
+                word &= g.allocatable_word(base.plus(first));
+                while word != 0 {
+                    candidates.insert(base.0 + first + u64::from(word.trailing_zeros()));
+                    word &= word - 1;
+                }
             }
-            self.take_up(io, territory, number).await?;
-            freed += free.len();
-            self.unmark(territory, &merge(free.into_iter().map(Gba).collect()));
-            changed.push((number, page));
+            let free = untouched(candidates);
+            if !free.is_empty() {
+                pages.push((page, free));
+            }
         }
-        let writes = self.encode(territory, &changed);
-        io.write_all(&writes).await?;
-        self.note_swept(io, territory, number, epoch).await?;
-        self.give_up_if_empty(io, territory, kind, number).await?;
-        self.trim();
-        Ok(freed)
+        if pages.is_empty() {
+            return Ok(None);
+        }
+        // This incarnation's generation is on the record before the first change of the BMap.
+        let owner_generation = territory.generation;
+        let record = ExtentRecord { sweep_epoch: epoch, owner_generation, ready: true, ..record };
+        Ok(Some(Found { number, kind, view, record, pages }))
     }
 
-    /// Nothing of this cycle is applied to the extent a second time.
+    /// Puts the epoch on the records of extents in which something is to be freed: nothing of this cycle is applied to them a
+    /// second time. Those for which that fails are left out.
     async fn note_swept(
         &mut self,
         io: &Io,
         territory: &Territory,
-        number: u32,
-        epoch: u64,
+        found: &mut Vec<(usize, Found)>,
+        outcomes: &mut [Result<u64>],
+    ) {
+        let changes = found.iter().map(|(_, extent)| (extent.view.clone(), extent.record.clone()));
+        let swaps = territory.records.swap_all(io, &changes.collect::<Vec<_>>()).await;
+        let mut swaps = swaps.into_iter();
+        found.retain(|(place, found)| {
+            let swap = swaps.next().unwrap_or_else(|| Err(io.closing_error()));
+            let number = found.number;
+            let noted = swap.and_then(|swap| {
+                if let Some(extent) = self.extents.get_mut(&number) {
+                    extent.keep_up(territory, &swap);
+                }
+                swap.done(|| format!("{}, extent {number}", io.url())).map(drop)
+            });
+            match noted {
+                Ok(()) => {
+                    if let Some(extent) = self.extents.get_mut(&number) {
+                        extent.taken_up = true;
+                    }
+                    true
+                }
+                Err(error) => {
+                    outcomes[*place] = Err(error);
+                    false
+                }
+            }
+        });
+    }
+
+    /// Clears the bits.
+    async fn clear(
+        &mut self,
+        io: &Io,
+        territory: &Territory,
+        found: &[(usize, Found)],
     ) -> Result<()> {
-        let Some(extent) = self.extents.get_mut(&number) else { return Ok(()) };
-        let Some(record) = extent.view.record().cloned() else { return Ok(()) };
-        let record = ExtentRecord { sweep_epoch: epoch, ..record };
-        let swap = territory.records.swap(io, &extent.view, record).await?;
-        extent.keep_up(territory, &swap);
-        swap.done(|| format!("{}, extent {number}", io.url())).map(drop)
+        let mut changed = Vec::new();
+        for (_, extent) in found {
+            for (page, free) in &extent.pages {
+                let place = (extent.number, *page);
+                let base = page_base(territory, extent.number, *page);
+                let Some(content) = self.loaded.get_mut(&place) else { continue };
+                free.iter().for_each(|gba| content.set(gba - base.0, false));
+                let owned = self.extents.get_mut(&extent.number);
+                if let Some(count) = owned.and_then(|owned| owned.free[*page as usize].as_mut()) {
+                    *count += free.len();
+                }
+                changed.push(place);
+            }
+        }
+        let writes = self.encode(territory, &changed);
+        io.write_all(&writes).await
     }
 }

@@ -65,7 +65,7 @@ pub use store::{
     AttachOptions, CHANGES_MAX, Collection, Cure, Difference, ExportReport, Fingerprint, Fix,
     FormatOptions, Held, HostInfo, ImageInfo, LostLog, OpenOptions, OwnerInfo, REPAIR_HOST,
     Reclaimed, Repairer, Rewound, SnapshotImage, Space, Store, StoreInfo, TableProblem, Thinned,
-    VdiInfo,
+    VdiInfo, Walk,
 };
 pub use vdi::{CommittedState, Vdi};
 

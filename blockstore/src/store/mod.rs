@@ -13,6 +13,7 @@ mod rewind;
 mod rollback;
 mod snapshots;
 mod verify;
+pub(crate) mod walking;
 
 pub use collecting::{Collection, Reclaimed};
 pub use differences::{CHANGES_MAX, Difference, ImageInfo};
@@ -27,6 +28,7 @@ pub use rewind::Rewound;
 pub use rollback::LostLog;
 pub use snapshots::Thinned;
 pub use verify::{Cure, Fix, TableProblem};
+pub use walking::Walk;
 
 use crate::alloc::Allocator;
 use crate::error::{Result, StoreError, StoreErrorKind};
@@ -162,6 +164,12 @@ impl Store {
     #[must_use]
     pub fn in_flight(&self) -> u64 {
         self.core.allocator().map_or(0, |allocator| allocator.in_flight())
+    }
+
+    /// Blocks that were freed since a cycle of collection, or a walk, began here, and cannot be used before its marking ends.
+    #[must_use]
+    pub fn quarantined(&self) -> u64 {
+        self.core.allocator().map_or(0, |allocator| allocator.quarantined())
     }
 
     /// Every slot of the VDI registry that was ever used, by slot number.

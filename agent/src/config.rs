@@ -24,6 +24,9 @@ const GC_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// Bytes of metadata that a cycle reads in a second: little beside what guests ask of a SAN.
 const GC_RATE: u64 = 64 << 20;
 
+/// Percentages of the store at which it is warned that so much is used.
+const WARN_USED: [u8; 3] = [80, 90, 95];
+
 /// Where sockets go if nothing else was said.
 pub const RUN_DIR_DEFAULT: &str = "/run/ballast";
 
@@ -109,6 +112,9 @@ pub struct AgentArgs {
     /// Most metadata that garbage collection reads in a second; 0: as much as it can [default: 64MiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     pub gc_rate: Option<u64>,
+    /// Warn when more than this percentage of the store is used; several marks with commas [default: 80,90,95]
+    #[arg(long, value_name = "PERCENT,…", value_delimiter = ',', value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub warn_used: Option<Vec<u8>>,
     /// Serve metrics for Prometheus at this address of the loopback device, like 127.0.0.1:9477
     #[arg(long, value_name = "ADDRESS", value_parser = crate::metrics::parse_address)]
     pub metrics_listen: Option<SocketAddr>,
@@ -141,6 +147,8 @@ struct FileConfig {
     #[serde(default)]
     gc: GcSection,
     #[serde(default)]
+    space: SpaceSection,
+    #[serde(default)]
     metrics: MetricsSection,
 }
 
@@ -152,6 +160,12 @@ struct GcSection {
     every: Option<Duration>,
     #[serde(default, deserialize_with = "rate")]
     rate: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SpaceSection {
+    warn_used: Option<Vec<u8>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -254,6 +268,8 @@ pub struct AgentConfig {
     pub gc: Schedule,
     /// Bytes of metadata that a cycle reads in a second; 0: as many as it can.
     pub gc_rate: u64,
+    /// Percentages of the store at which it is warned that so much is used, rising.
+    pub warn_used: Vec<u8>,
     /// Where metrics are served by TCP, if anywhere; a loopback address.
     pub metrics_listen: Option<SocketAddr>,
 }
@@ -358,8 +374,19 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         flush_max_age: args.flush_max_age.or(file.flush.max_age),
         gc: Schedule { free_below, every: Some(every).filter(|every| !every.is_zero()) },
         gc_rate: args.gc_rate.or(file.gc.rate).unwrap_or(GC_RATE),
+        warn_used: marks(args.warn_used.or(file.space.warn_used))?,
         metrics_listen: args.metrics_listen.or(file.metrics.listen),
     })
+}
+
+fn marks(given: Option<Vec<u8>>) -> Result<Vec<u8>> {
+    let mut marks = given.unwrap_or_else(|| WARN_USED.to_vec());
+    if let Some(mark) = marks.iter().find(|mark| !(1..=100).contains(*mark)) {
+        return Err(usage(format!("space.warn_used has {mark}: give percentages, 1 to 100")));
+    }
+    marks.sort_unstable();
+    marks.dedup();
+    Ok(marks)
 }
 
 fn one_or_two_legs(caches: Vec<PathBuf>) -> Result<(PathBuf, Option<PathBuf>)> {

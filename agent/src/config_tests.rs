@@ -41,6 +41,8 @@ const FULL: &str = r#"
     free_below = 10
     every = "1h"
     rate = "1MiB"
+    [space]
+    warn_used = [85, 70]
     [metrics]
     listen = "127.0.0.1:9477"
 "#;
@@ -72,6 +74,7 @@ fn a_file_alone_is_enough() {
         flush_max_age: Some(Duration::from_millis(500)),
         gc: Schedule { free_below: 10, every: Some(Duration::from_secs(3600)) },
         gc_rate: 1 << 20,
+        warn_used: vec![70, 85],
         metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 9477))),
     };
     assert_eq!(config, expected);
@@ -97,6 +100,11 @@ fn flags_alone_are_enough_and_defaults_are_safe() {
     let never = AgentArgs { gc_every: Some(Duration::ZERO), gc_free_below: Some(0), ..minimal() };
     assert_eq!(load(never, "").unwrap().gc, Schedule { free_below: 0, every: None });
     refused(minimal(), "[gc]\nfree_below = 101\n", &["gc.free_below", "101"]);
+    assert_eq!(config.warn_used, [80, 90, 95]);
+    let marks = AgentArgs { warn_used: Some(vec![95, 50, 95]), ..minimal() };
+    assert_eq!(load(marks, "").unwrap().warn_used, [50, 95]);
+    assert_eq!(load(minimal(), "[space]\nwarn_used = []\n").unwrap().warn_used, []);
+    refused(minimal(), "[space]\nwarn_used = [80, 101]\n", &["space.warn_used", "101"]);
 }
 
 #[track_caller]

@@ -3,6 +3,7 @@
 //! The agent collects by itself: a command that is interrupted leaves the cycle going on.
 
 use super::output::{Output, fields};
+use super::sizes::pinned;
 use crate::api::gc::{GcEnded, GcStatus};
 use crate::control::client::Client;
 use crate::error::{Failure, Kind, Result};
@@ -25,7 +26,8 @@ pub enum GcCommand {
         #[arg(long)]
         wait: bool,
     },
-    /// Show what garbage collection does, did, and when it begins by itself
+    /// Show what garbage collection does, did, and when it begins by itself; and what space is used for, as of when sizes
+    /// were computed last
     Status,
 }
 
@@ -99,7 +101,8 @@ fn outcome(ended: &GcEnded) -> String {
 }
 
 fn table(status: &GcStatus) -> String {
-    let now = status.running.as_ref().map_or("idle".into(), |running| {
+    let idle = if status.computing_sizes { "computing sizes" } else { "idle" };
+    let now = status.running.as_ref().map_or(idle.into(), |running| {
         let (phase, nodes) = (running.phase.as_str(), running.nodes);
         format!("{phase}: {nodes} nodes, {} in use", format_size(running.reachable))
     });
@@ -116,7 +119,7 @@ fn table(status: &GcStatus) -> String {
     if let Some(every) = status.every {
         when.push(format!("every {}", format_ms(every)));
     }
-    fields(&[
+    let mut lines = vec![
         ("now", now),
         ("last cycle", status.last.as_ref().map_or("none since the start".into(), outcome)),
         (
@@ -124,6 +127,9 @@ fn table(status: &GcStatus) -> String {
             format!("{} cycles gave back {}", status.cycles, format_size(status.reclaimed)),
         ),
         ("space", space),
+        ("quarantine", format!("{}, until marking ends", format_size(status.quarantine))),
         ("begins", if when.is_empty() { "only when told".into() } else { when.join(", or ") }),
-    ])
+    ];
+    lines.extend(pinned(status.used_for.as_ref()));
+    fields(&lines)
 }

@@ -7,6 +7,7 @@ pub mod diff;
 pub mod gc;
 pub mod loss;
 pub mod schedule;
+pub mod sizes;
 pub mod snapshots;
 pub mod tree;
 
@@ -229,6 +230,22 @@ pub struct StoreStatus {
     pub single_host: bool,
     /// Bytes of the device that the store manages.
     pub capacity: u64,
+    /// Its room, when it was looked at last; none: not yet.
+    #[serde(default)]
+    pub space: Option<StoreSpace>,
+}
+
+/// How full the store is. What hosts have claimed ahead of need counts as used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreSpace {
+    /// Bytes that disks, snapshots and their maps can have.
+    pub capacity: u64,
+    /// Bytes of that which are used.
+    pub used: u64,
+    /// Bytes that are free.
+    pub free: u64,
+    /// The highest mark of `[space] warn_used` that it is over, percent.
+    pub over_mark: Option<u8>,
 }
 
 /// The cache as `cache status` and `status` show it.

@@ -29,6 +29,9 @@ const GC_MEMORY_MIN: usize = 1 << 20;
 /// Bytes unmapped in a second: a command of 64 MiB, a few times.
 const GC_UNMAP_RATE: u64 = 512 << 20;
 
+/// Percentages of the store at which it is warned that so much is used.
+const WARN_USED: [u8; 3] = [80, 90, 95];
+
 /// Where sockets go if nothing else was said.
 pub const RUN_DIR_DEFAULT: &str = "/run/ballast";
 
@@ -123,6 +126,9 @@ pub struct AgentArgs {
     /// Memory for what garbage collection marks, one bit per block in use; with less it takes several passes [default: 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
     pub gc_memory: Option<usize>,
+    /// Warn when more than this percentage of the store is used; several marks with commas [default: 80,90,95]
+    #[arg(long, value_name = "PERCENT,…", value_delimiter = ',', value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub warn_used: Option<Vec<u8>>,
     /// Serve metrics for Prometheus at this address of the loopback device, like 127.0.0.1:9477
     #[arg(long, value_name = "ADDRESS", value_parser = crate::metrics::parse_address)]
     pub metrics_listen: Option<SocketAddr>,
@@ -155,6 +161,8 @@ struct FileConfig {
     #[serde(default)]
     gc: GcSection,
     #[serde(default)]
+    space: SpaceSection,
+    #[serde(default)]
     metrics: MetricsSection,
 }
 
@@ -171,6 +179,12 @@ struct GcSection {
     unmap_rate: Option<u64>,
     #[serde(default, deserialize_with = "memory")]
     memory: Option<usize>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SpaceSection {
+    warn_used: Option<Vec<u8>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -279,6 +293,8 @@ pub struct AgentConfig {
     pub gc_unmap_rate: u64,
     /// Bytes of memory that a cycle marks in.
     pub gc_memory: usize,
+    /// Percentages of the store at which it is warned that so much is used, rising.
+    pub warn_used: Vec<u8>,
     /// Where metrics are served by TCP, if anywhere; a loopback address.
     pub metrics_listen: Option<SocketAddr>,
 }
@@ -390,8 +406,19 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         gc_unmap: args.gc_unmap.or(file.gc.unmap).unwrap_or(true),
         gc_unmap_rate: args.gc_unmap_rate.or(file.gc.unmap_rate).unwrap_or(GC_UNMAP_RATE),
         gc_memory,
+        warn_used: marks(args.warn_used.or(file.space.warn_used))?,
         metrics_listen: args.metrics_listen.or(file.metrics.listen),
     })
+}
+
+fn marks(given: Option<Vec<u8>>) -> Result<Vec<u8>> {
+    let mut marks = given.unwrap_or_else(|| WARN_USED.to_vec());
+    if let Some(mark) = marks.iter().find(|mark| !(1..=100).contains(*mark)) {
+        return Err(usage(format!("space.warn_used has {mark}: give percentages, 1 to 100")));
+    }
+    marks.sort_unstable();
+    marks.dedup();
+    Ok(marks)
 }
 
 fn one_or_two_legs(caches: Vec<PathBuf>) -> Result<(PathBuf, Option<PathBuf>)> {

@@ -44,6 +44,8 @@ const FULL: &str = r#"
     unmap = false
     unmap_rate = "1GiB"
     memory = "16MiB"
+    [space]
+    warn_used = [85, 70]
     [metrics]
     listen = "127.0.0.1:9477"
 "#;
@@ -78,6 +80,7 @@ fn a_file_alone_is_enough() {
         gc_unmap: false,
         gc_unmap_rate: 1 << 30,
         gc_memory: 16 << 20,
+        warn_used: vec![70, 85],
         metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 9477))),
     };
     assert_eq!(config, expected);
@@ -105,6 +108,11 @@ fn flags_alone_are_enough_and_defaults_are_safe() {
     assert_eq!(load(never, "").unwrap().gc, Schedule { free_below: 0, every: None });
     refused(minimal(), "[gc]\nfree_below = 101\n", &["gc.free_below", "101"]);
     refused(minimal(), "[gc]\nmemory = 4096\n", &["gc.memory", "4096"]);
+    assert_eq!(config.warn_used, [80, 90, 95]);
+    let marks = AgentArgs { warn_used: Some(vec![95, 50, 95]), ..minimal() };
+    assert_eq!(load(marks, "").unwrap().warn_used, [50, 95]);
+    assert!(load(minimal(), "[space]\nwarn_used = []\n").unwrap().warn_used.is_empty());
+    refused(minimal(), "[space]\nwarn_used = [80, 101]\n", &["space.warn_used", "101"]);
 }
 
 #[track_caller]

@@ -64,6 +64,23 @@ fn of_host(registry: &mut Registry, status: &Status) {
         "Operations that wait because the store is full",
         Some(f64::from(store.waiting_for_space)),
     );
+    let space = store.space;
+    gauge(
+        "store_capacity_bytes",
+        "Bytes that disks, snapshots and their maps can have",
+        space.map(|space| space.capacity as f64),
+    );
+    gauge(
+        "store_used_bytes",
+        "Bytes of them that are used, or claimed ahead of need",
+        space.map(|space| space.used as f64),
+    );
+    gauge("store_free_bytes", "Bytes of them that are free", space.map(|space| space.free as f64));
+    gauge(
+        "store_watermark_percent",
+        "The highest mark that used space is over; 0: none",
+        space.map(|space| f64::from(space.over_mark.unwrap_or(0))),
+    );
     gauge("cache_capacity_bytes", "Bytes of the ring", Some(cache.capacity as f64));
     gauge("cache_free_bytes", "Bytes in free segments", Some(cache.free_bytes as f64));
     gauge("cache_clean_bytes", "Bytes in segments of read cache", Some(cache.clean_bytes as f64));
@@ -275,7 +292,9 @@ pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{AgentStatus, CacheStatus, FrozenGuest, Outlook, StoreStatus, Totals, Vdi};
+    use crate::api::{
+        AgentStatus, CacheStatus, FrozenGuest, Outlook, StoreSpace, StoreStatus, Totals, Vdi,
+    };
     use uuid::Uuid;
 
     fn status() -> Status {
@@ -330,6 +349,12 @@ mod tests {
                 waiting_for_space: 0,
                 single_host: false,
                 capacity: 1 << 40,
+                space: Some(StoreSpace {
+                    capacity: 1000,
+                    used: 920,
+                    free: 80,
+                    over_mark: Some(90),
+                }),
             },
             cache: CacheStatus {
                 paths: Vec::new(),
@@ -405,6 +430,10 @@ mod tests {
         }
         for expected in [
             "ballast_store_up 0.0",
+            "ballast_store_capacity_bytes 1000.0",
+            "ballast_store_used_bytes 920.0",
+            "ballast_store_free_bytes 80.0",
+            "ballast_store_watermark_percent 90.0",
             "ballast_runway_seconds 60.0",
             "ballast_degraded 1.0",
             "ballast_unmap_supported 1.0",

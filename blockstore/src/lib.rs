@@ -66,7 +66,7 @@ pub use store::{
     AttachOptions, CHANGES_MAX, Collection, Cure, CycleCheck, Difference, ExportReport,
     Fingerprint, Fix, FormatOptions, Held, HostInfo, ImageInfo, LostLog, OpenOptions, OwnerInfo,
     REPAIR_HOST, Reclaimed, Repairer, Rewound, SnapshotImage, Space, Store, StoreInfo,
-    TableProblem, Thinned, VdiInfo,
+    TableProblem, Thinned, VdiInfo, Walk,
 };
 pub use vdi::{CommittedState, Vdi};
 

@@ -59,6 +59,9 @@ pub(crate) struct Failed {
     pub(crate) error: StoreError,
 }
 
+/// A batch that is being read; given up when it is dropped.
+type Fetch = JoinSet<Result<Named, Failed>>;
+
 /// The nodes of one level, in the order in which they are to be read.
 #[derive(Debug)]
 pub(crate) struct Ahead<'a> {
@@ -66,7 +69,7 @@ pub(crate) struct Ahead<'a> {
     level: usize,
     rest: std::slice::Chunks<'a, Entry>,
     /// Each a set of one, so that what is not waited for ends with it.
-    under_way: VecDeque<(&'a [Entry], JoinSet<Result<Named, Failed>>)>,
+    under_way: VecDeque<(&'a [Entry], Fetch)>,
     ahead: usize,
 }
 

@@ -5,7 +5,8 @@
 //! in the store, the store checked and its leaked blocks counted.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -217,5 +218,147 @@ fn a_target_without_unmap_is_left_alone() -> Result<()> {
     let said = rig.log_tail().matches("free blocks are not unmapped").count();
     ensure!(said == 1, "said {said} times");
     rig.shut_down()?;
+    Ok(())
+}
+
+/// Runs a command of the agent's, and shows its text.
+fn text(rig: &mut AgentRig, line: &str) -> Result<String> {
+    let run_dir = rig.config().run_dir().display().to_string();
+    let mut all = vec!["--run-dir", run_dir.as_str()];
+    all.extend(line.split(' '));
+    rig.config().command(&all)
+}
+
+/// What `vdi tree`, `snap list` and `store info` foretell is what deletions and cycles then give back; `gc status` and `status` tell what the
+/// store is full of.
+#[test]
+fn sizes_foretell_what_deletions_free() -> Result<()> {
+    let san = San::new()?;
+    let mut rig = san.rig(64 * MIB)?;
+    rig.config().arguments = ["--gc-every", "0s", "--gc-free-below", "0", "--warn-used", "1,99"]
+        .map(Into::into)
+        .to_vec();
+    rig.start()?;
+    control(&rig, "vdi create db --size 8MiB")?;
+    let socket = rig.agent()?.attach("db")?;
+    let mut disk = Disk::connect(&mut rig, &socket)?;
+    let mut cuts = Vec::new();
+    for byte in 1..=3 {
+        write_all(&mut disk, byte)?;
+        cuts.push(cut(&rig)?);
+    }
+    write_all(&mut disk, 4)?;
+    rig.agent()?.drain()?;
+    control(&rig, &format!("vdi create web --from db@{}", cuts[0]))?;
+    control(&rig, "gc run --wait")?;
+    let status = control(&rig, "gc status")?;
+    ensure!(status["used_for"].is_null() && status["quarantine"] == 0, "{status}");
+
+    let tree = control(&rig, "vdi tree --sizes")?;
+    let (db, web) = (&tree["disks"][0]["sizes"], &tree["disks"][1]["sizes"]);
+    ensure!(db["exclusive"]["data"] == DISK && db["referenced"]["data"] == DISK, "{tree:#}");
+    ensure!(db["snapshots_free"]["data"] == 2 * DISK, "the second and the third: {tree:#}");
+    ensure!(db["deletion_frees"]["data"] == 3 * DISK, "not what the clone holds: {tree:#}");
+    ensure!(web["referenced"]["data"] == DISK && web["exclusive"]["data"] == 0, "{tree:#}");
+    ensure!(tree["store"]["reachable"]["data"] == 4 * DISK, "{tree:#}");
+    ensure!(tree["store"]["reclaimable"]["data"] == 0, "{tree:#}");
+    ensure!(tree["store"]["provisioned"] == 2 * DISK, "{tree:#}");
+    let status = control(&rig, "gc status")?;
+    let used_for = &status["used_for"];
+    ensure!(used_for["at"].as_u64().is_some_and(|at| at > 0), "{status}");
+    ensure!(used_for["snapshots"]["data"] == 2 * DISK, "{status}");
+    ensure!(used_for["largest"][0]["vdi"] == "db", "{status}");
+
+    let list = control(&rig, "snap list db --sizes")?;
+    let sizes = list["sizes"].as_array().context("sizes")?;
+    let of = |lsn: u64| sizes.iter().find(|size| size["lsn"] == lsn).context("a snapshot");
+    ensure!(of(cuts[0])?["cloned"] == true && of(cuts[0])?["exclusive"]["data"] == 0, "{list:#}");
+    let second = of(cuts[1])?["exclusive"].clone();
+    ensure!(second["data"] == DISK, "{list:#}");
+    control(&rig, &format!("snap delete db {}", cuts[1]))?;
+    let reclaimable = control(&rig, "vdi tree --sizes")?["store"]["reclaimable"].clone();
+    ensure!(reclaimable["data"] == second["data"], "{reclaimable} and {second}");
+    let ended = control(&rig, "gc run --wait")?["last"].clone();
+    ensure!(ended["reclaimed_data"] == reclaimable["data"], "{ended} and {reclaimable}");
+    ensure!(ended["reclaimed_metadata"] == reclaimable["metadata"], "{ended} and {reclaimable}");
+
+    // The same from the device, beside the agent, while nothing is written.
+    let url = rig.config().store.clone();
+    let info: Value = serde_json::from_str(
+        &rig.config().command(&["store", "info", &url, "--sizes", "--json"])?,
+    )?;
+    ensure!(info["sizes"]["store"]["reachable"]["data"] == 3 * DISK, "{info:#}");
+    ensure!(info["overcommit"].as_f64().is_some_and(|times| times > 0.0), "{info:#}");
+    let plain = rig.config().command(&["store", "info", &url])?;
+    ensure!(plain.contains("overcommit") && !plain.contains("reclaimable"), "{plain}");
+
+    for (line, words) in [
+        ("vdi tree --sizes", ["holds 8.", "deletion frees", "reclaimable", "overcommit"]),
+        ("vdi tree --sizes --dot", ["digraph", "holds 8.", "deletion frees", "exclusive"]),
+        ("vdi tree --sizes --svg", ["<svg", "holds 8.", "deletion frees", "exclusive"]),
+        ("snap list db --sizes", ["DELETION FREES", "8.0 MiB", "db@", "HOLDS"]),
+        ("gc status", ["as of ", "snapshots alone", "quarantine", "most by"]),
+    ] {
+        let shown = text(&mut rig, line)?;
+        ensure!(words.iter().all(|words| shown.contains(words)), "{line}: {shown}");
+    }
+
+    let status = until(&rig, "over the mark", |status| status["store"]["space"]["over_mark"] == 1)?;
+    let reasons = status["degraded"].to_string();
+    ensure!(reasons.contains("over the mark of 1 %"), "{status:#}");
+    let metrics = text(&mut rig, "metrics")?;
+    ensure!(metrics.contains("ballast_store_watermark_percent 1.0"), "{metrics}");
+    ensure!(rig.log_tail().contains("over the mark of 1 %"), "{}", rig.log_tail());
+    Ok(())
+}
+
+/// A walk that takes long ends with whoever asked for it, and when garbage is to be collected; and is one at a time.
+#[test]
+fn computing_sizes_gives_way() -> Result<()> {
+    let san = San::new()?;
+    let mut rig = san.rig(64 * MIB)?;
+    // A block a second.
+    let arguments = ["--gc-every", "0s", "--gc-free-below", "0", "--gc-rate", "4096"];
+    rig.config().arguments = arguments.map(Into::into).to_vec();
+    rig.start()?;
+    control(&rig, "vdi create db --size 64MiB")?;
+    let socket = rig.agent()?.attach("db")?;
+    let mut disk = Disk::connect(&mut rig, &socket)?;
+    // A leaf for each MiB.
+    for at in (0..60 * MIB).step_by(MIB as usize) {
+        disk.write(at, 1)?;
+    }
+    rig.agent()?.drain()?;
+    let (run_dir, binary) = (rig.config().run_dir(), rig.config().binary.clone());
+    let begin = |rig: &AgentRig| -> Result<std::process::Child> {
+        let mut command = std::process::Command::new(&binary);
+        command.arg("--run-dir").arg(&run_dir).args(["vdi", "tree", "--sizes"]);
+        let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        computing(rig, true)?;
+        Ok(child)
+    };
+    let mut first = begin(&rig)?;
+    let refused = control(&rig, "snap list db --sizes").unwrap_err().to_string();
+    ensure!(refused.contains("are being computed already"), "{refused}");
+    first.kill()?;
+    first.wait()?;
+    computing(&rig, false)?;
+    let second = begin(&rig)?;
+    control(&rig, "gc run")?;
+    let ended = second.wait_with_output()?;
+    let words = String::from_utf8_lossy(&ended.stderr);
+    ensure!(!ended.status.success() && words.contains("garbage is being collected"), "{words}");
+    let refused = control(&rig, "vdi tree --sizes").unwrap_err().to_string();
+    ensure!(refused.contains("garbage is being collected"), "{refused}");
+    Ok(())
+}
+
+/// Waits until sizes are being computed, or are not.
+fn computing(rig: &AgentRig, wanted: bool) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(60);
+    while control(rig, "gc status")?["computing_sizes"] != wanted {
+        ensure!(Instant::now() < end, "computing sizes: never {wanted}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     Ok(())
 }

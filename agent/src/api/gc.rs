@@ -1,5 +1,6 @@
 //! Garbage collection: what it does, did, and will do.
 
+use super::sizes::UsedFor;
 use serde::{Deserialize, Serialize};
 
 /// Answer of `gc run` and `gc status`.
@@ -28,6 +29,15 @@ pub struct GcStatus {
     pub capacity: Option<u64>,
     /// Bytes of that which are free, when it was looked at last.
     pub free: Option<u64>,
+    /// Bytes that were freed since a cycle, or a computing of sizes, began, and cannot be used before its marking ends.
+    #[serde(default)]
+    pub quarantine: u64,
+    /// Sizes are being computed.
+    #[serde(default)]
+    pub computing_sizes: bool,
+    /// What space was used for when sizes were computed last since the agent's start; none: they were not.
+    #[serde(default)]
+    pub used_for: Option<UsedFor>,
 }
 
 /// What the device is told of free blocks, so that a thin one gives their space back.

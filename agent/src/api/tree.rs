@@ -1,6 +1,7 @@
 //! The forest of disks and clones, as it crosses the control socket.
 
 use super::VdiState;
+use gc::sizes::{DiskSizes, StoreSizes};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -9,6 +10,9 @@ use uuid::Uuid;
 pub struct Forest {
     /// All disks, by name.
     pub disks: Vec<TreeDisk>,
+    /// The store as a whole, if sizes were asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<StoreSizes>,
 }
 
 /// A disk in the forest.
@@ -28,6 +32,9 @@ pub struct TreeDisk {
     pub snapshots: u64,
     /// What it was cloned from, if it was.
     pub origin: Option<TreeOrigin>,
+    /// What it and its snapshots with clones hold, if that was asked for; none also for a disk that was made meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sizes: Option<DiskSizes>,
 }
 
 /// The snapshot that a disk was cloned from.

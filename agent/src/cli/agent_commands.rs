@@ -69,13 +69,13 @@ pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()>
             let vdis: Vec<Vdi> = client.get("/v1/vdis").await?;
             out.print(&vdis, |vdis| tables::vdi_list(vdis))
         }
-        VdiCommand::Tree { dot, svg } => {
+        VdiCommand::Tree { dot, svg, sizes } => {
             let drawing = match (dot, svg) {
                 (true, _) => tree::Drawing::Dot,
                 (_, true) => tree::Drawing::Svg,
                 _ => tree::Drawing::Text,
             };
-            tree::run(&client, drawing, out).await
+            tree::run(&client, drawing, sizes, out).await
         }
         VdiCommand::Info { name } => {
             let info: VdiInfo = client.get(&at(&name, "")?).await?;

@@ -3,6 +3,7 @@
 //! The agent collects by itself: a command that is interrupted leaves the cycle going on.
 
 use super::output::{Output, fields};
+use super::sizes::pinned;
 use crate::api::gc::{GcEnded, GcPhase, GcRunning, GcStatus, UnmapStatus};
 use crate::control::client::Client;
 use crate::error::{Failure, Kind, Result};
@@ -25,7 +26,8 @@ pub enum GcCommand {
         #[arg(long)]
         wait: bool,
     },
-    /// Show what garbage collection does, did, and when it begins by itself
+    /// Show what garbage collection does, did, and when it begins by itself; and what space is used for, as of when sizes
+    /// were computed last
     Status,
 }
 
@@ -122,7 +124,8 @@ fn unmapped(unmap: &UnmapStatus) -> String {
 }
 
 fn table(status: &GcStatus) -> String {
-    let now = status.running.as_ref().map_or("idle".into(), |running| {
+    let idle = if status.computing_sizes { "computing sizes" } else { "idle" };
+    let now = status.running.as_ref().map_or(idle.into(), |running| {
         let (doing, nodes) = (doing(running), running.nodes);
         format!("{doing}: {nodes} nodes, {} in use", format_size(running.reachable))
     });
@@ -139,7 +142,7 @@ fn table(status: &GcStatus) -> String {
     if let Some(every) = status.every {
         when.push(format!("every {}", format_ms(every)));
     }
-    fields(&[
+    let mut lines = vec![
         ("now", now),
         ("last cycle", status.last.as_ref().map_or("none since the start".into(), outcome)),
         (
@@ -148,6 +151,9 @@ fn table(status: &GcStatus) -> String {
         ),
         ("space", space),
         ("unmapped", unmapped(&status.unmap)),
+        ("quarantine", format!("{}, until marking ends", format_size(status.quarantine))),
         ("begins", if when.is_empty() { "only when told".into() } else { when.join(", or ") }),
-    ])
+    ];
+    lines.extend(pinned(status.used_for.as_ref()));
+    fields(&lines)
 }

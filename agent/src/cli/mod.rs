@@ -15,6 +15,7 @@ mod looking;
 mod loss;
 mod output;
 mod schedule;
+mod sizes;
 mod snap;
 mod store_commands;
 mod store_dump;
@@ -117,6 +118,10 @@ enum StoreCommand {
     Info {
         #[command(flatten)]
         store: StoreArgs,
+        /// And what its space is used for, what each disk holds, and what deleting it frees: reads the maps of all disks
+        /// and snapshots
+        #[arg(long)]
+        sizes: bool,
     },
     /// Verify every structure and every checksum of the metadata; changes nothing
     Check {
@@ -215,6 +220,10 @@ enum VdiCommand {
         /// As a picture
         #[arg(long, conflicts_with = "dot")]
         svg: bool,
+        /// And what each holds, what of that it shares, and what deleting it frees: reads the maps of all disks and
+        /// snapshots, at most [gc] rate a second, and ends with this command
+        #[arg(long)]
+        sizes: bool,
     },
     /// Show one disk
     Info {

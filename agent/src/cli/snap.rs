@@ -4,6 +4,7 @@ use super::agent_commands::at;
 use super::diff::parse_image;
 use super::output::{Output, Table};
 use crate::api::diff::ImageName;
+use crate::api::sizes::{SizesReport, SizesRequest};
 use crate::api::snapshots::{
     AsOf, QuiesceRequest, Quiesced, RewindRequest, Rewound, SnapDeleteRequest, SnapDeleted,
     SnapLabelRequest, SnapListRequest, SnapRequest, SnapSet, SnapSetRequest, Snapped,
@@ -13,7 +14,9 @@ use crate::control::client::Client;
 use crate::error::{Failure, Kind, Result};
 use crate::units::{format_size, parse_duration};
 use clap::{Subcommand, ValueEnum};
+use gc::sizes::SnapshotSizes;
 use serde::Serialize;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -75,6 +78,10 @@ pub enum SnapCommand {
         /// From the oldest on
         #[arg(long)]
         oldest_first: bool,
+        /// And what each holds, what of that it shares, and what it has alone, which is what deleting it frees: reads the
+        /// maps of all disks and snapshots
+        #[arg(long)]
+        sizes: bool,
     },
     /// List what differs between two images of disks: offset and length in bytes, and whether it is zeros in the second
     ///
@@ -130,10 +137,14 @@ pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()
             let guest = Quiesced::default();
             out.print(&One { snapshot: &taken, guest: &guest }, |one| name_of(one.snapshot))
         }
-        SnapCommand::List { vdi, limit, beyond, oldest_first } => {
+        SnapCommand::List { vdi, limit, beyond, oldest_first, sizes } => {
             let limit = limit.unwrap_or_default();
             let request = SnapListRequest { oldest_first, beyond, limit };
             let list: Snapshots = client.post(&at(&vdi, "/snapshots/list")?, &request).await?;
+            if sizes {
+                let sizes = sizes_of(&client, &list).await?;
+                return out.print(&Sized { list: &list, sizes }, sized_table);
+            }
             out.print(&list, table)
         }
         SnapCommand::Diff { from, to } => super::diff::run(&client, from, to, out).await,
@@ -182,6 +193,49 @@ struct One<'a> {
     snapshot: &'a Snapped,
     #[serde(flatten)]
     guest: &'a Quiesced,
+}
+
+/// `snap list --sizes`.
+#[derive(Serialize)]
+struct Sized<'a> {
+    #[serde(flatten)]
+    list: &'a Snapshots,
+    /// Those of it that are in the store.
+    sizes: Vec<SnapshotSizes>,
+}
+
+async fn sizes_of(client: &Client, list: &Snapshots) -> Result<Vec<SnapshotSizes>> {
+    let lsns = list.snapshots.iter().map(|snapshot| snapshot.lsn);
+    let request = SizesRequest {
+        snapshots_of: Some(list.uuid),
+        first_lsn: lsns.clone().min(),
+        last_lsn: lsns.clone().max(),
+    };
+    let report: SizesReport = client.post("/v1/sizes", &request).await?;
+    let listed: HashSet<u64> = lsns.collect();
+    let disk = report.disks.into_iter().find(|disk| disk.uuid == list.uuid);
+    let mut sizes = disk.map_or(Vec::new(), |disk| disk.snapshots);
+    sizes.retain(|snapshot| listed.contains(&snapshot.lsn.0));
+    Ok(sizes)
+}
+
+fn sized_table(sized: &Sized<'_>) -> String {
+    let found: HashMap<u64, &SnapshotSizes> =
+        sized.sizes.iter().map(|sizes| (sizes.lsn.0, sizes)).collect();
+    let mut table = Table::new(&["SNAPSHOT", ">HOLDS", ">SHARED", ">DELETION FREES", "LABEL"]);
+    for snapshot in &sized.list.snapshots {
+        let sizes = found.get(&snapshot.lsn);
+        // One that is in the log only has none.
+        let show = |bytes: Option<u64>| bytes.map_or("-".into(), format_size);
+        table.row([
+            format!("{}@{}", sized.list.name, snapshot.lsn),
+            show(sizes.map(|s| s.sizes.referenced.total())),
+            show(sizes.map(|s| s.sizes.shared().total())),
+            show(sizes.map(|s| s.sizes.exclusive.total())),
+            snapshot.label.clone(),
+        ]);
+    }
+    table.render() + &after_table(sized.list)
 }
 
 async fn quiesced(client: &Client, request: &SnapSetRequest, out: Output) -> Result<()> {
@@ -250,7 +304,11 @@ fn table(list: &Snapshots) -> String {
             snapshot.label.clone(),
         ]);
     }
-    let mut text = table.render();
+    table.render() + &after_table(list)
+}
+
+fn after_table(list: &Snapshots) -> String {
+    let mut text = String::new();
     if list.store_away {
         text.push_str("the store is away: only what is in this host's log is listed\n");
     }

@@ -4,6 +4,7 @@
 
 use super::looking::Looking;
 use super::output::Output;
+use super::sizes::StoreReport;
 use super::{StoreArgs, StoreCommand, store_dump, store_repair, tables};
 use crate::error::{Failure, Kind, Result};
 use crate::host::store::{Access, open_device, open_read_only};
@@ -24,9 +25,18 @@ pub async fn run(command: StoreCommand, out: Output) -> Result<()> {
             let opened = open_read_only(&store.url, &store.device).await?;
             out.print(&opened.info().await?, tables::formatted)
         }
-        StoreCommand::Info { store } => {
+        StoreCommand::Info { store, sizes } => {
             let opened = open_read_only(&store.url, &store.device).await?;
-            out.print(&opened.info().await?, tables::store_info)
+            let looking = Looking::begin(out);
+            let sizes = match sizes {
+                true => {
+                    let options = gc::SizeOptions::default();
+                    Some(gc::sizes(&opened, options, looking.progress()).await?)
+                }
+                false => None,
+            };
+            looking.end();
+            out.print(&StoreReport::new(opened.info().await?, sizes), tables::store_info_with)
         }
         StoreCommand::Check { store, data } => {
             let opened = open_read_only(&store.url, &store.device).await?;

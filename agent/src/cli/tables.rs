@@ -242,6 +242,10 @@ fn store_line(store: &StoreStatus) -> String {
             .map_or(&**error, |rest| rest.trim_start_matches([':', ' ']));
         line = format!("{line} ({error})");
     }
+    if let Some(space) = &store.space {
+        let percent = space.used as f64 * 100.0 / space.capacity.max(1) as f64;
+        line.push_str(&format!("  {percent:.0} % of {} used", format_size(space.capacity)));
+    }
     if store.waiting_for_space > 0 {
         line.push_str("  FULL: commits wait for free space");
     }
@@ -428,6 +432,11 @@ pub fn formatted(info: &blockstore::StoreInfo) -> String {
 }
 
 /// `store info`.
+pub fn store_info_with(report: &super::sizes::StoreReport) -> String {
+    format!("{}\n{}", store_info(&report.info), report.words())
+}
+
+/// What a store says of itself.
 pub fn store_info(info: &blockstore::StoreInfo) -> String {
     const BLOCK: u64 = 4096;
     let usage = format!(

@@ -24,6 +24,7 @@
 //! POST   /v1/gc                     GcStatus, of the cycle that runs then
 //! POST   /v1/diff                   DiffRequest    → Diff, by the page
 //! GET    /v1/tree                   Forest
+//! POST   /v1/sizes                  SizesRequest   → SizesReport; given up when its caller goes away
 //! POST   /v1/vdis/NAME/attach       AttachRequest  → Attached
 //! POST   /v1/vdis/NAME/detach       DetachRequest  → Done
 //! POST   /v1/vdis/NAME/resize       ResizeRequest  → Created

@@ -8,6 +8,7 @@ use super::REQUEST_BYTES_MAX;
 use crate::api::diff::DiffRequest;
 use crate::api::loss::RollbackRequest;
 use crate::api::schedule::ScheduleRequest;
+use crate::api::sizes::SizesRequest;
 use crate::api::snapshots::{
     RewindRequest, SnapDeleteRequest, SnapLabelRequest, SnapListRequest, SnapRequest,
     SnapSetRequest,
@@ -125,6 +126,7 @@ fn router(gate: Gate) -> Router {
         .route("/v1/snapshots", post(snap_quiesced))
         .route("/v1/diff", post(diff))
         .route("/v1/tree", get(forest))
+        .route("/v1/sizes", post(sizes))
         .route("/v1/gc", get(gc_status).post(gc_run))
         .route("/v1/vdis", get(list).post(create))
         .route("/v1/vdis/{name}", get(info))
@@ -356,6 +358,17 @@ async fn rewind(State(gate): Gated, name: Name, body: Body) -> Response {
 
 async fn forest(State(gate): Gated) -> Response {
     answer(async { gate.host()?.forest().await }.await)
+}
+
+/// It only looks, and may take long: it ends with its caller.
+async fn sizes(State(gate): Gated, body: Body) -> Response {
+    answer(
+        async {
+            let request: SizesRequest = parse_or_default(body)?;
+            gate.host()?.sizes(request).await
+        }
+        .await,
+    )
 }
 
 async fn diff(State(gate): Gated, body: Body) -> Response {

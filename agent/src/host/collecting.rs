@@ -4,9 +4,11 @@
 //!
 //! A cycle that fails (the store went away, the space in quarantine was needed) leaves nothing half done: the next begins anew.
 
+use super::watermarks::{Crossing, Watermarks, percent_used};
 use super::{AbortOnDrop, Host};
 use crate::api::gc::{GcEnded, GcPhase, GcRunning, GcStatus, UnmapStatus};
 use crate::error::{Failure, Kind, Result};
+use crate::units::format_size;
 use blockstore::types::BLOCK_SIZE;
 use blockstore::{Space, Store, UnmapOptions};
 use gc::schedule::{Schedule, Situation};
@@ -46,6 +48,7 @@ struct State {
     unmapped: Option<Instant>,
     /// A cycle has ended since.
     unmap_due: bool,
+    watermarks: Watermarks,
 }
 
 #[derive(Debug)]
@@ -100,6 +103,37 @@ impl Host {
             memory: config.gc_memory as u64,
             capacity: state.space.map(|(_, space)| bytes(space.blocks)),
             free: state.space.map(|(_, space)| bytes(space.free)),
+            quarantine: self.parts.store.opened().map_or(0, |store| bytes(store.quarantined())),
+            computing_sizes: self.sizing.is_computing(),
+            used_for: self.sizing.last(),
+        }
+    }
+
+    /// How much room the store had when it was looked at last, in blocks, and the highest mark that it is over.
+    pub(super) fn store_space(&self) -> (Option<Space>, Option<u8>) {
+        let state = self.collecting.state.lock();
+        let mark = state.watermarks.highest(&self.parts.config.warn_used);
+        (state.space.map(|(_, space)| space), mark)
+    }
+
+    fn note_space(&self, space: Space) {
+        let marks = &self.parts.config.warn_used;
+        let crossings = {
+            let mut state = self.collecting.state.lock();
+            state.space = Some((Instant::now(), space));
+            state.watermarks.note(marks, space)
+        };
+        let (used, free) = (percent_used(space), format_size(bytes(space.free)));
+        for crossing in crossings {
+            match crossing {
+                Crossing::Rose(mark) => tracing::warn!(
+                    "the store is {used:.1} % full, over the mark of {mark} %: {free} are free; 'ballast vdi tree --sizes' shows what \
+                     deletions free, 'ballast gc run' gives back what nothing holds"
+                ),
+                Crossing::Fell(mark) => tracing::info!(
+                    "the store is {used:.1} % full, below the mark of {mark} % again: {free} are free"
+                ),
+            }
         }
     }
 
@@ -161,12 +195,15 @@ impl Host {
             state.running = Some(Running { id, since_ms: now_ms(), began, progress });
         }
         let host = Arc::downgrade(self);
+        let sizing = Arc::clone(&self.sizing);
         let options = CollectOptions {
             rate: Some(self.parts.config.gc_rate).filter(|rate| *rate > 0),
             memory: self.parts.config.gc_memory as u64,
             ..CollectOptions::default()
         };
         self.spawn(async move {
+            // Sizes that are being computed can be computed again.
+            let ground = sizing.give_way().await;
             let of_cycle = Arc::clone(&store);
             let cycle = async move { collect(&of_cycle, options, &progress).await };
             // A task of its own, so that a panic in it is one failed cycle.
@@ -175,15 +212,19 @@ impl Host {
                 Ok(outcome) => outcome.map_err(|error| error.to_string()),
                 Err(panic) => Err(format!("the agent failed inside: {panic}")),
             };
+            drop(ground);
             let space = store.space().await.ok();
             let Some(host) = host.upgrade() else { return };
-            host.collecting.end(outcome, space);
+            host.collecting.end(outcome);
+            if let Some(space) = space {
+                host.note_space(space);
+            }
         });
     }
 }
 
 impl Collecting {
-    fn end(&self, outcome: Result<Collected, String>, space: Option<Space>) {
+    fn end(&self, outcome: Result<Collected, String>) {
         let mut state = self.state.lock();
         let Some(running) = state.running.take() else { return };
         let mut ended = GcEnded {
@@ -217,9 +258,6 @@ impl Collecting {
         }
         state.last = Some(ended);
         state.unmap_due = true;
-        if let Some(space) = space {
-            state.space = Some((Instant::now(), space));
-        }
     }
 
     /// It is time to look at the store's space.
@@ -274,7 +312,7 @@ pub(super) async fn by_itself(host: Weak<Host>) {
         if collecting.wants_look()
             && let Ok(space) = store.space().await
         {
-            collecting.state.lock().space = Some((Instant::now(), space));
+            host.note_space(space);
         }
         if collecting.is_due(&host.parts.config.gc, health.waiting_for_space > 0) {
             host.begin_cycle(Arc::clone(&store));

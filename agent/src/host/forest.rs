@@ -36,6 +36,7 @@ impl Host {
                 state: vdi.state,
                 owner: vdi.owner,
                 snapshots: found.snapshots,
+                sizes: None,
                 origin: found.origin.map(|origin| TreeOrigin {
                     uuid: origin.vdi,
                     lsn: origin.lsn.0,
@@ -45,6 +46,6 @@ impl Host {
         };
         let mut disks: Vec<TreeDisk> = found.iter().map(disk).collect();
         disks.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Forest { disks })
+        Ok(Forest { disks, store: None })
     }
 }

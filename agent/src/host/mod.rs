@@ -2,7 +2,7 @@
 //!
 //! `store` opens a store, `opening` this host's, `seat` is where it is found, `parts` is what all disks share, `served` is one disk, `requests` and `report` are
 //! what the control API does and shows, `meters` what the counters foretell, `drill` cuts a disk off
-//! on purpose, `collecting` collects garbage, `schedules` takes and thins snapshots, `read_only` serves them, `quiesce` freezes guests for snapshots and sees to it that they are thawed, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
+//! on purpose, `collecting` collects garbage, `sizing` computes sizes, `watermarks` warns of a store that fills, `schedules` takes and thins snapshots, `read_only` serves them, `quiesce` freezes guests for snapshots and sees to it that they are thawed, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
 //!
 //! A disk that does not come back at the start, or whose worker fails, is shown as failed; all others go on.
 
@@ -28,9 +28,11 @@ mod rewind;
 mod schedules;
 mod seat;
 mod served;
+mod sizing;
 mod snapshots;
 pub mod store;
 mod watch;
+mod watermarks;
 
 use crate::config::AgentConfig;
 use crate::error::{Failure, Kind, Result};
@@ -69,6 +71,8 @@ pub struct Host {
     notes: notes::Notes,
     /// Garbage collection.
     collecting: collecting::Collecting,
+    /// What disks and snapshots hold.
+    sizing: Arc<sizing::Sizing>,
     /// Snapshots by themselves.
     schedules: Arc<schedules::Schedules>,
     /// Snapshots that are served.
@@ -159,6 +163,7 @@ impl Host {
             meters: Mutex::default(),
             notes: notes::Notes::open(run_dir),
             collecting: collecting::Collecting::default(),
+            sizing: Arc::default(),
             schedules: Arc::default(),
             read_only,
             quiescing,

@@ -5,12 +5,13 @@ use super::meters::{PERIOD, Reading};
 use super::served::Served;
 use crate::api::snapshots::AttachedSnapshot;
 use crate::api::{
-    AgentStatus, CacheStatus, FrozenGuest, Readiness, Status, StoreStatus, Totals, Vdi, VdiInfo,
-    VdiState, Waiting,
+    AgentStatus, CacheStatus, FrozenGuest, Readiness, Status, StoreSpace, StoreStatus, Totals, Vdi,
+    VdiInfo, VdiState, Waiting,
 };
 use crate::error::Result;
 use crate::units::format_size;
 use blockstore::Schedule;
+use blockstore::types::BLOCK_SIZE;
 use cache::ReplacementState;
 use std::collections::BTreeMap;
 use std::sync::Weak;
@@ -84,6 +85,7 @@ impl Host {
         let health = store.health();
         let opened = store.opened();
         let superblock = opened.as_ref().map(|store| store.superblock());
+        let (space, over_mark) = self.store_space();
         StoreStatus {
             url: store.url().to_owned(),
             uuid: store.uuid(),
@@ -94,6 +96,12 @@ impl Host {
             waiting_for_space: health.waiting_for_space,
             single_host: superblock.is_some_and(|s| s.single_host),
             capacity: superblock.map_or(0, |s| s.device_size),
+            space: space.map(|space| StoreSpace {
+                capacity: space.blocks * BLOCK_SIZE as u64,
+                used: space.blocks.saturating_sub(space.free) * BLOCK_SIZE as u64,
+                free: space.free * BLOCK_SIZE as u64,
+                over_mark,
+            }),
         }
     }
 
@@ -380,6 +388,14 @@ fn degraded(
     }
     if store.waiting_for_space > 0 {
         found.push("the store is full: commits wait for free space".to_owned());
+    }
+    if let Some((space, mark)) = store.space.and_then(|space| Some((space, space.over_mark?))) {
+        let percent = space.used as f64 * 100.0 / space.capacity.max(1) as f64;
+        found.push(format!(
+            "the store is {percent:.0} % full, over the mark of {mark} %: {} are free; 'ballast vdi tree --sizes' shows what \
+             deletions free",
+            format_size(space.free)
+        ));
     }
     for info in vdis.iter().filter(|info| info.drill_until.is_some()) {
         found.push(format!("an outage drill cuts disk '{}' off from the store", info.vdi.name));

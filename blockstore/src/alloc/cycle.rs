@@ -15,13 +15,14 @@ use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::extent::ExtentType;
 use crate::io::Io;
 use crate::sabotage::{self, Bug};
+use crate::store::walking::FIRST_WALK;
 use roaring::RoaringTreemap;
 use std::sync::Arc;
 
 /// Runs of blocks in quarantine, each of some 80 bytes; beyond these the cycle is given up.
 const QUARANTINE_RUNS_MAX: usize = 250_000;
 
-/// A cycle that this host has acknowledged.
+/// A cycle that this host has acknowledged, or a walk that needs the quarantine only (`store/walking.rs`).
 #[derive(Debug)]
 pub(super) struct Cycle {
     epoch: u64,
@@ -93,7 +94,10 @@ impl Allocator {
             return Err(StoreError::new(
                 StoreErrorKind::InUse,
                 "garbage collection",
-                format!("cycle {} is under way; wait for its end", cycle.epoch),
+                match cycle.epoch {
+                    FIRST_WALK.. => "sizes are being computed; wait for the end".to_owned(),
+                    epoch => format!("cycle {epoch} is under way; wait for its end"),
+                },
             ));
         }
         let mut touched = pools.in_flight.clone();
@@ -179,7 +183,7 @@ impl Allocator {
     }
 
     /// Of blocks that this very cycle found unreachable, those that this host has not touched since it acknowledged it.
-    fn untouched(&self, epoch: u64, mut found: RoaringTreemap) -> RoaringTreemap {
+    pub(crate) fn untouched(&self, epoch: u64, mut found: RoaringTreemap) -> RoaringTreemap {
         match self.pools.lock().cycle.as_ref().filter(|cycle| cycle.epoch == epoch) {
             Some(cycle) if !sabotage::on(Bug::CollectTouched) => found -= &cycle.touched,
             Some(_) => {}
@@ -229,6 +233,13 @@ impl Allocator {
         for run in runs {
             pools.in_flight.remove_range(run.start.0..run.start.0 + run.blocks);
         }
+    }
+
+    /// Blocks that were freed, and cannot be used before the marking that is under way ends.
+    pub(crate) fn quarantined(&self) -> u64 {
+        let pools = self.pools.lock();
+        let quarantine = pools.cycle.as_ref().and_then(|cycle| cycle.quarantine.as_ref());
+        quarantine.map_or(0, |quarantine| quarantine.data.total() + quarantine.metadata.total())
     }
 
     /// Blocks that are allocated, and reachable by no durable head.

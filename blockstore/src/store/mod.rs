@@ -14,6 +14,7 @@ mod rollback;
 mod snapshots;
 mod unsure;
 mod verify;
+pub(crate) mod walking;
 
 pub use collecting::{Collection, CycleCheck, Reclaimed};
 pub use differences::{CHANGES_MAX, Difference, ImageInfo};
@@ -28,6 +29,7 @@ pub use rewind::Rewound;
 pub use rollback::LostLog;
 pub use snapshots::Thinned;
 pub use verify::{Cure, Fix, TableProblem};
+pub use walking::Walk;
 
 use crate::alloc::Allocator;
 use crate::alloc::unmap::{UnmapOptions, Unmapped};
@@ -189,6 +191,12 @@ impl Store {
     #[must_use]
     pub fn in_unmapping(&self) -> u64 {
         self.core.allocator().map_or(0, |allocator| allocator.in_unmapping())
+    }
+
+    /// Blocks that were freed since a cycle of collection, or a walk, began here, and cannot be used before its marking ends.
+    #[must_use]
+    pub fn quarantined(&self) -> u64 {
+        self.core.allocator().map_or(0, |allocator| allocator.quarantined())
     }
 
     /// Every slot of the VDI registry that was ever used, by slot number.

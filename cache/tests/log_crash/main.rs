@@ -366,7 +366,8 @@ impl Rig {
             return;
         }
         let backing = StoreHandle(Arc::clone(&self.store));
-        let drafted = flusher::draft(&self.local, VDI, Lsn(committed), batch).await.unwrap();
+        let drafted = flusher::draft(&self.local, VDI, Lsn(committed), batch, Vec::new());
+        let drafted = drafted.await.unwrap();
         let lsn = flusher::commit(VDI, &backing, drafted).await.unwrap();
         let image = self.store.image.lock().unwrap().0.clone();
         assert_eq!(image, self.image_at(lsn.0), "P2: the store's image is the disk at LSN {lsn}");

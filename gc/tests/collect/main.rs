@@ -5,6 +5,7 @@
 
 mod death;
 mod rules;
+mod sizing;
 mod sweep;
 mod unmapping;
 mod windows;

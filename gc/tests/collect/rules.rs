@@ -14,6 +14,11 @@ async fn pause() {
     tokio::time::sleep(Duration::from_millis(50)).await;
 }
 
+/// The marks of one block, 64 at a time.
+fn only(block: Gba) -> impl Fn(Gba) -> u64 {
+    move |first| if block.0 / 64 == first.0 / 64 { 1 << (block.0 % 64) } else { 0 }
+}
+
 /// G1: blocks that were written for a head that is not durable when the cycle begins, and is when it ends.
 #[tokio::test(start_paused = true)]
 async fn what_is_in_flight_is_not_collected() {
@@ -46,12 +51,8 @@ async fn what_was_allocated_meanwhile_is_not_collected() {
     vdi.commit(Batch::new(Lsn(2), changes)).await.expect("commit");
     // As if marking had found nothing but the disk's name: all else was touched, also what the second commit freed.
     let name_block = head_of(&world.store, vdi.uuid()).await.meta.gba;
-    let reached = move |first: Gba| match name_block.0 & !63 == first.0 {
-        true => 1 << (name_block.0 % 64),
-        false => 0,
-    };
-    let reclaimed =
-        cycle.sweep(0..u32::MAX, reached, Duration::from_secs(60)).await.expect("sweep");
+    let sweep = cycle.sweep(0..u32::MAX, only(name_block), Duration::from_secs(60));
+    let reclaimed = sweep.await.expect("sweep");
     assert_eq!(reclaimed, Reclaimed::default());
     let disk = world.disks.get_mut(&name).expect("disk");
     disk.content = (0..3000).map(|lba| (lba, 2)).collect();
@@ -287,7 +288,7 @@ async fn what_an_uncertain_head_replaced_is_not_collected() {
     let name_block = head_of(&world.store, vdi.uuid()).await.meta.gba;
     let place = roots[0].slot.first.byte_offset() + 100;
     world.sim.corrupt(place, 1);
-    let sweep = cycle_begun.sweep(move |gba| gba == name_block, Duration::from_secs(5));
+    let sweep = cycle_begun.sweep(0..u32::MAX, only(name_block), Duration::from_secs(5));
     assert_eq!(sweep.await.expect_err("uncertain").kind, StoreErrorKind::InUse);
     world.sim.corrupt(place, 1);
     let blocks = vdi.read(Lba(0), 300).await.expect("the former image");
@@ -333,7 +334,7 @@ async fn a_cycle_that_read_a_head_which_the_target_forgot_is_given_up() {
         }
         // What the head that was read reaches: its name, and no block of the disk.
         assert!(found.root.is_sparse());
-        let _ = cycle.sweep(move |gba| gba == found.meta.gba, Duration::from_secs(60)).await;
+        let _ = cycle.sweep(0..u32::MAX, only(found.meta.gba), Duration::from_secs(60)).await;
         let report = check(&world.store, CheckOptions { data: true }).await.expect("check");
         assert!(report.is_sound(), "seed {seed}: {report:#?}");
         assert_eq!(vdi.committed().lsn, Lsn(if commits { 3 } else { 1 }));

@@ -9,7 +9,7 @@ pub(super) fn draw(lines: &[Line<'_>]) -> String {
         let shape = match line.what {
             What::Disk(_) => "box",
             What::Snapshot { .. } => "ellipse",
-            What::Others(_) => "plaintext",
+            What::Others(..) => "plaintext",
         };
         let words = quoted(&line.what.words());
         text.push_str(&format!("  n{at} [shape={shape}, label=\"{words}\"];\n"));

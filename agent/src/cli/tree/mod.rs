@@ -12,10 +12,13 @@ mod text;
 mod tests;
 
 use super::output::Output;
+use super::sizes::{below_forest, held};
+use crate::api::sizes::{SizesReport, SizesRequest};
 use crate::api::tree::{Forest, TreeDisk};
 use crate::control::client::Client;
 use crate::error::Result;
 use crate::units::format_size;
+use gc::sizes::{DiskSizes, RootSizes};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use uuid::Uuid;
 
@@ -27,16 +30,36 @@ pub enum Drawing {
     Svg,
 }
 
-pub async fn run(client: &Client, drawing: Drawing, out: Output) -> Result<()> {
-    let forest: Forest = client.get("/v1/tree").await?;
+pub async fn run(client: &Client, drawing: Drawing, sizes: bool, out: Output) -> Result<()> {
+    let sizes = match sizes {
+        true => Some(client.post("/v1/sizes", &SizesRequest::default()).await?),
+        false => None,
+    };
+    let mut forest: Forest = client.get("/v1/tree").await?;
+    if let Some(sizes) = sizes {
+        add_sizes(&mut forest, sizes);
+    }
     out.print(&forest, |forest| {
         let lines = lines(forest);
         match drawing {
-            Drawing::Text => text::draw(&lines),
+            Drawing::Text => {
+                let below = forest.store.as_ref().map(below_forest);
+                text::draw(&lines) + &below.map_or(String::new(), |below| format!("\n{below}"))
+            }
             Drawing::Dot => dot::draw(&lines),
             Drawing::Svg => svg::draw(&lines),
         }
     })
+}
+
+/// Of disks that are in both.
+fn add_sizes(forest: &mut Forest, sizes: SizesReport) {
+    let mut found: HashMap<Uuid, DiskSizes> =
+        sizes.disks.into_iter().map(|disk| (disk.uuid, disk)).collect();
+    for disk in &mut forest.disks {
+        disk.sizes = found.remove(&disk.uuid);
+    }
+    forest.store = Some(sizes.store);
 }
 
 /// One thing that is drawn.
@@ -58,9 +81,10 @@ enum What<'a> {
     Snapshot {
         lsn: u64,
         label: &'a str,
+        sizes: Option<RootSizes>,
     },
-    /// So many without.
-    Others(u64),
+    /// So many without, and what deleting them frees.
+    Others(u64, Option<u64>),
 }
 
 impl What<'_> {
@@ -70,12 +94,24 @@ impl What<'_> {
                 let size = format_size(disk.size);
                 let state = disk.state.as_str();
                 let owner = disk.owner.as_ref().map_or(String::new(), |host| format!(" on {host}"));
-                format!("{}  {size}, {state}{owner}", disk.name)
+                let sizes = disk.sizes.as_ref().map_or(String::new(), |sizes| {
+                    let frees = format_size(sizes.deletion_frees.total());
+                    format!("; {}; deletion frees {frees}", held(&sizes.sizes))
+                });
+                format!("{}  {size}, {state}{owner}{sizes}", disk.name)
             }
-            Self::Snapshot { lsn, label: "" } => format!("@{lsn}"),
-            Self::Snapshot { lsn, label } => format!("@{lsn} '{label}'"),
-            Self::Others(1) => "1 snapshot without clones".into(),
-            Self::Others(others) => format!("{others} snapshots without clones"),
+            Self::Snapshot { lsn, label, sizes } => {
+                let label = if label.is_empty() { String::new() } else { format!(" '{label}'") };
+                let sizes = sizes.as_ref().map_or(String::new(), |s| format!("; {}", held(s)));
+                format!("@{lsn}{label}{sizes}")
+            }
+            Self::Others(others, frees) => {
+                let plural = if *others == 1 { "" } else { "s" };
+                let frees = frees.map_or(String::new(), |frees| {
+                    format!("; deletion frees {}", format_size(frees))
+                });
+                format!("{others} snapshot{plural} without clones{frees}")
+            }
         }
     }
 }
@@ -111,10 +147,15 @@ fn lines(forest: &Forest) -> Vec<Line<'_>> {
                     let cloned = clones.get(&disk.uuid);
                     let count = cloned.map_or(0, BTreeMap::len) as u64;
                     below.extend(cloned.into_iter().flatten().map(|(lsn, clones)| {
-                        What::Snapshot { lsn: *lsn, label: label_of(clones) }
+                        let sizes = disk.sizes.as_ref().and_then(|sizes| {
+                            let at = sizes.snapshots.binary_search_by_key(lsn, |s| s.lsn.0);
+                            at.ok().map(|at| sizes.snapshots[at].sizes)
+                        });
+                        What::Snapshot { lsn: *lsn, label: label_of(clones), sizes }
                     }));
                     let others = disk.snapshots.saturating_sub(count);
-                    below.extend((others > 0).then_some(What::Others(others)));
+                    let frees = disk.sizes.as_ref().map(|sizes| sizes.snapshots_free.total());
+                    below.extend((others > 0).then_some(What::Others(others, frees)));
                 }
                 What::Snapshot { lsn, .. } => {
                     let disk = line.parent.and_then(|parent: usize| match &lines[parent] {
@@ -124,7 +165,7 @@ fn lines(forest: &Forest) -> Vec<Line<'_>> {
                     let here = disk.and_then(|disk| clones.get(&disk)?.get(lsn));
                     below.extend(here.into_iter().flatten().map(|disk| What::Disk(disk)));
                 }
-                What::Others(_) => {}
+                What::Others(..) => {}
             }
             let last = below.len().saturating_sub(1);
             let below = below.into_iter().enumerate().rev();

@@ -38,7 +38,7 @@ pub(super) fn draw(lines: &[Line<'_>]) -> String {
             What::Snapshot { .. } => {
                 format!("<circle cx=\"{x}\" cy=\"{y}\" r=\"5\" fill=\"#c60\"/>\n")
             }
-            What::Others(_) => {
+            What::Others(..) => {
                 format!("<circle cx=\"{x}\" cy=\"{y}\" r=\"4\" fill=\"none\" stroke=\"#c60\"/>\n")
             }
         });

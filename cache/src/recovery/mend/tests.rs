@@ -124,7 +124,7 @@ async fn a_header_that_only_a_leg_had_which_is_lost_is_written_to_the_one_that_i
             former.encode_into(&mut block);
             pair.sims[0].misplace(offset, &block);
         }
-        assert_eq!(pair.local.read_headers().await.unwrap(), [pair.header.clone()]);
+        assert_eq!(pair.local.read_headers().await.unwrap(), std::slice::from_ref(&pair.header));
         pair.sims[1].set_rates(FaultRates { flush_io: 1.0, ..NO_READS });
         pair.local.flush().await.unwrap();
         assert!(!pair.is_member(1), "it is gone");

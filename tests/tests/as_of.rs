@@ -55,7 +55,7 @@ fn a_disk_as_it_was_within_an_outage_becomes_a_clone() -> Result<()> {
     }
     let taken = control(&rig, &format!("snap create db --label good --as-of {then}"))?;
     let lsn = taken["lsn"].as_u64().context("an LSN")?;
-    let again = control(&rig, &format!("snap create db --as-of {lsn}"))?;
+    let again = control(&rig, &format!("snap create db --label good --as-of {lsn}"))?;
     ensure!(again["lsn"] == lsn && again["time"] == taken["time"], "{again}");
     let bad = write(&mut disk, 20)?;
     rig.kill()?;

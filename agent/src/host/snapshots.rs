@@ -249,7 +249,8 @@ async fn take_as_of(
     let taken = tokio::time::timeout(wait, disk.snapshot_as_of(parts, point, label)).await;
     let taken = taken.unwrap_or_else(|_| {
         let words = format!(
-            "after {wait:?} it is not known how far the store is, which has not answered since the agent's start, or the log              does not go on: ask again, with a longer --wait"
+            "after {wait:?} it is not known how far the store is, which has not answered since the agent's start, or the log \
+             does not go on: ask again, with a longer --wait"
         );
         Err(Failure::new(Kind::Unavailable, words))
     });

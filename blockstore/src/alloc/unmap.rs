@@ -6,9 +6,9 @@
 //! * What is claimed was clear in this host's own BMap: it might as well have been given out and overwritten. Whatever may still be
 //!   read, or reached by a head that may come back, is not clear there.
 //! * While an unmapping is under way, nobody is given its blocks. If the device does not answer (its outcome is unknown), they stay
-//!   claimed until it has answered something else: by then its backend has made sure that nothing old can land any more. If the store is
-//!   closed meanwhile, or the host dies, the bits stay set: the blocks leak until a cycle of collection of the next incarnation, which
-//!   has a session of its own by then.
+//!   claimed as long as this incarnation lives: that the session is over does not say that a target's worker has stopped. A write
+//!   is sent again with the same bytes; this would meet other data. The same if the store is closed meanwhile, or the host dies: the bits stay set,
+//!   the blocks leak until a cycle of collection of the next incarnation.
 //! * Collection keeps its hands off them, as off all that is claimed (`cycle.rs`).
 //!
 //! Nothing rests on what the device does: unmapped blocks may read as zeros, as before, or as garbage.
@@ -21,13 +21,13 @@ use crate::alloc::runs::Run;
 use crate::alloc::{Allocator, add};
 use crate::device::{DeviceError, DeviceErrorKind};
 use crate::error::Result;
-use crate::io::{Errors, Io};
+use crate::io::Io;
 use crate::sabotage::{self, Bug};
-use crate::types::{BLOCK_SIZE, Gba};
+use crate::types::BLOCK_SIZE;
 use parking_lot::Mutex;
 use serde::Serialize;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
@@ -39,6 +39,8 @@ const RUN_MIN: u64 = 256;
 const RUN_MIN_SMALL: u64 = 16;
 /// Unmappings that fail one after the other until a pass is given up.
 const FAILURES_MAX: u32 = 4;
+/// Unmappings of unknown outcome until this incarnation stops: each keeps its blocks, at most [`BATCH_MAX`], and costs guests a session.
+const UNKNOWN_MAX: u32 = 4;
 /// Longest rest for what the device took: an outage may have been in that.
 const REST_MAX: Duration = Duration::from_secs(10);
 
@@ -76,6 +78,8 @@ pub(super) struct Unmapping {
     stopping: AtomicBool,
     /// The last unmapping failed, and that was said.
     failing: AtomicBool,
+    /// How often nobody knows what became of one.
+    unknown: AtomicU32,
 }
 
 /// A pass under way.
@@ -106,8 +110,11 @@ struct Ended {
 #[derive(Debug)]
 enum Outcome {
     Done,
-    /// The device refused, or whether it was carried out is unknown; in either case it will not land later.
+    /// The device refused: it will not land later.
     Failed(DeviceError),
+    /// Whether it was carried out is unknown. A target may go on with it after the session that sent it is over, and slowly: what it is
+    /// about is not given out in this life of the agent.
+    Unknown(DeviceError),
 }
 
 impl Allocator {
@@ -265,8 +272,9 @@ impl Allocator {
         let began = Instant::now();
         let mut ended =
             Ended { next: batch.next, blocks: 0, took: Duration::ZERO, failures: 0, some: false };
-        let mut untold = Vec::new();
+        let (mut untold, mut over) = (Vec::new(), Vec::new());
         for run in &batch.runs {
+            over.push(*run);
             if ended.failures >= FAILURES_MAX || self.unmapping.done.lock().unsupported {
                 untold.push(*run);
                 continue;
@@ -282,17 +290,35 @@ impl Allocator {
                     self.note_failure(io, &error);
                     untold.push(*run);
                 }
+                Outcome::Unknown(error) => {
+                    over.pop();
+                    // The session was lost over it, and guests waited: not again soon.
+                    ended.failures = FAILURES_MAX;
+                    self.note_failure(io, &error);
+                    if self.unmapping.unknown.fetch_add(1, Ordering::Relaxed) + 1 >= UNKNOWN_MAX {
+                        self.note_unsupported(
+                            io,
+                            &format!("it has not answered {UNKNOWN_MAX} times"),
+                        );
+                    }
+                }
             }
         }
         ended.took = began.elapsed();
-        if !batch.runs.is_empty() && !sabotage::on(Bug::GiveOutUnmapping) {
-            self.give_back(io, &batch, &untold).await?;
+        if !over.is_empty() && !sabotage::on(Bug::GiveOutUnmapping) {
+            self.give_back(io, batch.place, &over, &untold).await?;
         }
         Ok(ended)
     }
 
-    /// The device has answered: the blocks of a batch are free again, and those that it was not told of wait for the next pass.
-    async fn give_back(&self, io: &Io, batch: &Batch, untold: &[Run]) -> Result<()> {
+    /// The device has answered: these blocks are free again, and those of them that it was not told of wait for the next pass.
+    async fn give_back(
+        &self,
+        io: &Io,
+        place: (u32, u32),
+        over: &[Run],
+        untold: &[Run],
+    ) -> Result<()> {
         let mut pages = tokio::select! {
             biased;
             () = io.closed() => return Err(io.closing_error()),
@@ -300,11 +326,11 @@ impl Allocator {
         };
         {
             let mut pools = self.pools.lock();
-            for run in &batch.runs {
+            for run in over {
                 pools.unmapping.remove_range(run.start.0..run.start.0 + run.blocks);
             }
         }
-        let outcome = pages.give_back(io, &self.territory, batch.place, &batch.runs, untold).await;
+        let outcome = pages.give_back(io, &self.territory, place, over, untold).await;
         self.freed.notify_waiters();
         outcome
     }
@@ -370,7 +396,7 @@ impl Allocator {
     }
 }
 
-/// Tells the device of a run, and returns when nothing of that can land any more.
+/// Tells the device of a run.
 ///
 /// # Errors
 /// `Closing`: it may land later.
@@ -383,29 +409,7 @@ async fn discard(io: &Io, run: Run) -> Result<Outcome> {
     };
     match outcome {
         Ok(()) => Ok(Outcome::Done),
-        Err(error) => {
-            if error.kind == DeviceErrorKind::Unreachable {
-                until_it_answers(io, run.start).await?;
-            }
-            Ok(Outcome::Failed(error))
-        }
-    }
-}
-
-/// A command of unknown outcome is over once the device answers a later one. It is not sent again: a target that breaks off
-/// for it would break off again, and guests with it.
-async fn until_it_answers(io: &Io, gba: Gba) -> Result<()> {
-    let mut attempts = io.attempts();
-    loop {
-        let read = async {
-            match io.device().read(gba.byte_offset(), BLOCK_SIZE).await {
-                Err(error) if error.kind == DeviceErrorKind::Unreachable => Err(error),
-                // That it cannot be read is an answer, too.
-                _ => Ok(()),
-            }
-        };
-        if attempts.once(read, Errors::AllAreRetried).await?.is_some() {
-            return Ok(());
-        }
+        Err(error) if error.kind == DeviceErrorKind::Unreachable => Ok(Outcome::Unknown(error)),
+        Err(error) => Ok(Outcome::Failed(error)),
     }
 }

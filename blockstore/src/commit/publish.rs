@@ -348,12 +348,13 @@ impl VdiInner {
                 return Err(error);
             }
         };
+        // Whatever is there now: the head of unknown outcome may have been there, and be forgotten, in between.
+        if was_unsure {
+            core.allocator()?.give_up_cycle();
+        }
         match swap {
             Swap::Done(view) => {
                 control.view = view;
-                if was_unsure {
-                    core.allocator()?.give_up_cycle();
-                }
                 Ok(Some(since))
             }
             Swap::Lost(found) => {

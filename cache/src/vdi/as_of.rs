@@ -49,10 +49,15 @@ pub(super) struct AsOf {
 impl VdiTask {
     /// Has the log sealed and tells what is in it.
     pub(super) fn undrained(&mut self, reply: UndrainedReply) {
-        if let Err(why) = self.may_ask_snapshot() {
+        self.as_of.looks.retain(|(_, reply)| !reply.is_closed());
+        // Each seals a segment, of which an outage leaves only so many.
+        let full = self.p.record.cuts.len() >= CUTS_MAX || self.as_of.looks.len() >= CUTS_MAX;
+        let too_many = if full { Err(Self::too_many()) } else { Ok(()) };
+        if let Err(why) = self.may_ask_snapshot().and(too_many) {
             let _ = reply.send(Err(CacheError::Snapshot { vdi: self.p.vdi, why }));
             return;
         }
+        // One that is under way covers what was acknowledged before it was asked for, not what was since.
         let roll = self.roll();
         self.as_of.looks.push((roll, reply));
     }
@@ -117,9 +122,19 @@ impl VdiTask {
 
     async fn place(&mut self, asked: Asked) {
         let lsn = asked.cut.lsn;
-        if let Some(known) = self.p.snapshots.lock().find(lsn) {
+        let known = self.p.snapshots.lock().find(lsn);
+        if let Some(known) = known {
             let taken = SnapshotTaken { lsn, time_ms: known.time_ms };
-            return self.answer_cut(asked, Ok(taken));
+            let is_it = known.label == asked.cut.label;
+            // A schedule's own would be thinned, whatever it was asked for.
+            let other = || {
+                format!(
+                    "LSN {lsn} is snapshot '{}' of it already: 'ballast snap label' gives that another label, under which no schedule \
+                     deletes it",
+                    known.label.as_str()
+                )
+            };
+            return self.answer_cut(asked, if is_it { Ok(taken) } else { Err(other()) });
         }
         if let Err(why) = self.may_place(lsn) {
             return self.answer_cut(asked, Err(why));
@@ -151,11 +166,15 @@ impl VdiTask {
             return Err(format!("its log is durable up to LSN {durable} only"));
         }
         if self.p.record.cuts.len() >= CUTS_MAX {
-            return Err(format!(
-                "{CUTS_MAX} snapshots of what it was wait for the store to get that far: try again when it has"
-            ));
+            return Err(Self::too_many());
         }
         Ok(())
+    }
+
+    fn too_many() -> String {
+        format!(
+            "{CUTS_MAX} snapshots of what it was wait for the store to get that far: try again when it has"
+        )
     }
 
     fn answer_cut(&self, asked: Asked, result: Result<SnapshotTaken, String>) {

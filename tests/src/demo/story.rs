@@ -303,9 +303,9 @@ impl Stage {
         let from = format!("{DISK}@{SNAPSHOT}");
         self.agent.control(&["vdi", "create", CLONE, "--from", &from])?;
         self.report.event(format_args!(
-            "'{CLONE}' is a disk of its own that begins as {from}, made by one write; 'ballast snap list':"
+            "'{CLONE}' is a disk of its own that begins as {from}, made by one write; 'ballast vdi tree --sizes':"
         ));
-        self.show(&["snap", "list", DISK])?;
+        self.show(&["vdi", "tree", "--sizes"])?;
         for disk in [CLONE, DISK] {
             if disk == DISK {
                 self.agent.control(&["vdi", "detach", DISK])?;

@@ -7,6 +7,7 @@ use crate::world::{name, read_out};
 use blockstore::snapshots::{PAGE_MAX, Page};
 use blockstore::types::Lsn;
 use blockstore::{SnapshotLabel, Store, Vdi};
+use cache::AsOf;
 use futures_util::future::join_all;
 use parking_lot::Mutex;
 use rand::Rng;
@@ -39,11 +40,31 @@ impl Agent {
                 }
             });
             join_all(taken).await;
+            if rng.random_range(0..4) == 0 {
+                self.cut_as_of(&vdi, model, rng).await;
+            }
             if rng.random_range(0..6) == 0 {
                 self.delete_some(&vdi, model, rng).await;
             }
         }
         std::future::pending().await
+    }
+
+    /// Takes one of what a disk was.
+    async fn cut_as_of(&self, vdi: &Vdi, model: &Mutex<Model>, rng: &mut SmallRng) {
+        let (from, to) = (vdi.committed().lsn.0, model.lock().last_lsn());
+        if from >= to {
+            return;
+        }
+        let lsn = rng.random_range(from + 1..=to);
+        model.lock().maybe_as_of.insert(lsn);
+        let point = AsOf::Lsn(Lsn(lsn));
+        let taken = self.cache.snapshot_as_of(vdi.uuid(), point, SnapshotLabel::default());
+        // With the store away since the start it waits for it.
+        let patience = Duration::from_millis(few(rng, 100_000));
+        if let Ok(Ok(_)) = tokio::time::timeout(patience, taken).await {
+            model.lock().as_of_taken(lsn);
+        }
     }
 
     async fn delete_some(&self, vdi: &Vdi, model: &Mutex<Model>, rng: &mut SmallRng) {

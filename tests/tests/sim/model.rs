@@ -50,6 +50,10 @@ pub struct Model {
     /// Snapshots that are not in the store any more, and those of which that is not known.
     pub deleted: BTreeSet<u64>,
     pub maybe_deleted: BTreeSet<u64>,
+    /// Snapshots of what the disk was at an LSN that its log had gone beyond; and those of which it is not known whether they are
+    /// taken.
+    pub as_of: BTreeSet<u64>,
+    pub maybe_as_of: BTreeSet<u64>,
     /// The first broken promise that was found where nobody could be told.
     pub broken: Option<String>,
 }
@@ -71,6 +75,8 @@ impl Model {
             guest_is_done: false,
             deleted: BTreeSet::new(),
             maybe_deleted: BTreeSet::new(),
+            as_of: BTreeSet::new(),
+            maybe_as_of: BTreeSet::new(),
             broken: None,
         }
     }
@@ -109,6 +115,25 @@ impl Model {
             "P5, disk {disk}: LSN {lsn} is said to be a snapshot, and is none"
         );
         self.flushed = self.flushed.max(lsn);
+    }
+
+    /// A snapshot of what the disk was is said to be taken: it is durable, and so is all before it.
+    pub fn as_of_taken(&mut self, lsn: u64) {
+        assert!(lsn <= self.last_lsn(), "P5, disk {}: LSN {lsn} was never given out", self.disk);
+        self.flushed = self.flushed.max(lsn);
+        self.as_of.insert(lsn);
+    }
+
+    /// Snapshots that must be there from after `base` up to `lsn`, and those that may be.
+    fn wanted(&self, log: &[Done], base: u64, lsn: u64) -> [BTreeSet<u64>; 2] {
+        let within =
+            |set: &BTreeSet<u64>| -> BTreeSet<u64> { set.range(base + 1..=lsn).copied().collect() };
+        let mut must: BTreeSet<u64> = cuts_in(log, base, lsn).into_iter().collect();
+        let mut may = within(&self.maybe_as_of);
+        // What asks for them has two copies in one place, of which damage may leave the older one.
+        let asked = if self.damaged { &mut may } else { &mut must };
+        asked.extend(within(&self.as_of));
+        [must, may]
     }
 
     fn is_cut(&self, lsn: u64) -> bool {
@@ -244,10 +269,12 @@ impl Model {
         // A snapshot that the store has already is not made again.
         let cuts: Vec<u64> =
             batch.cuts.iter().map(|cut| cut.lsn.0).filter(|lsn| *lsn > base).collect();
-        if cuts != self.cuts(base, lsn) {
-            let expected = self.cuts(base, lsn);
+        let [must, may] = self.wanted(&self.log, base, lsn);
+        let sure: BTreeSet<u64> =
+            cuts.iter().copied().filter(|lsn| must.contains(lsn) || !may.contains(lsn)).collect();
+        if sure != must {
             return self.breaks(format!(
-                "P5: the commit from LSN {base} to {lsn} has snapshots {cuts:?}, not {expected:?}"
+                "P5: the commit from LSN {base} to {lsn} has snapshots {cuts:?}, not {must:?}"
             ));
         }
         let ends = batch.cuts.iter().map(|cut| cut.lsn.0).chain([lsn]);
@@ -330,20 +357,21 @@ impl Model {
     /// The store, whose image is at `lsn`, lists these snapshots (P5).
     pub fn check_listed(&self, lsn: u64, listed: &[u64]) {
         let gone = |lsn: &u64| self.deleted.contains(lsn) || self.maybe_deleted.contains(lsn);
-        let expected = |log: &[Done]| -> Vec<u64> {
-            cuts_in(log, 0, lsn).into_iter().filter(|lsn| !gone(lsn)).collect()
+        // Those that must be there, and of those that are there those that need a reason.
+        let compared = |log: &[Done]| -> [Vec<u64>; 2] {
+            let [must, may] = self.wanted(log, 0, lsn);
+            let excused = |lsn: &u64| may.contains(lsn) && !must.contains(lsn);
+            let sure =
+                listed.iter().filter(|lsn| !self.maybe_deleted.contains(lsn) && !excused(lsn));
+            [must.iter().copied().filter(|lsn| !gone(lsn)).collect(), sure.copied().collect()]
         };
-        let sure: Vec<u64> =
-            listed.iter().copied().filter(|lsn| !self.maybe_deleted.contains(lsn)).collect();
-        if self.former.as_ref().is_some_and(|former| expected(former) == sure) {
+        let is_right = |[expected, sure]: [Vec<u64>; 2]| expected == sure;
+        if self.former.as_ref().is_some_and(|former| is_right(compared(former))) {
             return;
         }
+        let [expected, sure] = compared(&self.log);
         let disk = self.disk;
-        assert_eq!(
-            sure,
-            expected(&self.log),
-            "P5, disk {disk}: snapshots in the store at LSN {lsn}"
-        );
+        assert_eq!(sure, expected, "P5, disk {disk}: snapshots in the store at LSN {lsn}");
     }
 
     fn breaks(&mut self, words: String) {

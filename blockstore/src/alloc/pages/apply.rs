@@ -187,9 +187,13 @@ impl Pages {
                 let base = page_base(territory, extent.number, *page);
                 let Some(content) = self.loaded.get_mut(&place) else { continue };
                 free.iter().for_each(|gba| content.set(gba - base.0, false));
-                let owned = self.extents.get_mut(&extent.number);
-                if let Some(count) = owned.and_then(|owned| owned.free[*page as usize].as_mut()) {
-                    *count += free.len();
+                if let Some(owned) = self.extents.get_mut(&extent.number) {
+                    if let Some(count) = owned.free[*page as usize].as_mut() {
+                        *count += free.len();
+                    }
+                    if let (Some(first), Some(last)) = (free.min(), free.max()) {
+                        owned.note_stale(*page, first - base.0, last - first + 1);
+                    }
                 }
                 changed.push(place);
             }

@@ -60,7 +60,7 @@ impl Extent {
     }
 
     /// The device is to be told of bits.
-    fn note_stale(&mut self, page: u32, first: u64, bits: u64) {
+    pub(super) fn note_stale(&mut self, page: u32, first: u64, bits: u64) {
         let stale = &mut self.stale[page as usize];
         *stale = match stale.is_empty() {
             true => first..first + bits,
@@ -248,6 +248,11 @@ fn find(
         };
         let cut = Run { start: whole.start, blocks: whole.blocks.min(left) };
         let Some(cut) = pieces.whole(cut) else {
+            if found.runs.is_empty() {
+                // More at once than may be claimed: never.
+                at = after;
+                continue;
+            }
             found.next = Some(first);
             return found;
         };

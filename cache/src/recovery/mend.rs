@@ -52,10 +52,11 @@ async fn mend_all(local: &Local, live: &[Live]) -> Result<(), CacheError> {
 
 async fn mend_one(local: &Local, live: &Live) -> Result<(), CacheError> {
     mend_header(local, &live.header).await?;
+    if local.members().len() < 2 {
+        return Ok(());
+    }
     match &live.unsealed {
-        // On one leg, too: the other may have taken the end along since it was read.
         Some(_) => mend_records(local, live).await,
-        None if local.members().len() < 2 => Ok(()),
         None => mend_summary(local, &live.header).await,
     }
 }

@@ -5,10 +5,12 @@
 use super::super::tests::{slot, two_records};
 use super::super::{Recovered, recover, settle};
 use crate::error::CacheError;
+use crate::format::record::{Kind, RecordHeader, WHOLE, push_descriptor};
 use crate::format::segment::SegmentHeader;
 use crate::local::Local;
+use blockstore::crc::crc32c;
 use blockstore::device::sim::{FaultRates, Reach, SimDevice};
-use blockstore::types::{BLOCK_SIZE, Lsn};
+use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use bytes::Bytes;
 use std::time::Duration;
 
@@ -195,4 +197,38 @@ async fn a_summary_that_only_a_leg_had_which_is_lost_is_written_anew() {
         let found = pair.sims[0].peek_durable(end, BLOCK_SIZE);
         assert_eq!((pair.is_member(1), found == summary), (false, true), "hangs: {hangs}");
     }
+}
+
+/// What was fetched and kept takes no LSN: that its record is gone does not show in where the log ends.
+#[tokio::test(start_paused = true)]
+async fn a_record_without_lsn_that_only_a_leg_had_which_is_lost_is_no_part_of_the_log() {
+    let pair = Pair::new().await;
+    settle(&pair.local, &pair.recover().await).await.unwrap();
+    let geometry = &pair.local.geometry;
+    let from = geometry.segment_offset(pair.header.segment);
+    let end = from + geometry.segment_size - BLOCK_SIZE as u64;
+    pair.sims.iter().for_each(|sim| sim.misplace(end, &[0; BLOCK_SIZE]));
+    let mut entries = Vec::new();
+    push_descriptor(&mut entries, Kind::Fill, Lba(9), 1, 6, (WHOLE, WHOLE));
+    entries.extend(crc32c(&[0; BLOCK_SIZE]).to_le_bytes());
+    let record = RecordHeader {
+        seq: pair.header.seq,
+        first_lsn: Lsn(3),
+        flushed: Lsn(2),
+        position: 5,
+        payload_blocks: 1,
+        epoch: pair.header.epoch,
+        entries_len: entries.len() as u16,
+    };
+    let mut block = [0; BLOCK_SIZE];
+    record.encode_into(&mut block, &entries, pair.header.nonce);
+    pair.sims[1].misplace(from + 5 * BLOCK_SIZE as u64, &block);
+    let recovered = pair.recover().await;
+    assert_eq!(recovered.live[0].used_blocks, 7);
+    pair.lose(1, false).await;
+    let settled = settle(&pair.local, &recovered).await;
+    assert!(matches!(settled, Err(CacheError::LogChanged { segment: 0, .. })), "{settled:?}");
+    let again = pair.recover().await;
+    assert_eq!(again.live[0].used_blocks, 5);
+    settle(&pair.local, &again).await.unwrap();
 }

@@ -3,6 +3,7 @@
 use super::scan::Found;
 use crate::disk::plan::SegmentId;
 use crate::format::Geometry;
+use crate::format::legs::LegSet;
 use crate::format::record::{Entries, Kind, WHOLE};
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::SlotVdi;
@@ -37,6 +38,8 @@ pub struct Recovered {
     pub live: Vec<Live>,
     /// Segments that hold nothing of the log: to be wiped before the disk is served.
     pub dead: Vec<SegmentId>,
+    /// Legs that were members when reading it began: any of it may have been found on one of them alone.
+    pub legs: LegSet,
 }
 
 /// Why a log cannot be used.
@@ -98,6 +101,7 @@ impl Assembler {
                 snapshots: PendingSnapshots::default(),
                 live: Vec::new(),
                 dead: Vec::new(),
+                legs: LegSet::NONE,
             },
             slot,
         })

@@ -3,15 +3,17 @@
 //! Before a disk is served, each of its segments has a header and, if it was sealed, a summary on every member, and the
 //! records of those that were not sealed are the same on all (rule L5): whatever leg dies next, the other holds the log up
 //! to the same end. The headers were read when the cache was opened: the leg that one was found on may be gone by now, and the
-//! only one that is left may lack it. Payloads of sealed segments are mended when they are read: they were durable on all legs before the
-//! summary. A member that cannot be read here, or not in time, may lack anything: it is written all of it, and is out if it
-//! does not take that.
+//! only one that is left may lack it. So it is with records and summaries: a leg that was read by recovery may be lost before
+//! they are on the other, also while this goes on. What only it had is no part of the log then. To vouch for it all the same would
+//! be to promise a guest what nobody can read; so the log is read again. Payloads of sealed segments are mended when they are
+//! read: they were durable on all legs before the summary. A member that cannot be read here, or not in time, may lack anything: it
+//! is written all of it, and is out if it does not take that.
 
 #[cfg(test)]
 mod tests;
 
 use super::scan::scan_copies;
-use super::{Live, from_summary, read_tails};
+use super::{Live, Recovered, from_summary, read_tails};
 use crate::error::CacheError;
 use crate::format::legs::LegSet;
 use crate::format::record::Entries;
@@ -30,19 +32,21 @@ const AT_ONCE: usize = 8;
 /// Bytes written at once to a leg that could not be read: few enough for a slow one to take them in time.
 const WRITE_BYTES: usize = 1 << 20;
 
-/// Makes all members hold the same of `live`. Durable with the next flush.
+/// Makes all members hold the live segments of `recovered`. Durable with the next flush.
 pub(super) fn mend<'a>(
     local: &'a Local,
-    live: &'a [Live],
+    recovered: &'a Recovered,
 ) -> BoxFuture<'a, Result<(), CacheError>> {
     // Boxed, because the compiler cannot see by itself that the nested futures are `Send`.
-    mend_all(local, live).boxed()
+    mend_all(local, recovered).boxed()
 }
 
-async fn mend_all(local: &Local, live: &[Live]) -> Result<(), CacheError> {
+async fn mend_all(local: &Local, recovered: &Recovered) -> Result<(), CacheError> {
+    // Not the members as they are now alone: the one that had a record may have been lost since.
+    let one_copy = recovered.legs.or(local.members()).len() < 2;
     // By value, or the future could not go from thread to thread.
-    let mut mended = futures_util::stream::iter(live.to_vec())
-        .map(|live| async move { mend_one(local, &live).await })
+    let mut mended = futures_util::stream::iter(recovered.live.to_vec())
+        .map(|live| async move { mend_one(local, &live, one_copy).await })
         .buffered(AT_ONCE);
     while let Some(result) = mended.next().await {
         result?;
@@ -50,14 +54,13 @@ async fn mend_all(local: &Local, live: &[Live]) -> Result<(), CacheError> {
     Ok(())
 }
 
-async fn mend_one(local: &Local, live: &Live) -> Result<(), CacheError> {
+/// With `one_copy`, records and summary were read from one leg and are on it.
+async fn mend_one(local: &Local, live: &Live, one_copy: bool) -> Result<(), CacheError> {
     mend_header(local, &live.header).await?;
-    if local.members().len() < 2 {
-        return Ok(());
-    }
     match &live.unsealed {
-        Some(_) => mend_records(local, live).await,
-        None => mend_summary(local, &live.header).await,
+        _ if one_copy => Ok(()),
+        Some(entries) => mend_records(local, live, entries).await,
+        None => mend_summary(local, live).await,
     }
 }
 
@@ -75,13 +78,14 @@ async fn mend_header(local: &Local, header: &SegmentHeader) -> Result<(), CacheE
     write_unread(local, &copies, offset, &right).await
 }
 
-async fn mend_summary(local: &Local, header: &SegmentHeader) -> Result<(), CacheError> {
-    let geometry = &local.geometry;
+async fn mend_summary(local: &Local, live: &Live) -> Result<(), CacheError> {
+    let (geometry, header) = (&local.geometry, &live.header);
     let end = geometry.segment_offset(header.segment) + geometry.segment_size;
     let copies = read_tails(local, header).await?;
     let found = |bytes: &[u8]| from_summary(bytes, header, geometry);
     let good = copies.iter().find_map(|(_, bytes)| Some((found(bytes)?, bytes)));
-    let Some((summary, bytes)) = good else { return Ok(()) };
+    // Without it, the segment is one that was not sealed, and gets a new one.
+    let (summary, bytes) = good.ok_or_else(|| changed(local, live))?;
     let len = summary::blocks_for(summary.entries.len()) as usize * BLOCK_SIZE;
     let from = bytes.len() - len;
     for (leg, copy) in &copies {
@@ -93,7 +97,7 @@ async fn mend_summary(local: &Local, header: &SegmentHeader) -> Result<(), Cache
     write_unread(local, &copies, end - len as u64, &bytes[from..]).await
 }
 
-async fn mend_records(local: &Local, live: &Live) -> Result<(), CacheError> {
+async fn mend_records(local: &Local, live: &Live, entries: &[u8]) -> Result<(), CacheError> {
     if sabotage::on(Bug::SkipTailMend) {
         return Ok(());
     }
@@ -102,7 +106,8 @@ async fn mend_records(local: &Local, live: &Live) -> Result<(), CacheError> {
     let copies = local.read_each(offset, used).await?;
     let bytes: Vec<&[u8]> = copies.iter().map(|(_, bytes)| &bytes[..]).collect();
     let (found, good) = scan_copies(&bytes, &live.header);
-    if found.last_lsn != live.last_lsn {
+    // Some records take no LSN.
+    if found.last_lsn != live.last_lsn || found.entries != entries {
         return Err(changed(local, live));
     }
     // The header has been mended; good records stand one behind the other.

@@ -49,6 +49,7 @@ pub async fn recover(
             why => CacheError::Log { name, vdi, why: why.to_string() },
         }
     };
+    let legs = local.members();
     let mut assembler = Assembler::new(local.geometry, slot.clone(), store).map_err(refuse)?;
     // By value, or the future could not go from thread to thread.
     let mut found = futures_util::stream::iter(headers.to_vec())
@@ -63,7 +64,8 @@ pub async fn recover(
     while let Some((header, found)) = found.next().await {
         assembler.push(&header, &found?).map_err(refuse)?;
     }
-    assembler.finish().map_err(refuse)
+    let recovered = assembler.finish().map_err(refuse)?;
+    Ok(Recovered { legs, ..recovered })
 }
 
 /// Finds out what stands in a segment: by its summary on any leg, else record by record on all of them. A read error on
@@ -132,9 +134,12 @@ fn is_consistent(summary: &Summary, header: &SegmentHeader, geometry: &Geometry)
 }
 
 /// Makes what recovery decided durable, see the module. Afterwards the slot (with the new epoch) may be written.
+///
+/// # Errors
+/// [`CacheError::LogChanged`] if a leg is gone that alone had some of it: then the log is to be read again.
 pub async fn settle(local: &Local, recovered: &Recovered) -> Result<(), CacheError> {
     let geometry = &local.geometry;
-    mend::mend(local, &recovered.live).await?;
+    mend::mend(local, recovered).await?;
     for live in &recovered.live {
         let Some(entries) = &live.unsealed else { continue };
         let blocks = summary::blocks_for(entries.len());

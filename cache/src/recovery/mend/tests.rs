@@ -1,12 +1,16 @@
-//! Goal: a leg that cannot be read while the legs are made equal does not stay a member without what the other has (rule L5).
-//! Method: a segment whose end only one leg has; the other refuses reads, or hangs for a while, during the settling.
+//! Goal: a leg that cannot be read while the legs are made equal does not stay a member without what the other has, and what
+//! only a leg had that is lost meanwhile is no part of the log (rule L5).
+//! Method: a segment whose end only one leg has; the other, or it, refuses reads, hangs or is lost during the settling.
 
 use super::super::tests::{slot, two_records};
 use super::super::{Recovered, recover, settle};
+use crate::error::CacheError;
+use crate::format::record::{Kind, RecordHeader, WHOLE, push_descriptor};
 use crate::format::segment::SegmentHeader;
 use crate::local::Local;
+use blockstore::crc::crc32c;
 use blockstore::device::sim::{FaultRates, Reach, SimDevice};
-use blockstore::types::{BLOCK_SIZE, Lsn};
+use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use bytes::Bytes;
 use std::time::Duration;
 
@@ -32,10 +36,26 @@ impl Pair {
     }
 
     async fn recover(&self) -> Recovered {
-        let (record, headers) = (slot(0), [self.header.clone()]);
-        let recovered = recover(&self.local, &record, Lsn(0), &headers).await.unwrap();
+        let recovered = self.recover_any().await;
         assert_eq!(recovered.last_lsn, Lsn(2));
         recovered
+    }
+
+    async fn recover_any(&self) -> Recovered {
+        let (record, headers) = (slot(0), [self.header.clone()]);
+        recover(&self.local, &record, Lsn(0), &headers).await.unwrap()
+    }
+
+    /// A leg fails, or hangs from now on.
+    async fn lose(&self, leg: u8, hangs: bool) {
+        let sim = &self.sims[usize::from(leg)];
+        if hangs {
+            sim.set_reach(Reach::Hanging);
+            return;
+        }
+        sim.set_rates(FaultRates { flush_io: 1.0, ..NO_READS });
+        self.local.flush().await.unwrap();
+        assert!(!self.is_member(leg), "it is gone");
     }
 
     /// Where the legs differ in this segment.
@@ -125,13 +145,90 @@ async fn a_header_that_only_a_leg_had_which_is_lost_is_written_to_the_one_that_i
             pair.sims[0].misplace(offset, &block);
         }
         assert_eq!(pair.local.read_headers().await.unwrap(), std::slice::from_ref(&pair.header));
-        pair.sims[1].set_rates(FaultRates { flush_io: 1.0, ..NO_READS });
-        pair.local.flush().await.unwrap();
-        assert!(!pair.is_member(1), "it is gone");
+        pair.lose(1, false).await;
         settle(&pair.local, &pair.recover().await).await.unwrap();
         let durable = pair.sims[0].peek_durable(offset, BLOCK_SIZE);
         let found = SegmentHeader::decode(&durable, pair.local.cache_uuid(), pair.header.segment);
         assert_eq!(found.as_ref(), Ok(&pair.header), "what the next start finds");
         assert_eq!(pair.recover().await.last_lsn, Lsn(2));
     }
+}
+
+/// The leg that alone has the records is lost after they were read from it: nobody may vouch for them, or reads of what they
+/// wrote fail for ever, and so does the commit of their segment.
+#[tokio::test(start_paused = true)]
+async fn records_that_only_a_leg_had_which_is_lost_are_no_part_of_the_log() {
+    for hangs in [false, true] {
+        let pair = Pair::new().await;
+        let recovered = pair.recover().await;
+        pair.lose(1, hangs).await;
+        let settled = settle(&pair.local, &recovered).await;
+        assert!(matches!(settled, Err(CacheError::LogChanged { segment: 0, .. })), "{settled:?}");
+        assert!(!pair.is_member(1), "hangs: {hangs}");
+        let again = pair.recover_any().await;
+        assert_eq!((again.last_lsn, again.live.len()), (Lsn(0), 0));
+        settle(&pair.local, &again).await.unwrap();
+        let segment = pair.header.segment;
+        let geometry = &pair.local.geometry;
+        let end = geometry.segment_offset(segment) + geometry.segment_size - BLOCK_SIZE as u64;
+        let last = pair.sims[0].peek_durable(end, BLOCK_SIZE);
+        assert!(last.iter().all(|byte| *byte == 0), "no summary says that there was anything");
+    }
+}
+
+/// Records on both legs, and the summary on the one that is lost after it was read: the other gets a summary of its own.
+#[tokio::test(start_paused = true)]
+async fn a_summary_that_only_a_leg_had_which_is_lost_is_written_anew() {
+    for hangs in [false, true] {
+        let pair = Pair::new().await;
+        settle(&pair.local, &pair.recover().await).await.unwrap();
+        assert_eq!(pair.differ(), None);
+        let geometry = &pair.local.geometry;
+        let from = geometry.segment_offset(pair.header.segment);
+        let end = from + geometry.segment_size - BLOCK_SIZE as u64;
+        let summary = pair.sims[0].peek_durable(end, BLOCK_SIZE);
+        pair.sims[0].misplace(end, &[0; BLOCK_SIZE]);
+        let recovered = pair.recover().await;
+        assert!(recovered.live[0].unsealed.is_none());
+        pair.lose(1, hangs).await;
+        let settled = settle(&pair.local, &recovered).await;
+        assert!(matches!(settled, Err(CacheError::LogChanged { segment: 0, .. })), "{settled:?}");
+        settle(&pair.local, &pair.recover().await).await.unwrap();
+        let found = pair.sims[0].peek_durable(end, BLOCK_SIZE);
+        assert_eq!((pair.is_member(1), found == summary), (false, true), "hangs: {hangs}");
+    }
+}
+
+/// What was fetched and kept takes no LSN: that its record is gone does not show in where the log ends.
+#[tokio::test(start_paused = true)]
+async fn a_record_without_lsn_that_only_a_leg_had_which_is_lost_is_no_part_of_the_log() {
+    let pair = Pair::new().await;
+    settle(&pair.local, &pair.recover().await).await.unwrap();
+    let geometry = &pair.local.geometry;
+    let from = geometry.segment_offset(pair.header.segment);
+    let end = from + geometry.segment_size - BLOCK_SIZE as u64;
+    pair.sims.iter().for_each(|sim| sim.misplace(end, &[0; BLOCK_SIZE]));
+    let mut entries = Vec::new();
+    push_descriptor(&mut entries, Kind::Fill, Lba(9), 1, 6, (WHOLE, WHOLE));
+    entries.extend(crc32c(&[0; BLOCK_SIZE]).to_le_bytes());
+    let record = RecordHeader {
+        seq: pair.header.seq,
+        first_lsn: Lsn(3),
+        flushed: Lsn(2),
+        position: 5,
+        payload_blocks: 1,
+        epoch: pair.header.epoch,
+        entries_len: entries.len() as u16,
+    };
+    let mut block = [0; BLOCK_SIZE];
+    record.encode_into(&mut block, &entries, pair.header.nonce);
+    pair.sims[1].misplace(from + 5 * BLOCK_SIZE as u64, &block);
+    let recovered = pair.recover().await;
+    assert_eq!(recovered.live[0].used_blocks, 7);
+    pair.lose(1, false).await;
+    let settled = settle(&pair.local, &recovered).await;
+    assert!(matches!(settled, Err(CacheError::LogChanged { segment: 0, .. })), "{settled:?}");
+    let again = pair.recover().await;
+    assert_eq!(again.live[0].used_blocks, 5);
+    settle(&pair.local, &again).await.unwrap();
 }

@@ -219,6 +219,7 @@ async fn a_record_without_lsn_that_only_a_leg_had_which_is_lost_is_no_part_of_th
         payload_blocks: 1,
         epoch: pair.header.epoch,
         entries_len: entries.len() as u16,
+        time_ms: 0,
     };
     let mut block = [0; BLOCK_SIZE];
     record.encode_into(&mut block, &entries, pair.header.nonce);

@@ -241,7 +241,8 @@ fn check_recovered(recovered: &Recovered, geometry: &Geometry, store: Lsn) {
     let check = |slot: u32| {
         assert!(slot < geometry.segments * geometry.segment_blocks());
         let id = geometry.segment_of(slot);
-        let live = recovered.live.iter().find(|live| live.header.segment == id).expect("segment is alive");
+        let live =
+            recovered.live.iter().find(|live| live.header.segment == id).expect("segment is alive");
         let place = slot - geometry.first_block(id);
         assert!(place >= 1 && place < live.used_blocks);
     };

@@ -57,9 +57,12 @@ fn a_disk_as_it_was_within_an_outage_becomes_a_clone() -> Result<()> {
     let lsn = taken["lsn"].as_u64().context("an LSN")?;
     let again = control(&rig, &format!("snap create db --label good --as-of {lsn}"))?;
     ensure!(again["lsn"] == lsn && again["time"] == taken["time"], "{again}");
+    refused(&format!("snap create db --as-of {lsn}"), "is snapshot 'good' of it already")?;
     let bad = write(&mut disk, 20)?;
     rig.kill()?;
     rig.start().context("start without the store")?;
+    // Once it is served, its log is known.
+    let disk = Disk::connect(&mut rig, &socket)?;
     let listed = control(&rig, "snap list db")?;
     let row = &listed["snapshots"][0];
     ensure!(row["lsn"] == lsn && row["place"] == "log" && row["label"] == "good", "{listed}");

@@ -126,8 +126,9 @@ impl Model {
 
     /// Snapshots that must be there from after `base` up to `lsn`, and those that may be.
     fn wanted(&self, log: &[Done], base: u64, lsn: u64) -> [BTreeSet<u64>; 2] {
-        let within =
-            |set: &BTreeSet<u64>| -> BTreeSet<u64> { set.range(base + 1..=lsn).copied().collect() };
+        let within = |set: &BTreeSet<u64>| -> BTreeSet<u64> {
+            set.iter().copied().filter(|at| (base + 1..=lsn).contains(at)).collect()
+        };
         let mut must: BTreeSet<u64> = cuts_in(log, base, lsn).into_iter().collect();
         let mut may = within(&self.maybe_as_of);
         // What asks for them has two copies in one place, of which damage may leave the older one.

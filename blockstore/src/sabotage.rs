@@ -28,6 +28,8 @@ pub enum Bug {
     SkipSegment,
     /// Segments count as clean before they are committed.
     ReclaimEarly,
+    /// Segments are used again before the slot on the cache device says what is committed, and that they are dead.
+    ReuseBeforeSlot,
     /// Any commit retires all patches.
     RetireAllPatches,
     /// A fetched block is kept although the index changed since.
@@ -81,7 +83,7 @@ pub enum Bug {
 }
 
 /// All of them.
-pub const ALL: [Bug; 36] = [
+pub const ALL: [Bug; 37] = [
     Bug::AckBeforeFlush,
     Bug::AckAcrossGap,
     Bug::SummaryBeforeFlush,
@@ -93,6 +95,7 @@ pub const ALL: [Bug; 36] = [
     Bug::ForgetPatch,
     Bug::SkipSegment,
     Bug::ReclaimEarly,
+    Bug::ReuseBeforeSlot,
     Bug::RetireAllPatches,
     Bug::StaleFill,
     Bug::IgnorePins,

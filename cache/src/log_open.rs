@@ -144,8 +144,15 @@ impl Ground {
             cuts,
             ..record
         };
-        let slot = slot.next(Some(record.clone()));
-        if let Err(error) = self.local.write_slot(&slot).await {
+        let grew = slot.vdi.as_ref().is_some_and(|former| former.size_bytes < record.size_bytes);
+        let mut slot = slot.next(Some(record.clone()));
+        let mut written = self.local.write_slot(&slot).await;
+        if grew && written.is_ok() {
+            // Into both copies: should one rot, a start without the store must not shrink the disk.
+            slot = slot.next(Some(record.clone()));
+            written = self.local.write_slot(&slot).await;
+        }
+        if let Err(error) = written {
             // Nothing was appended: the next attempt recovers to the same end.
             for grant in grants {
                 self.pool.release(grant.id, false);

@@ -269,7 +269,7 @@ impl Store {
 
     /// The snapshots of a disk on which clones hang.
     async fn cloned_of(&self, vdi: Uuid) -> Result<HashSet<Lsn>> {
-        Ok(self.directory().await?.clones_of(vdi).map(|(lsn, _)| lsn).collect())
+        Ok(self.settled_directory(None).await?.clones_of(vdi).map(|(lsn, _)| lsn).collect())
     }
 
     /// Refuses what would take a snapshot away on which a clone hangs: any of the disk's, or one of `snapshots`.
@@ -278,7 +278,7 @@ impl Store {
         found: &Found,
         snapshots: Option<&[Lsn]>,
     ) -> Result<()> {
-        let directory = self.directory().await?;
+        let directory = self.settled_directory(None).await?;
         let clones = directory.clones_of(found.head.uuid);
         let clones: Vec<_> =
             clones.filter(|(lsn, _)| snapshots.is_none_or(|list| list.contains(lsn))).collect();

@@ -7,7 +7,7 @@ use crate::device::sim::{Fault, OpKind, SimDevice};
 use crate::format::host::{HostRecord, HostState};
 use crate::format::meta::VdiMeta;
 use crate::format::pointer::Pointer;
-use crate::format::vdi::{Origin, VdiHead, VdiState};
+use crate::format::vdi::{Origin, Owner, VdiHead, VdiState};
 use crate::io::{Io, Patience};
 use crate::slot::{Content, Slot, View};
 use crate::testing::{
@@ -296,6 +296,29 @@ async fn what_ended_with_an_error_is_looked_at_again() {
         assert_eq!(store.lookup_vdi("first").await.is_ok(), is_there);
         assert_eq!(clone(&store, "first").await.is_ok(), !is_there);
         assert_eq!(names(&store).await, ["d", "first"]);
+    }
+}
+
+/// A disk in creation that nobody will finish, as an error leaves it, or a target that forgets what followed: neither its name
+/// nor its source waits for the next start. One of another host does not go.
+#[tokio::test(start_paused = true)]
+async fn what_was_left_in_creation_is_buried_when_it_is_in_the_way() {
+    for by_other in [false, true] {
+        let sim = sim(256 * MIB, 9);
+        let (store, other) = known(&sim).await;
+        let written = other.places().await;
+        let [_, view] = written.as_slice() else { panic!("a disk and its clone") };
+        let head = view.record().expect("a disk").clone();
+        let own = store.core.writer().expect("a writer");
+        let host = if by_other { Uuid::from_u128(7) } else { own.host };
+        let owner = Some(Owner { host, generation: own.generation });
+        other.write(view, VdiHead { state: VdiState::Creating, owner, ..head }).await;
+        // Reads all of it anew.
+        names(&store).await;
+        let deleted = store.delete_snapshots("d", vec![Lsn(1)]).await;
+        assert_eq!(deleted.is_err(), by_other, "{deleted:?}");
+        let made = store.create_vdi("first", MIB).await;
+        assert_eq!(made.is_err(), by_other, "{made:?}");
     }
 }
 

@@ -14,6 +14,7 @@ use crate::disk::plan::SegmentId;
 use crate::disk::{Action, AttachedDisk, Staged};
 use crate::error::CacheError;
 use crate::flusher::FlushOptions;
+use crate::format::Geometry;
 use crate::link::{FromDisk, ToDisk, WORKER_PANICKED};
 use crate::local::Local;
 use crate::release::run_once;
@@ -220,6 +221,27 @@ async fn an_attach_whose_slot_cannot_be_written_gives_its_segments_back() {
     assert_eq!(cache.ground.pool.counts().free, counts.free - 2);
 }
 
+/// Two segments or none (rule L10): of fifteen, seven disks take two each.
+#[tokio::test(start_paused = true)]
+async fn a_disk_for_which_two_segments_are_not_left_is_refused_and_takes_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut guests = Vec::new();
+    for n in 1..=7 {
+        guests.push(Guest::new(&cache, n).await);
+    }
+    let one_left = cache.ground.pool.counts();
+    assert_eq!(one_left.free, 1);
+    let words = cache.reserve(&vdi(8)).await.unwrap_err().to_string();
+    assert!(words.contains("1 free, 2 needed") && words.contains("detach a disk"), "{words}");
+    assert_eq!(cache.ground.pool.counts(), one_left);
+    // The others go on, and so does this one once there is room.
+    guests[0].write(0..10, 1).await;
+    guests[0].drain(&cache).await;
+    guests.remove(0).leave(&cache).await;
+    Guest::new(&cache, 8).await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_growth_that_is_not_durable_is_not_told_to_the_guest_and_can_be_tried_again() {
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -240,6 +262,31 @@ async fn a_growth_that_is_not_durable_is_not_told_to_the_guest_and_can_be_tried_
     // What a start without the store finds.
     let slots = cache.ground.local.read_slots().await.unwrap();
     assert!(slots.iter().any(|s| s.vdi.as_ref().is_some_and(|v| v.size_bytes == 2 * former)));
+}
+
+/// Whichever copy of its slot rots: what the guest was told is there at a start without the store, too.
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_grew_does_not_shrink_when_a_copy_of_its_slot_rots() {
+    for (copy, at_attach) in [(0, false), (1, false), (0, true), (1, true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = open(&dir).await;
+        let guest = Guest::new(&cache, 1).await;
+        let (mut vdi, store) = (guest.vdi.clone(), Arc::clone(&guest.store));
+        vdi.size_bytes *= 2;
+        if !at_attach {
+            cache.resize(vdi.uuid, vdi.size_bytes).await.unwrap();
+        }
+        drop((guest, cache));
+        if at_attach {
+            let cache = open(&dir).await;
+            drop(cache.attach(&vdi, store).await.unwrap());
+        }
+        let file = File::options().write(true).open(dir.path().join("cache")).unwrap();
+        file.write_all_at(&[0x5a; BLOCK_SIZE], Geometry::slot_offset(0, copy)).unwrap();
+        let cache = open(&dir).await;
+        let attached = cache.attach_alone(vdi.uuid).await.unwrap();
+        assert_eq!(attached.disk.size_bytes(), vdi.size_bytes, "copy {copy}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

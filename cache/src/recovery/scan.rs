@@ -42,7 +42,8 @@ pub fn scan(segment: &[u8], header: &SegmentHeader) -> Found {
 }
 
 /// As [`scan`], of copies of one length: each block is taken from whichever copy has it (rule L5). Tells which. Headers
-/// behind the end still say how far the log was flushed: what is bad below that was not the end.
+/// behind the end, that of the record with which it ends among them, still say how far the log was flushed: what is bad below
+/// that was not the end.
 #[must_use]
 pub fn scan_copies(copies: &[&[u8]], header: &SegmentHeader) -> (Found, Vec<Good>) {
     let shortest = copies.iter().map(|copy| copy.len()).min().unwrap_or(0);
@@ -71,7 +72,7 @@ pub fn scan_copies(copies: &[&[u8]], header: &SegmentHeader) -> (Found, Vec<Good
         found.used_blocks += 1 + u32::from(record.header.payload_blocks);
         found.entries.extend_from_slice(record.entries);
     }
-    for position in found.used_blocks + 1..blocks {
+    for position in found.used_blocks..blocks {
         for copy in copies {
             let block = block_at(copy, position);
             if let Ok((record, _)) = RecordHeader::decode(block, header.seq, header.nonce, position)

@@ -280,6 +280,57 @@ fn a_bad_record_below_what_a_later_one_says_was_flushed_is_not_the_end() {
     assert_eq!((cut.last_lsn, cut.flushed), (Lsn(0), Lsn(1)), "LSN 1 was flushed, and is bad");
 }
 
+/// A power loss tears the first record of a segment; the segment before it is damaged. That its end was flushed says the header
+/// of the torn record alone.
+#[test]
+fn a_torn_record_says_what_was_flushed_before_it() {
+    let (header, mut segment) = two_records();
+    let (first, entries) =
+        RecordHeader::decode(&segment[BLOCK_SIZE..2 * BLOCK_SIZE], header.seq, header.nonce, 1)
+            .map(|(record, entries)| (record, entries.to_vec()))
+            .unwrap();
+    let header = SegmentHeader { first_lsn: Lsn(70), ..header };
+    let first = RecordHeader { first_lsn: Lsn(70), flushed: Lsn(69), ..first };
+    segment[2 * BLOCK_SIZE..].fill(0xff);
+    first.encode_into(&mut segment[BLOCK_SIZE..2 * BLOCK_SIZE], &entries, header.nonce);
+    let found = scan(&segment, &header);
+    assert_eq!((found.last_lsn, found.flushed), (Lsn(69), Lsn(69)));
+}
+
+/// A guest knows its disk's log by heart: it writes blocks that look like the records which come next, and like markers that
+/// say that more was flushed. They lie in a segment that is used again, just where the next record is looked for.
+#[test]
+fn what_a_guest_wrote_is_not_taken_for_a_record() {
+    let (header, segment) = two_records();
+    let honest = scan(&segment, &header);
+    let mut entries = Vec::new();
+    push_descriptor(&mut entries, Kind::Write, Lba(5), 1, 6, (WHOLE, WHOLE));
+    entries.extend(crc32c(&[0; BLOCK_SIZE]).to_le_bytes());
+    let forged = |nonce: u64| {
+        let mut segment = segment.clone();
+        for (position, first_lsn) in [(5, 3), (7, 4)] {
+            let record = RecordHeader {
+                seq: header.seq,
+                first_lsn: Lsn(first_lsn),
+                flushed: Lsn(first_lsn),
+                position,
+                payload_blocks: 1,
+                epoch: header.epoch,
+                entries_len: entries.len() as u16,
+                time_ms: 0,
+            };
+            let at = usize::from(position) * BLOCK_SIZE;
+            record.encode_into(&mut segment[at..at + BLOCK_SIZE], &entries, nonce);
+        }
+        scan(&segment, &header)
+    };
+    // All that it does not know is the nonce, which is drawn when the segment is taken into use.
+    for nonce in [0, header.nonce - 1, header.nonce + 1, header.nonce.reverse_bits()] {
+        assert_eq!(forged(nonce), honest, "nonce {nonce}");
+    }
+    assert_eq!(forged(header.nonce).last_lsn, Lsn(3), "with it, the block counts");
+}
+
 #[test]
 fn a_log_that_ends_below_what_the_slot_knows_is_damaged() {
     let corrupt = |from, flushed| AssembleError::Corrupt { from: Lsn(from), flushed: Lsn(flushed) };

@@ -11,6 +11,7 @@ use crate::error::CacheError;
 use crate::flusher;
 use crate::link::ToDisk;
 use crate::pool::PoolMessage;
+use blockstore::sabotage::{self, Bug};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -150,7 +151,9 @@ impl VdiTask {
             return Ok(());
         };
         self.p.record.evicted_below = self.p.record.evicted_below.max(newest + 1);
-        if let Err(error) = self.write_slot().await {
+        if !sabotage::on(Bug::ReuseBeforeSlot)
+            && let Err(error) = self.write_slot().await
+        {
             self.note_error(&error.to_string());
             return Err(error);
         }

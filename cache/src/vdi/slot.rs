@@ -5,6 +5,7 @@ use super::task::VdiTask;
 use crate::disk::trace::Ranges;
 use crate::error::CacheError;
 use crate::link::ToDisk;
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::Lsn;
 use blockstore::{Policy, PolicyChange};
 use std::sync::atomic::Ordering;
@@ -17,7 +18,9 @@ impl VdiTask {
             self.join_unnoted = false;
             return self.committed_without_legs();
         }
-        if let Err(error) = self.write_slot().await {
+        if !sabotage::on(Bug::ReuseBeforeSlot)
+            && let Err(error) = self.write_slot().await
+        {
             self.note_error(&error.to_string());
             return;
         }
@@ -46,6 +49,12 @@ impl VdiTask {
         {
             self.p.record.size_bytes = former;
             return Err(error);
+        }
+        // Into the slot's other copy, too: should one rot, a start without the store must not shrink the disk.
+        if self.through.is_none()
+            && let Err(error) = self.write_slot().await
+        {
+            self.note_error(&error.to_string());
         }
         self.p.sender.send(ToDisk::Resized { bytes });
         Ok(())

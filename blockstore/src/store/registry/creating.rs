@@ -3,7 +3,8 @@
 //! Order: the name's block is written; the place is taken by compare-and-write, as *creating*; then it is made sure that the
 //! name is nobody else's, and that the snapshot that the disk begins as is still there; the disk becomes *active*, or is
 //! buried. Of two hosts that take one name at the same moment each has its place before it looks, so at least one sees
-//! the other. A crash in between leaves a disk in creation, which its host buries when it is back.
+//! the other. A crash in between leaves a disk in creation, which its host buries when it is back, or as soon as its name, or the
+//! snapshot that it was to begin as, is wanted: so it does with what an error left, or a target that forgot the rest.
 //!
 //! Where the place is, and that the name seems to be free, is a hint of what was read last ([`directory`](super::directory)); what
 //! decides is the compare-and-write of the place, and a look at the registry as it is after it.
@@ -110,6 +111,34 @@ impl Store {
         self.describe(&found, &[]).await
     }
 
+    /// As [`directory`](Self::directory), without disks in creation that nobody will finish. Those are this host's, but for
+    /// the one that it makes right now, `own`: changes follow one another.
+    pub(in crate::store) async fn settled_directory(
+        &self,
+        own: Option<Uuid>,
+    ) -> Result<Arc<Directory>> {
+        let directory = self.directory().await?;
+        let left = directory.in_creation().filter(|(_, entry)| Some(entry.uuid) != own);
+        let left: Vec<_> = left.map(|(place, entry)| (place, entry.clone())).collect();
+        if left.is_empty() {
+            return Ok(directory);
+        }
+        let host = self.core.writer()?.host;
+        for (place, Entry { uuid, name, policy, .. }) in left {
+            let view = self.read_vdi_slot(place).await?;
+            let is_left = |head: &&VdiHead| {
+                head.uuid == uuid
+                    && head.state == VdiState::Creating
+                    && head.owner.is_some_and(|owner| owner.host == host)
+            };
+            let Some(head) = view.record().filter(is_left).cloned() else { continue };
+            tracing::warn!(vdi = %name, %uuid, "a disk that was never finished is buried");
+            let buried = head.clone().buried();
+            self.change_place(&Found { place, view, head, name, policy }, buried).await?;
+        }
+        self.directory().await
+    }
+
     /// Writes the head of a disk in its place, and lets the directory follow.
     pub(super) async fn change_place(&self, found: &Found, head: VdiHead) -> Result<Swap<VdiHead>> {
         let place = match head.state {
@@ -199,7 +228,7 @@ impl Store {
 
     /// Refuses a name that another disk than `own` has, or is about to have.
     async fn refuse_taken_name(&self, name: &str, own: Option<Uuid>) -> Result<()> {
-        let directory = self.directory().await?;
+        let directory = self.settled_directory(own).await?;
         let Some(holder) = directory.holder(name, own) else { return Ok(()) };
         Err(StoreError::new(
             StoreErrorKind::AlreadyExists,

@@ -93,6 +93,11 @@ impl Directory {
         entries.find(|entry| entry.name == name && Some(entry.uuid) != own)
     }
 
+    /// Disks that are being made, or whose making was cut off.
+    pub fn in_creation(&self) -> impl Iterator<Item = (u32, &Entry)> {
+        self.entries().filter(|(_, entry)| !entry.active)
+    }
+
     /// The disks that began as snapshots of a disk, and those that are being made of one.
     pub fn clones_of(&self, vdi: Uuid) -> impl Iterator<Item = (Lsn, &Entry)> {
         self.entries().filter_map(move |(_, entry)| {

@@ -70,5 +70,5 @@ programs:
 unit-and-system-tests:
 	$(call step,tests)
 	cargo test $(LOCKED) --workspace --no-fail-fast
-	$(call step,deliberate bugs: the simulator must find each)
-	cargo test $(LOCKED) -p tests --features sabotage --test sim deliberate -- --nocapture
+	$(call step,deliberate bugs: the simulator and the tests of collection must find each)
+	cargo test $(LOCKED) -p tests -p gc --features tests/sabotage,gc/sabotage --test sim --test collect deliberate -- --nocapture

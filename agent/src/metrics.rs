@@ -122,6 +122,11 @@ fn of_host(registry: &mut Registry, status: &Status) {
         "1 if the store's device can be told of free blocks",
         status.unmap.supported.map(flag),
     );
+    gauge(
+        "unmap_extents_left_out",
+        "Extents that the last pass left out, because the device did not read or write what describes them",
+        Some(status.unmap.extents_left_out as f64),
+    );
     gauge("degraded", "Things that are not as they should be", Some(status.degraded.len() as f64));
 }
 
@@ -439,6 +444,7 @@ mod tests {
             "ballast_unmap_supported 1.0",
             "ballast_unmapped_bytes_total 1073741824",
             "ballast_unmap_failures_total 2",
+            "ballast_unmap_extents_left_out 0.0",
             "ballast_guests_frozen 1.0",
             "ballast_cache_legs 2.0",
             "ballast_cache_legs_in_step 1.0",

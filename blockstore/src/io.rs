@@ -1,7 +1,8 @@
 //! Patient device I/O: retries what an outage breaks, and tells how things stand.
 //!
 //! Invariants:
-//! * A write that failed is issued again with the same bytes to the same blocks, never elsewhere.
+//! * A write that failed is issued again with the same bytes to the same blocks, never elsewhere. Who gives up instead
+//!   ([`Io::giving_up`]) can do with what was there, what was meant, or a part of it.
 //! * After a failed flush, or when the device's epoch rose, everything that the flush was to cover is
 //!   written again before the next one: a flush that succeeds later proves nothing about writes that
 //!   a target's restart dropped (rule C1).
@@ -68,6 +69,8 @@ pub struct Io {
     device: Device,
     shared: Arc<Shared>,
     patience: Patience,
+    /// What the device reports as lasting ends an operation at once.
+    gives_up: bool,
 }
 
 #[derive(Debug)]
@@ -85,13 +88,38 @@ impl Io {
     pub fn new(device: Device, patience: Patience) -> Self {
         let health = Health { reachable: true, since_ms: now_ms(), ..Health::default() };
         let shared = Shared { health: Mutex::new(health), closing: watch::channel(false).0 };
-        Self { device, shared: Arc::new(shared), patience }
+        Self { device, shared: Arc::new(shared), patience, gives_up: false }
     }
 
     /// The same device with another patience.
     #[must_use]
     pub fn with_patience(&self, patience: Patience) -> Self {
         Self { patience, ..self.clone() }
+    }
+
+    /// The same device for work that can be left undone, where what must not wait would wait for it: an error that concerns the
+    /// blocks in question (a bad sector; no space for them on a thin device) ends a read, a write or a compare-and-write at once,
+    /// and says nothing of the device's health. Outages are waited out, and flushes repeated, as ever.
+    #[must_use]
+    pub fn giving_up(&self) -> Self {
+        Self { gives_up: true, ..self.clone() }
+    }
+
+    /// The same device, as it is without [`giving_up`](Self::giving_up).
+    #[must_use]
+    pub fn insisting(&self) -> Self {
+        Self { gives_up: false, ..self.clone() }
+    }
+
+    /// True after [`giving_up`](Self::giving_up).
+    #[must_use]
+    pub fn gives_up(&self) -> bool {
+        self.gives_up
+    }
+
+    /// Which errors end a write or a compare-and-write.
+    pub(crate) fn errors_of_changes(&self) -> Errors {
+        if self.gives_up { Errors::LastingAreFinal } else { Errors::AllAreRetried }
     }
 
     /// How long operations keep trying.
@@ -160,12 +188,12 @@ impl Io {
     /// Writes, without making it durable.
     ///
     /// # Errors
-    /// As [`read`](Self::read); lasting errors of the device are retried like an outage.
+    /// As [`read`](Self::read); lasting errors of the device are retried like an outage, unless this [gives up](Self::giving_up).
     pub async fn write(&self, gba: Gba, data: Vec<Bytes>) -> Result<()> {
         let mut attempts = self.attempts();
         loop {
             let operation = self.device.write(gba.byte_offset(), data.clone());
-            if attempts.once(operation, Errors::AllAreRetried).await?.is_some() {
+            if attempts.once(operation, self.errors_of_changes()).await?.is_some() {
                 return Ok(());
             }
         }
@@ -323,7 +351,7 @@ impl Drop for SpaceWaiter {
 /// Which errors end a series of attempts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Errors {
-    /// Lasting I/O errors do, after a few tries: another copy of the block may exist elsewhere.
+    /// Lasting I/O errors do, after a few tries, or at once if the [`Io`] gives up: another copy of the block may exist elsewhere.
     LastingAreFinal,
     /// Only those that no repetition can cure do: what was acknowledged must get through.
     AllAreRetried,
@@ -360,9 +388,14 @@ impl Attempts<'_> {
             }
             Err(error) => error,
         };
-        let retry = error.is_transient()
-            || (error.kind == DeviceErrorKind::Io
-                && (errors == Errors::AllAreRetried || self.lasting + 1 < READ_ATTEMPTS));
+        let retry = match error.kind {
+            _ if errors == Errors::AllAreRetried => {
+                error.is_transient() || error.kind == DeviceErrorKind::Io
+            }
+            DeviceErrorKind::Io | DeviceErrorKind::NoSpace if self.io.gives_up => false,
+            DeviceErrorKind::Io => self.lasting + 1 < READ_ATTEMPTS,
+            _ => error.is_transient(),
+        };
         if !retry {
             return Err(error.into());
         }

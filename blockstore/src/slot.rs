@@ -244,7 +244,7 @@ impl Records {
             let new = self.bytes_of(current.slot, &next);
             let (offset, expected) = (current.slot.first.byte_offset(), current.raw.clone());
             let operation = io.device().compare_and_write(offset, expected, new.clone());
-            match attempts.once(operation, Errors::AllAreRetried).await {
+            match attempts.once(operation, io.errors_of_changes()).await {
                 Ok(Some(CawOutcome::Written)) => {}
                 _ => return None,
             }
@@ -341,7 +341,7 @@ impl Records {
         loop {
             let epoch = io.device().epoch();
             let operation = io.device().compare_and_write(offset, expected.clone(), new.clone());
-            let outcome = attempts.once(operation, Errors::AllAreRetried).await?;
+            let outcome = attempts.once(operation, io.errors_of_changes()).await?;
             let written = outcome == Some(CawOutcome::Written);
             let assumed = outcome.is_none() && sabotage::on(Bug::AssumeLanded);
             if assumed || (written && io.flush_since(epoch, &mut attempts).await?) {

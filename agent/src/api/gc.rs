@@ -57,6 +57,12 @@ pub struct UnmapStatus {
     pub failures: u64,
     /// What the last of those said.
     pub last_failure: Option<String>,
+    /// Extents that the last pass left out, because the device did not read or write what describes them.
+    #[serde(default)]
+    pub extents_left_out: u64,
+    /// What it said about the last of those.
+    #[serde(default)]
+    pub last_left_out: Option<String>,
     /// Most bytes in a second; 0: as many as the device takes.
     pub rate: u64,
 }

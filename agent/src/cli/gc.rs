@@ -120,6 +120,9 @@ fn unmapped(unmap: &UnmapStatus) -> String {
     if let Some(failure) = &unmap.last_failure {
         words.push_str(&format!("; failed {} times, last: {failure}", unmap.failures));
     }
+    if let (1.., Some(why)) = (unmap.extents_left_out, &unmap.last_left_out) {
+        words.push_str(&format!("; {} extents left out, last: {why}", unmap.extents_left_out));
+    }
     words
 }
 

@@ -158,6 +158,8 @@ impl Host {
             runs: done.runs,
             failures: done.failures,
             last_failure: done.last_failure,
+            extents_left_out: done.extents_left_out,
+            last_left_out: done.last_left_out,
             rate: config.gc_unmap_rate,
         }
     }

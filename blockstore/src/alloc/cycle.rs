@@ -9,7 +9,8 @@
 //! under the marking, and one bit per block is enough. A host that runs short of space takes the quarantine back, which ends
 //! the cycle (rule G5).
 
-use crate::alloc::runs::{FreeRuns, Run};
+use crate::alloc::returning::Returning;
+use crate::alloc::runs::Run;
 use crate::alloc::{Allocator, Pools, add};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::extent::ExtentType;
@@ -19,47 +20,31 @@ use crate::store::walking::FIRST_WALK;
 use roaring::RoaringTreemap;
 use std::sync::Arc;
 
-/// Runs of blocks in quarantine, each of some 80 bytes; beyond these the cycle is given up.
-const QUARANTINE_RUNS_MAX: usize = 250_000;
+/// Bytes that the quarantine may take, with what is still on the way back from the one before; beyond these the cycle is given up.
+const QUARANTINE_BYTES_MAX: u64 = 64 << 20;
 
 /// A cycle that this host has acknowledged, or a walk that needs the quarantine only (`store/walking.rs`).
 #[derive(Debug)]
 pub(super) struct Cycle {
     epoch: u64,
     touched: RoaringTreemap,
-    quarantine: Option<Quarantine>,
-}
-
-#[derive(Debug, Default)]
-struct Quarantine {
-    data: FreeRuns,
-    metadata: FreeRuns,
-}
-
-impl Quarantine {
-    fn of(&mut self, kind: ExtentType) -> &mut FreeRuns {
-        match kind {
-            ExtentType::Metadata => &mut self.metadata,
-            _ => &mut self.data,
-        }
-    }
+    quarantine: Option<Returning>,
 }
 
 impl Cycle {
+    /// One that begins, with what is touched already.
+    pub(super) fn new(epoch: u64, touched: RoaringTreemap) -> Self {
+        Self { epoch, touched, quarantine: Some(Returning::default()) }
+    }
+
     /// A block that was claimed, or is given back.
     pub(super) fn touch(&mut self, run: Run) {
         self.touched.insert_range(run.start.0..run.start.0 + run.blocks);
     }
 
-    /// Where blocks of a kind that are freed now have to wait; none: they may be used again.
-    pub(super) fn quarantine(&mut self, kind: ExtentType) -> Option<&mut FreeRuns> {
-        self.quarantine.as_mut().map(|quarantine| quarantine.of(kind))
-    }
-
-    /// True if the quarantine takes more memory than it may: somebody frees a large disk in small pieces.
-    pub(super) fn is_overfull(&self) -> bool {
-        let quarantine = self.quarantine.as_ref();
-        quarantine.is_some_and(|q| q.data.runs_len() + q.metadata.runs_len() > QUARANTINE_RUNS_MAX)
+    /// Where blocks that are freed now have to wait; none: they may be used again.
+    pub(super) fn quarantine(&mut self) -> Option<&mut Returning> {
+        self.quarantine.as_mut()
     }
 }
 
@@ -70,14 +55,34 @@ impl Pools {
         self.cycle = None;
     }
 
+    /// What waited is on the way back from now on, but for what the pool has room for: no more than that, and a few bitmaps that are
+    /// joined, is done here, however much it is.
     fn lift_quarantine(&mut self) {
         let quarantine = self.cycle.as_mut().and_then(|cycle| cycle.quarantine.take());
-        let Some(mut quarantine) = quarantine else { return };
+        let Some(Returning { data, metadata }) = quarantine else { return };
+        let joined = [self.returning.data.absorb(data), self.returning.metadata.absorb(metadata)];
+        if joined.contains(&false) {
+            tracing::error!("blocks were freed twice, and waited twice");
+        }
         for kind in [ExtentType::Data, ExtentType::Metadata] {
-            for run in quarantine.of(kind).shed(0) {
+            let room = self.keep.saturating_sub(self.of(kind).total());
+            for run in self.returning.of(kind).take(room) {
                 add(self.of(kind), run);
             }
         }
+    }
+
+    /// True if there are blocks on the way back that may go on. Not while a cycle that has marked is about to apply what it found: it
+    /// would leave out extents that are taken up for this. They are room meanwhile, all the same.
+    pub(super) fn may_return(&self) -> bool {
+        let applies = self.cycle.as_ref().is_some_and(|cycle| cycle.quarantine.is_none());
+        !applies && self.returning.total() > 0
+    }
+
+    /// True if the quarantine takes more memory than it may: more is freed beside a marking than it can set aside.
+    pub(super) fn is_quarantine_overfull(&self) -> bool {
+        let quarantine = self.cycle.as_ref().and_then(|cycle| cycle.quarantine.as_ref());
+        quarantine.is_some_and(|q| q.bytes() + self.returning.bytes() > QUARANTINE_BYTES_MAX)
     }
 }
 
@@ -105,11 +110,12 @@ impl Allocator {
             touched.clear();
         }
         touched |= &pools.unmapping;
+        touched |= pools.returning.data.blocks();
+        touched |= pools.returning.metadata.blocks();
         for run in pools.data.runs().chain(pools.metadata.runs()) {
             touched.insert_range(run.start.0..run.start.0 + run.blocks);
         }
-        let quarantine = Some(Quarantine::default());
-        pools.cycle = Some(Cycle { epoch, touched, quarantine });
+        pools.cycle = Some(Cycle::new(epoch, touched));
         Ok(())
     }
 
@@ -146,7 +152,7 @@ impl Allocator {
 
     /// More is in the pool than there was: for those who wait for it, and for releasing what is too much.
     fn note_room(&self) {
-        if self.is_overfull() {
+        if self.is_overfull() || self.pools.lock().may_return() {
             self.housekeeping.notify_one();
         }
         self.freed.notify_waiters();
@@ -171,14 +177,16 @@ impl Allocator {
     /// Ends a cycle if that gives an allocation the room that it lacks; true if it did.
     pub(super) fn withdraw(&self, kind: ExtentType, missing: u64) -> bool {
         let mut pools = self.pools.lock();
-        let have = pools.of(kind).total();
-        let Some(quarantine) = pools.cycle.as_mut().and_then(|cycle| cycle.quarantine(kind)) else {
+        let have = pools.of(kind).total() + pools.returning.of(kind).total();
+        let Some(quarantine) = pools.cycle.as_mut().and_then(Cycle::quarantine) else {
             return false;
         };
-        if quarantine.total() == 0 || quarantine.total() + have < missing {
+        let waiting = quarantine.of(kind).total();
+        if waiting == 0 || waiting + have < missing {
             return false;
         }
         pools.give_up_cycle();
+        self.housekeeping.notify_one();
         true
     }
 
@@ -239,7 +247,7 @@ impl Allocator {
     pub(crate) fn quarantined(&self) -> u64 {
         let pools = self.pools.lock();
         let quarantine = pools.cycle.as_ref().and_then(|cycle| cycle.quarantine.as_ref());
-        quarantine.map_or(0, |quarantine| quarantine.data.total() + quarantine.metadata.total())
+        quarantine.map_or(0, Returning::total)
     }
 
     /// Blocks that are allocated, and reachable by no durable head.

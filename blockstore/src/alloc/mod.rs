@@ -4,30 +4,37 @@
 //!
 //! ```text
 //! free in the BMap ──claim (page written, flushed)──► in the pool ──allocate──► in use
-//!    │    ▲  ▲                                          │  ▲                       │
-//!    │    │  └──────────release (page written)──────────┘  └─────────free──────────┘
-//!    │    └──give back, once the device has answered (page written)──┐
+//!    │  ▲ ▲                                              │ ▲  ▲                    │
+//!    │  │ └──(page written)── on the way back ◄──release─┘ │  └────────free────────┤
+//!    │  │                        │ ▲   └───no other room───┘                       │
+//!    │  │                        │ └─marking is over── in quarantine ◄─free, amid──┘
+//!    │  │                                                                a marking
+//!    │  └────give back, once the device has answered (page written)──┐
 //!    └───────claim (page written, flushed)────────────────────────► being unmapped
 //! ```
 //! Invariants:
 //! * INV-ALLOC-1: a block is given out only after its BMap bit is durably set.
-//! * INV-ALLOC-2: a block is in at most one place: clear in the BMap, in the pool, in use, or being unmapped.
+//! * INV-ALLOC-2: a block is in at most one place: clear in the BMap, in the pool, on the way back, in quarantine, in use, or being
+//!   unmapped.
 //! * INV-ALLOC-3: data and metadata blocks come from different extents.
 //! * INV-ALLOC-4: normal allocations leave a reserve of metadata blocks to those that free space.
 //!
-//! A crash leaks at most what was in the pool or in use by an uncommitted commit; GC gets it back.
+//! A crash leaks at most what was in the pool, on the way back, in quarantine, or in use by an uncommitted commit; GC gets it back.
 //! So does an operation that is cut off while its device writes have an unknown outcome.
 
 pub mod runs;
 
 mod cycle;
 mod pages;
+mod returning;
 #[cfg(test)]
 mod tests;
 pub mod unmap;
+mod waiting;
 
 use crate::alloc::cycle::Cycle;
 use crate::alloc::pages::Pages;
+use crate::alloc::returning::{Returning, twice};
 use crate::alloc::runs::{FreeRuns, Run, merge};
 use crate::alloc::unmap::Unmapping;
 use crate::error::{Result, StoreError, StoreErrorKind};
@@ -101,6 +108,10 @@ pub struct Allocator {
 struct Pools {
     data: FreeRuns,
     metadata: FreeRuns,
+    /// To be clear in the BMap again.
+    returning: Returning,
+    /// What a pool keeps of what comes back.
+    keep: u64,
     /// Allocated for a head that is not durable yet, or cut off with a write of unknown outcome.
     in_flight: RoaringTreemap,
     /// Claimed so that the device can be told that they are free, until it has answered.
@@ -140,6 +151,7 @@ impl Allocator {
             housekeeping: Notify::new(),
             unmapping: Unmapping::default(),
         };
+        allocator.pools.lock().keep = allocator.high_water() / 2;
         allocator.ensure_metadata(io).await?;
         Ok(allocator)
     }
@@ -190,7 +202,8 @@ impl Allocator {
             if self.refill(io, kind, blocks, Claim::Missing(purpose)).await? {
                 continue;
             }
-            if self.withdraw(kind, blocks + self.reserve(kind, purpose)) {
+            let wanted = blocks + self.reserve(kind, purpose);
+            if self.draw(kind, wanted) || self.withdraw(kind, wanted) {
                 continue;
             }
             if let Patience::Limited(limit) = io.patience()
@@ -313,23 +326,27 @@ impl Allocator {
             pools.in_flight.remove_range(run.start.0..run.start.0 + run.blocks);
             let extent = self.territory.geometry.extent_of(run.start);
             let Some(&kind) = owned.get(&extent) else { continue };
+            if pools.returning.of(kind).overlaps(run) {
+                twice(run);
+                continue;
+            }
             if let Some(cycle) = &mut pools.cycle {
                 cycle.touch(run);
-                if let Some(quarantine) = cycle.quarantine(kind) {
-                    add(quarantine, run);
+                if let Some(quarantine) = cycle.quarantine() {
+                    quarantine.add(kind, run);
                     continue;
                 }
             }
             add(pools.of(kind), run);
         }
-        if pools.cycle.as_ref().is_some_and(Cycle::is_overfull) {
+        if pools.is_quarantine_overfull() {
             tracing::warn!(
                 "a cycle of garbage collection is given up: too much is freed beside it"
             );
             pools.give_up_cycle();
         }
         let high = self.high_water();
-        if pools.data.total() > high || pools.metadata.total() > high {
+        if pools.data.total() > high || pools.metadata.total() > high || pools.may_return() {
             self.housekeeping.notify_one();
         }
         drop(pools);
@@ -359,16 +376,30 @@ impl Allocator {
         self.housekeeping.notified().await;
     }
 
-    /// Claims ahead of need when the pool is low; releases fragments when it is overfull.
+    /// Claims ahead of need when the pool is low; releases fragments when it is overfull, one part of them: it wants to be called
+    /// again while there are more.
     ///
     /// # Errors
     /// The device's, `Closing`.
     pub async fn housekeep(self: &Arc<Self>, io: &Io) -> Result<()> {
         for kind in [ExtentType::Data, ExtentType::Metadata] {
-            let total = self.pools.lock().of(kind).total();
-            if total > self.high_water() {
-                self.release(io, kind, self.high_water() / 2).await?;
-            } else if total < self.claim_blocks() / 2 && self.owns_any(kind) {
+            let (total, may_return) = {
+                let mut pools = self.pools.lock();
+                let total = pools.of(kind).total();
+                if total > self.high_water() {
+                    let shed = pools.of(kind).shed(self.high_water() / 2);
+                    pools.let_go(kind, shed);
+                }
+                (total, pools.may_return())
+            };
+            if may_return {
+                let is_more = self.return_part(io, kind).await;
+                if !matches!(is_more, Ok(false)) {
+                    self.housekeeping.notify_one();
+                }
+                is_more?;
+            }
+            if total < self.claim_blocks() / 2 && self.owns_any(kind) {
                 let claim = Claim::Missing(Purpose::GivesBack);
                 self.refill(io, kind, self.claim_blocks(), claim).await?;
             }
@@ -385,18 +416,16 @@ impl Allocator {
     /// # Errors
     /// The device's, `Closing`.
     pub async fn release_all(&self, io: &Io) -> Result<()> {
-        self.pools.lock().give_up_cycle();
-        self.release(io, ExtentType::Data, 0).await?;
-        self.release(io, ExtentType::Metadata, 0).await
-    }
-
-    async fn release(&self, io: &Io, kind: ExtentType, keep: u64) -> Result<()> {
-        let mut pages = self.pages.lock().await;
-        let shed = self.pools.lock().of(kind).shed(keep);
-        let result = pages.release(io, &self.territory, kind, shed).await;
-        self.refresh_owned(&pages);
-        self.freed.notify_waiters();
-        result
+        for kind in [ExtentType::Data, ExtentType::Metadata] {
+            {
+                let mut pools = self.pools.lock();
+                pools.give_up_cycle();
+                let shed = pools.of(kind).shed(0);
+                pools.let_go(kind, shed);
+            }
+            while self.return_part(io, kind).await? {}
+        }
+        Ok(())
     }
 
     fn refresh_owned(&self, pages: &Pages) {
@@ -415,18 +444,17 @@ impl Allocator {
         Ok(())
     }
 
-    /// Blocks in the pool: (data, metadata).
+    /// Blocks in the pool, or on the way from there to the BMap: (data, metadata).
     #[must_use]
     pub fn pooled(&self) -> (u64, u64) {
         let pools = self.pools.lock();
-        (pools.data.total(), pools.metadata.total())
+        let Pools { data, metadata, returning, .. } = &*pools;
+        (data.total() + returning.data.total(), metadata.total() + returning.metadata.total())
     }
 }
 
-/// A block that is freed twice means that two pointers name it: it must not be given out, so it
-/// leaks, loudly.
 fn add(pool: &mut FreeRuns, run: Run) {
     if !pool.add(run) {
-        tracing::error!(start = %run.start, blocks = run.blocks, "blocks were freed twice; leaked");
+        twice(run);
     }
 }

@@ -5,11 +5,13 @@
 //! record (ready), flush. A crash in between leaves an unready extent, whose owner starts again.
 
 mod apply;
+mod bad;
+mod release;
 mod unmap;
 
 use crate::alloc::Territory;
 use crate::alloc::runs::Run;
-use crate::error::Result;
+use crate::error::{Result, StoreError};
 use crate::format::bitmap::{BitmapKind, BitmapPage, PAGE_BITS};
 use crate::format::extent::{ExtentHeader, ExtentRecord, ExtentType};
 use crate::format::head::Head;
@@ -21,7 +23,7 @@ use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-pub(super) use unmap::Pieces;
+pub(super) use unmap::{Pieces, Room};
 
 /// Pages kept in memory between operations.
 const LOADED_MAX: usize = 64;
@@ -41,6 +43,8 @@ pub(super) struct Pages {
     metadata_cursor: (u32, u32),
     /// The device is told of free blocks: an extent is given up only after that.
     unmaps: bool,
+    /// Pages that the device did not read or write (`bad.rs`).
+    bad: bad::BadPages,
 }
 
 #[derive(Debug)]
@@ -75,6 +79,7 @@ impl Pages {
             data_cursor: (0, 0),
             metadata_cursor: (0, 0),
             unmaps: false,
+            bad: bad::BadPages::default(),
         };
         for (number, view) in (0..).zip(catalogue) {
             let kind = match &view.content {
@@ -132,7 +137,7 @@ impl Pages {
     }
 
     /// Marks at least `wanted` free blocks of `kind` as allocated, durably; fewer if there are no
-    /// more.
+    /// more. Pages that the device does not read or write are avoided while there are others.
     pub(super) async fn claim(
         &mut self,
         io: &Io,
@@ -141,33 +146,7 @@ impl Pages {
         wanted: u64,
     ) -> Result<Vec<Run>> {
         let mut claimed: Vec<Run> = Vec::new();
-        let mut changed: Vec<(u32, u32)> = Vec::new();
-        let mut total = 0;
-        let outcome = async {
-            while total < wanted {
-                let Some((extent, page)) = self.next_page(io, territory, kind).await? else {
-                    if self.claim_extent(io, territory, kind).await? {
-                        continue;
-                    }
-                    break;
-                };
-                self.take_up(io, territory, extent).await?;
-                let runs = self.mark(territory, extent, page, wanted - total, 1);
-                total += runs.iter().map(|run| run.blocks).sum::<u64>();
-                claimed.extend(runs);
-                changed.push((extent, page));
-                if changed.len() >= LOADED_MAX {
-                    io.write_durable(&self.encode(territory, &changed)).await?;
-                    changed.clear();
-                    self.trim();
-                }
-            }
-            if sabotage::on(Bug::ClaimUnwritten) {
-                return Ok(());
-            }
-            io.write_durable(&self.encode(territory, &changed)).await
-        }
-        .await;
+        let outcome = self.claim_all(io, territory, kind, wanted, &mut claimed).await;
         if let Err(error) = outcome {
             // Not given out: memory says free again, and the next write of the page says so too.
             self.unmark(territory, &claimed);
@@ -175,6 +154,68 @@ impl Pages {
         }
         self.trim();
         Ok(claimed)
+    }
+
+    async fn claim_all(
+        &mut self,
+        io: &Io,
+        territory: &Territory,
+        kind: ExtentType,
+        wanted: u64,
+        claimed: &mut Vec<Run>,
+    ) -> Result<()> {
+        let mut bad = bad::Search::new(io);
+        let mut changed: Vec<(u32, u32)> = Vec::new();
+        let mut total = 0;
+        loop {
+            let is_enough = total >= wanted;
+            if is_enough || changed.len() >= LOADED_MAX {
+                total -= self.write_claims(&mut bad, territory, &changed, claimed).await?;
+                changed.clear();
+                self.trim();
+                if is_enough && total >= wanted {
+                    return Ok(());
+                }
+                continue;
+            }
+            if let Some(place) = self.next_page(&mut bad, territory, kind).await? {
+                let runs = self.mark(territory, place.0, place.1, wanted - total, 1);
+                total += runs.iter().map(|run| run.blocks).sum::<u64>();
+                claimed.extend(runs);
+                changed.push(place);
+            } else if !self.claim_extent(&mut bad, territory, kind).await? {
+                total -= self.write_claims(&mut bad, territory, &changed, claimed).await?;
+                changed.clear();
+                if total >= wanted || !bad.begins_again(&mut self.bad) {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Makes claims in some pages durable. What lies in pages that the device does not take is given up; so many blocks.
+    async fn write_claims(
+        &mut self,
+        bad: &mut bad::Search,
+        territory: &Territory,
+        changed: &[(u32, u32)],
+        claimed: &mut Vec<Run>,
+    ) -> Result<u64> {
+        if sabotage::on(Bug::ClaimUnwritten) {
+            return Ok(0);
+        }
+        let refused = self.write_pages(bad.io(), territory, changed, true).await?;
+        refused.iter().for_each(|_| bad.note_refusal());
+        // A claim's run lies in one page.
+        let is_refused = |run: &Run| {
+            let (extent, page, _) = place(territory, run.start);
+            refused.iter().any(|(place, _)| *place == (extent, page))
+        };
+        let (lost, kept): (Vec<Run>, Vec<Run>) =
+            std::mem::take(claimed).into_iter().partition(is_refused);
+        *claimed = kept;
+        self.unmark(territory, &lost);
+        Ok(lost.iter().map(|run| run.blocks).sum())
     }
 
     /// Marks up to `wanted` free blocks that lie in runs of at least `run_min`, durably: from the emptiest pages, then from
@@ -191,29 +232,34 @@ impl Pages {
         let mut claimed: Vec<Run> = Vec::new();
         let mut changed: Vec<(u32, u32)> = Vec::new();
         let mut total = 0;
+        let mut bad = bad::Search::new(io);
         let outcome = async {
             if self.unused_are_plenty() && !self.has_room_for(territory, kind, wanted) {
-                self.claim_extent(io, territory, kind).await?;
+                self.claim_extent(&mut bad, territory, kind).await?;
             }
             for (extent, page) in self.pages_by_room(kind) {
                 if total >= wanted || changed.len() >= LOADED_MAX / 2 {
                     break;
                 }
-                self.load(io, territory, extent, page).await?;
+                if !self.load_or_avoid(&mut bad, territory, (extent, page)).await? {
+                    continue;
+                }
                 let runs = self.mark(territory, extent, page, wanted - total, run_min);
                 if runs.is_empty() {
                     self.loaded.remove(&(extent, page));
                     continue;
                 }
-                self.take_up(io, territory, extent).await?;
-                total += runs.iter().map(|run| run.blocks).sum::<u64>();
+                let blocks = runs.iter().map(|run| run.blocks).sum::<u64>();
+                let marked = claimed.len();
                 claimed.extend(runs);
-                changed.push((extent, page));
+                if self.take_up_or_avoid(&mut bad, territory, extent).await? {
+                    total += blocks;
+                    changed.push((extent, page));
+                } else {
+                    self.unmark(territory, &claimed.split_off(marked));
+                }
             }
-            if sabotage::on(Bug::ClaimUnwritten) {
-                return Ok(());
-            }
-            io.write_durable(&self.encode(territory, &changed)).await
+            self.write_claims(&mut bad, territory, &changed, &mut claimed).await
         }
         .await;
         if let Err(error) = outcome {
@@ -232,9 +278,12 @@ impl Pages {
 
     /// Some page of a kind is mostly empty, as far as is known.
     fn has_room_for(&self, territory: &Territory, kind: ExtentType, wanted: u64) -> bool {
-        let of_kind = self.extents.values().filter(|e| e.kind == kind);
-        let mut pages = of_kind.flat_map(|e| (0..).zip(&e.free));
-        pages.any(|(page, free)| {
+        let of_kind = self.extents.iter().filter(|(_, e)| e.kind == kind);
+        let pages = of_kind.flat_map(|(&number, e)| {
+            (0..).zip(&e.free).map(move |(page, free)| ((number, page), free))
+        });
+        let mut good = pages.filter(|(place, _)| !self.bad.is_avoided(*place));
+        good.any(|((_, page), free)| {
             let bits = territory.geometry.page_bits(page);
             free.is_none_or(|free| free >= wanted.min(bits) && free * 4 >= bits * 3)
         })
@@ -248,16 +297,16 @@ impl Pages {
                 let free = (0..).zip(&e.free);
                 free.map(move |(page, free)| (free.unwrap_or(PAGE_BITS), (number, page)))
             })
-            .filter(|(free, _)| *free > 0)
+            .filter(|(free, place)| *free > 0 && !self.bad.is_avoided(*place))
             .collect();
         pages.sort_by_key(|(free, place)| (std::cmp::Reverse(*free), *place));
         pages.into_iter().take(LOOKED_AT_MAX).map(|(_, place)| place).collect()
     }
 
-    /// The next page with a clear bit, from the cursor on.
+    /// The next page with a clear bit, from the cursor on, in an extent whose record says that it may be changed.
     async fn next_page(
         &mut self,
-        io: &Io,
+        bad: &mut bad::Search,
         territory: &Territory,
         kind: ExtentType,
     ) -> Result<Option<(u32, u32)>> {
@@ -273,11 +322,15 @@ impl Pages {
             ahead.chain(all().filter(|place| *place < cursor)).collect()
         };
         for (extent, page) in candidates {
-            self.load(io, territory, extent, page).await?;
+            if self.bad.is_avoided((extent, page))
+                || !self.load_or_avoid(bad, territory, (extent, page)).await?
+            {
+                continue;
+            }
             let known = self.extents.get(&extent).and_then(|e| e.free[page as usize]);
             if known == Some(0) {
                 self.loaded.remove(&(extent, page));
-            } else if known.is_some() {
+            } else if known.is_some() && self.take_up_or_avoid(bad, territory, extent).await? {
                 if kind == ExtentType::Data {
                     self.data_cursor = (extent, page);
                 } else {
@@ -347,21 +400,6 @@ impl Pages {
         runs
     }
 
-    /// Clears the bits of runs whose pages are loaded.
-    fn unmark(&mut self, territory: &Territory, runs: &[Run]) {
-        for run in runs {
-            for gba in run.iter() {
-                let (extent, page, bit) = place(territory, gba);
-                if let Some(content) = self.loaded.get_mut(&(extent, page)) {
-                    content.set(bit, false);
-                    if let Some(owned) = self.extents.get_mut(&extent) {
-                        owned.note_freed(page, bit);
-                    }
-                }
-            }
-        }
-    }
-
     fn encode(&mut self, territory: &Territory, changed: &[(u32, u32)]) -> Vec<Write> {
         let mut writes = Vec::with_capacity(changed.len());
         for &(extent, page) in changed {
@@ -371,78 +409,6 @@ impl Pages {
             }
         }
         writes
-    }
-
-    /// Clears the bits of blocks that were in the pool; not flushed, since a loss only leaks. Extents
-    /// that are all free then are given up.
-    pub(super) async fn release(
-        &mut self,
-        io: &Io,
-        territory: &Territory,
-        kind: ExtentType,
-        mut runs: Vec<Run>,
-    ) -> Result<()> {
-        runs.sort_unstable();
-        let mut changed: Vec<(u32, u32)> = Vec::new();
-        for run in &runs {
-            // A run may span pages of one extent.
-            let (extent, first, _) = place(territory, run.start);
-            let (_, last, _) = place(territory, run.start.plus(run.blocks - 1));
-            for page in first..=last {
-                if changed.last() != Some(&(extent, page)) {
-                    self.load(io, territory, extent, page).await?;
-                    self.take_up(io, territory, extent).await?;
-                    changed.push((extent, page));
-                }
-            }
-            self.unmark(territory, &[*run]);
-            // Bounds the pages in memory when fragments are spread over a large store.
-            if changed.len() >= LOADED_MAX {
-                let writes = self.encode(territory, &changed);
-                io.write_all(&writes).await?;
-                changed.clear();
-                self.trim();
-            }
-        }
-        let writes = self.encode(territory, &changed);
-        io.write_all(&writes).await?;
-        let mut touched: Vec<u32> = runs.iter().map(|r| place(territory, r.start).0).collect();
-        touched.dedup();
-        for extent in touched {
-            self.give_up_if_empty(io, territory, kind, extent).await?;
-        }
-        self.trim();
-        Ok(())
-    }
-
-    /// Returns an extent to the unused ones when all its blocks are free; one of each type is kept.
-    async fn give_up_if_empty(
-        &mut self,
-        io: &Io,
-        territory: &Territory,
-        kind: ExtentType,
-        number: u32,
-    ) -> Result<()> {
-        let same_kind = self.extents.values().filter(|e| e.kind == kind).count();
-        let Some(extent) = self.extents.get(&number) else { return Ok(()) };
-        let known: Option<u64> = extent.free.iter().copied().sum();
-        let all = territory.geometry.extent_blocks - territory.geometry.extent_overhead();
-        if same_kind < 2 || known != Some(all) || (self.unmaps && extent.is_stale()) {
-            return Ok(());
-        }
-        let unused = ExtentRecord {
-            sweep_epoch: extent.view.record().map_or(0, |r| r.sweep_epoch),
-            ..ExtentRecord::unused()
-        };
-        // Bits were cleared before, so nothing in the pool lies here. If it is not known what becomes of the record, nothing is
-        // given out of the extent any more: others may find it unused.
-        let view = extent.view.clone();
-        self.extents.remove(&number);
-        self.loaded.retain(|(extent, _), _| *extent != number);
-        if let Swap::Done(_) = territory.records.swap(io, &view, unused).await? {
-            self.catalogue[number as usize] = ExtentType::Unused;
-        }
-        Ok(())
     }
 
     /// Puts this incarnation's generation on an extent's record before the first change of its BMap.
@@ -463,26 +429,26 @@ impl Pages {
     /// Takes an unused extent; false if there is none to be had for this type.
     async fn claim_extent(
         &mut self,
-        io: &Io,
+        bad: &mut bad::Search,
         territory: &Territory,
         kind: ExtentType,
     ) -> Result<bool> {
         loop {
-            let unused: Vec<u32> = (0..)
-                .zip(&self.catalogue)
-                .filter(|(_, k)| **k == ExtentType::Unused)
-                .map(|(number, _)| number)
-                .collect();
-            let kept = if kind == ExtentType::Data { self.kept_for_metadata() } else { 0 };
-            let Some(&number) = unused.first().filter(|_| unused.len() as u64 > kept) else {
+            let Some(number) = self.next_unused(kind) else {
                 // One that only waits for the device to be told is needed now.
-                if self.give_up_unmapped(io, territory, kind).await? {
+                if self.give_up_unmapped(bad.io(), territory, kind).await? {
                     continue;
                 }
                 return Ok(false);
             };
             let slot = Slot { first: territory.geometry.extent_slot(number), paired: false };
-            let view: View<ExtentRecord> = territory.records.read(io, slot).await?;
+            let view: View<ExtentRecord> = match territory.records.read(bad.io(), slot).await {
+                Err(error) if bad.is_refusal(&error) => {
+                    self.avoid(bad, number, &error);
+                    continue;
+                }
+                view => view?,
+            };
             let free = match &view.content {
                 Content::Unused => true,
                 Content::Valid(head) => head.record.kind == ExtentType::Unused,
@@ -500,17 +466,48 @@ impl Pages {
                 owner_generation: territory.generation,
                 sweep_epoch: view.record().map_or(0, |r| r.sweep_epoch),
             };
+            let swap = match territory.records.swap(bad.io(), &view, record).await {
+                // If it was carried out after all, the next start finds it.
+                Err(error) if bad.is_refusal(&error) => {
+                    self.avoid(bad, number, &error);
+                    continue;
+                }
+                swap => swap?,
+            };
             self.catalogue[number as usize] = kind;
-            if let Swap::Done(view) = territory.records.swap(io, &view, record).await? {
+            if let Swap::Done(view) = swap {
                 self.adopt(territory, number, kind, view);
                 if let Some(extent) = self.extents.get_mut(&number) {
                     // What former owners left is theirs to tell, or nobody's.
                     extent.stale.fill(0..0);
                 }
-                self.set_up(io, territory, number).await?;
+                self.set_up(&bad.io().insisting(), territory, number).await?;
                 return Ok(true);
             }
         }
+    }
+
+    /// An unused extent whose record cannot be read or written is passed over.
+    fn avoid(&mut self, bad: &mut bad::Search, number: u32, error: &StoreError) {
+        bad.note_refusal();
+        self.bad.note((number, 0), error);
+    }
+
+    /// Unused extents that a kind may take.
+    fn unused_for(&self, kind: ExtentType) -> u64 {
+        let unused = self.catalogue.iter().filter(|k| **k == ExtentType::Unused).count() as u64;
+        let kept = if kind == ExtentType::Data { self.kept_for_metadata() } else { 0 };
+        unused.saturating_sub(kept)
+    }
+
+    /// The first of them.
+    fn next_unused(&self, kind: ExtentType) -> Option<u32> {
+        let numbers = (0..).zip(&self.catalogue);
+        let mut unused =
+            numbers.filter(|(_, k)| **k == ExtentType::Unused).map(|(number, _)| number);
+        unused
+            .find(|number| !self.bad.is_avoided((*number, 0)))
+            .filter(|_| self.unused_for(kind) > 0)
     }
 
     /// Unused extents that data must leave for the nodes that will map it.
@@ -548,6 +545,20 @@ impl Pages {
 fn place(territory: &Territory, gba: Gba) -> (u32, u32, u64) {
     let within = gba.0 % territory.geometry.extent_blocks;
     (territory.geometry.extent_of(gba), (within / PAGE_BITS) as u32, within % PAGE_BITS)
+}
+
+/// A run's pages, and its bits in each. A run lies in one extent.
+fn by_page(
+    territory: &Territory,
+    run: Run,
+) -> impl Iterator<Item = ((u32, u32), Range<u64>)> + use<> {
+    let (extent, first, bit) = place(territory, run.start);
+    let end = bit + run.blocks;
+    let pages = first..=first + ((end - 1) / PAGE_BITS) as u32;
+    pages.zip(0..).map(move |(page, n): (u32, u64)| {
+        let from = n * PAGE_BITS;
+        ((extent, page), bit.max(from) - from..end.min(from + PAGE_BITS) - from)
+    })
 }
 
 /// The block that the first bit of a page stands for.

@@ -34,10 +34,12 @@ impl FreeRuns {
         self.total
     }
 
-    /// How many runs there are.
+    /// True if a block of a run is in the set.
     #[must_use]
-    pub fn runs_len(&self) -> usize {
-        self.by_start.len()
+    pub fn overlaps(&self, run: Run) -> bool {
+        let end = run.start.0 + run.blocks;
+        let before = self.by_start.range(..end).next_back();
+        before.is_some_and(|(&start, &blocks)| start + blocks > run.start.0)
     }
 
     /// The runs, by address.
@@ -50,10 +52,10 @@ impl FreeRuns {
     #[must_use]
     pub fn add(&mut self, run: Run) -> bool {
         let (mut start, mut end) = (run.start.0, run.start.0 + run.blocks);
-        let before = self.by_start.range(..end).next_back().map(|(&s, &l)| (s, s + l));
-        if before.is_some_and(|(_, before_end)| before_end > start) {
+        if self.overlaps(run) {
             return false;
         }
+        let before = self.by_start.range(..end).next_back().map(|(&s, &l)| (s, s + l));
         if let Some((before_start, before_end)) = before
             && before_end == start
         {

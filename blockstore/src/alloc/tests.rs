@@ -4,6 +4,8 @@
 //! Method: random steps against a set of the blocks in use; what is in use stays in use across a
 //! crash, as the blocks of committed trees do.
 
+mod waiting;
+
 use super::*;
 use crate::device::sim::SimDevice;
 use crate::format::extent::ExtentType;

@@ -14,26 +14,31 @@
 //! Nothing rests on what the device does: unmapped blocks may read as zeros, as before, or as garbage.
 //!
 //! The claim holds the lock of the bitmaps, the unmapping does not: no allocation waits for the device here. At most [`BATCH_MAX`]
-//! blocks are claimed, and no more than stay free.
+//! blocks are claimed, never those that a commit may need at once, and no more than stay free where no extent is left. Each
+//! command is for [`STEP`] blocks: after each it is looked whether the store closes or somebody waits for room, and the rest is given
+//! back then. An extent whose bitmap or record the device does not read or write is left out until the next pass (`pages/bad.rs`).
 
-use crate::alloc::pages::Pieces;
+use crate::alloc::pages::{Pieces, Room};
 use crate::alloc::runs::Run;
-use crate::alloc::{Allocator, add};
+use crate::alloc::{Allocator, Purpose, add};
 use crate::device::{DeviceError, DeviceErrorKind};
-use crate::error::Result;
+use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::io::Io;
 use crate::sabotage::{self, Bug};
 use crate::types::BLOCK_SIZE;
 use parking_lot::Mutex;
 use serde::Serialize;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{OwnedMutexGuard, watch};
 use tokio::time::Instant;
 
 /// Most blocks claimed at once: 64 MiB. Neither a command nor what a crash leaks is large.
 const BATCH_MAX: u64 = 16_384;
+/// Most blocks of one command: 16 MiB, or one piece of the device if that is more. So much is waited for before a batch is broken off.
+const STEP: u64 = 4096;
 /// Least blocks of a run that is worth a command: 1 MiB, less where extents are small.
 const RUN_MIN: u64 = 256;
 const RUN_MIN_SMALL: u64 = 16;
@@ -66,6 +71,10 @@ pub struct Unmapped {
     pub last_failure: Option<String>,
     /// The device cannot, or said that it cannot when it was asked to.
     pub unsupported: bool,
+    /// Extents that the last pass left out, because the device did not read or write their bitmap or their record.
+    pub extents_left_out: u64,
+    /// What it said about the last of those.
+    pub last_left_out: Option<String>,
 }
 
 /// State of an allocator's unmapping.
@@ -75,7 +84,9 @@ pub(super) struct Unmapping {
     /// One pass at a time. What a pass has begun holds it too, as that goes on when the pass is dropped.
     pass: Arc<tokio::sync::Mutex<()>>,
     /// The store is about to close.
-    stopping: AtomicBool,
+    stopping: watch::Sender<bool>,
+    /// Extents that were left out, and that was said.
+    left_out: Mutex<BTreeSet<u32>>,
     /// The last unmapping failed, and that was said.
     failing: AtomicBool,
     /// How often nobody knows what became of one.
@@ -143,7 +154,7 @@ impl Allocator {
 
     /// Ends the pass that is under way, and waits until what it has begun is over.
     pub(crate) async fn stop_unmapping(&self, io: &Io) {
-        self.unmapping.stopping.store(true, Ordering::Relaxed);
+        self.unmapping.stopping.send_replace(true);
         tokio::select! {
             biased;
             () = io.closed() => {}
@@ -164,33 +175,52 @@ impl Allocator {
             return Ok(());
         }
         let extents = self.pages.lock().await.stale_extents(&self.territory);
+        self.unmapping.done.lock().extents_left_out = 0;
         let mut failures = 0;
         for extent in extents {
-            let Some((pages, _)) = self.pages.lock().await.pages_of(extent) else { continue };
-            for page in 0..pages {
-                let mut from = Some(0);
-                while let Some(at) = from {
-                    if self.is_hindered(io) {
-                        return Ok(());
-                    }
-                    if failures >= FAILURES_MAX || self.unmapping.done.lock().unsupported {
-                        break;
-                    }
-                    let ended = self.unmap_some(io, &pass, (extent, page), at, options).await?;
-                    failures = if ended.some { ended.failures } else { failures + ended.failures };
-                    from = ended.next;
-                    self.rest(io, &ended, options).await?;
-                }
+            if self.is_hindered(io) {
+                break;
             }
-            let failed = failures >= FAILURES_MAX || self.unmapping.done.lock().unsupported;
-            self.end_unmapping(io, &pass, extent, failed).await?;
+            match self.unmap_extent(io, &pass, extent, options, &mut failures).await {
+                Err(error) if error.kind == StoreErrorKind::Closing => return Err(error),
+                // One bad extent does not keep the others from being unmapped.
+                Err(error) => self.note_left_out(io, extent, &error),
+                Ok(()) => {}
+            }
         }
         Ok(())
     }
 
+    /// An extent's part of a pass. `failures` is how many unmappings have failed one after the other.
+    async fn unmap_extent(
+        self: &Arc<Self>,
+        io: &Io,
+        pass: &Pass,
+        extent: u32,
+        options: UnmapOptions,
+        failures: &mut u32,
+    ) -> Result<()> {
+        let gives_up =
+            |failures| failures >= FAILURES_MAX || self.unmapping.done.lock().unsupported;
+        let Some((pages, _)) = self.pages.lock().await.pages_of(extent) else { return Ok(()) };
+        for page in 0..pages {
+            let mut from = Some(0);
+            while let Some(at) = from.filter(|_| !gives_up(*failures)) {
+                let ended = self.unmap_some(io, pass, (extent, page), at, options).await?;
+                *failures = if ended.some { ended.failures } else { *failures + ended.failures };
+                from = ended.next;
+                self.rest(io, &ended, options).await?;
+                if self.is_hindered(io) {
+                    return Ok(());
+                }
+            }
+        }
+        self.end_unmapping(io, pass, extent, gives_up(*failures)).await
+    }
+
     /// Nothing more is to be begun now.
     fn is_hindered(&self, io: &Io) -> bool {
-        self.unmapping.stopping.load(Ordering::Relaxed) || io.health().waiting_for_space > 0
+        *self.unmapping.stopping.borrow() || io.health().waiting_for_space > 0
     }
 
     /// Guests' requests go to the same device: it gets as long a rest as it took, or as the rate wants.
@@ -198,9 +228,11 @@ impl Allocator {
         let bytes = (ended.blocks * BLOCK_SIZE as u64) as f64;
         let by_rate = options.rate.map_or(0.0, |rate| bytes / rate.max(1) as f64);
         let pause = Duration::from_secs_f64(by_rate).max(ended.took.min(REST_MAX));
+        let mut stopping = self.unmapping.stopping.subscribe();
         tokio::select! {
             biased;
             () = io.closed() => Err(io.closing_error()),
+            _ = stopping.wait_for(|stopping| *stopping) => Ok(()),
             () = tokio::time::sleep(pause) => Ok(()),
         }
     }
@@ -218,8 +250,9 @@ impl Allocator {
         let (this, io_of_task, pass) = (Arc::clone(self), io.clone(), Arc::clone(pass));
         let task = tokio::spawn(async move {
             let _pass = pass;
-            let batch = this.claim_batch(&io_of_task, place, from, options).await?;
-            this.unmap_batch(&io_of_task, batch).await
+            let pieces = this.pieces(&io_of_task, options);
+            let batch = this.claim_batch(&io_of_task, place, from, pieces).await?;
+            this.unmap_batch(&io_of_task, batch, pieces).await
         });
         io.await_task(task).await
     }
@@ -229,7 +262,7 @@ impl Allocator {
         io: &Io,
         place: (u32, u32),
         from: u64,
-        options: UnmapOptions,
+        pieces: Pieces,
     ) -> Result<Batch> {
         let mut pages = tokio::select! {
             biased;
@@ -239,8 +272,9 @@ impl Allocator {
         let mut batch = Batch { place, runs: Vec::new(), next: None };
         let Some((_, kind)) = pages.pages_of(place.0) else { return Ok(batch) };
         let pooled = self.pools.lock().of(kind).total();
-        let pieces = self.pieces(io, options);
-        let found = pages.claim_stale(io, &self.territory, place, from, pieces, pooled).await?;
+        let keep = self.high_water() + self.reserve(kind, Purpose::Normal);
+        let room = Room { pooled, keep };
+        let found = pages.claim_stale(io, &self.territory, place, from, pieces, room).await?;
         (batch.runs, batch.next) = (found.runs, found.next);
         let mut pools = self.pools.lock();
         for run in &batch.runs {
@@ -268,27 +302,30 @@ impl Allocator {
         }
     }
 
-    async fn unmap_batch(&self, io: &Io, batch: Batch) -> Result<Ended> {
+    async fn unmap_batch(&self, io: &Io, batch: Batch, pieces: Pieces) -> Result<Ended> {
         let began = Instant::now();
         let mut ended =
             Ended { next: batch.next, blocks: 0, took: Duration::ZERO, failures: 0, some: false };
         let (mut untold, mut over) = (Vec::new(), Vec::new());
-        for run in &batch.runs {
-            over.push(*run);
-            if ended.failures >= FAILURES_MAX || self.unmapping.done.lock().unsupported {
-                untold.push(*run);
+        for run in batch.runs.iter().flat_map(|run| pieces.steps(*run, STEP)) {
+            over.push(run);
+            if ended.failures >= FAILURES_MAX
+                || self.unmapping.done.lock().unsupported
+                || self.is_hindered(io)
+            {
+                untold.push(run);
                 continue;
             }
-            match discard(io, *run).await? {
+            match discard(io, run).await? {
                 Outcome::Done => {
                     ended.blocks += run.blocks;
                     (ended.failures, ended.some) = (0, true);
-                    self.note_done(io, *run);
+                    self.note_done(io, run);
                 }
                 Outcome::Failed(error) => {
                     ended.failures += 1;
                     self.note_failure(io, &error);
-                    untold.push(*run);
+                    untold.push(run);
                 }
                 Outcome::Unknown(error) => {
                     over.pop();
@@ -380,6 +417,20 @@ impl Allocator {
                 "the device could not be told of free blocks; nothing is lost, their space stays taken there until it can"
             );
         }
+    }
+
+    /// Said once for each extent.
+    fn note_left_out(&self, io: &Io, extent: u32, error: &StoreError) {
+        if self.unmapping.left_out.lock().insert(extent) {
+            tracing::warn!(
+                store = io.url(), extent, %error,
+                "what is free in this extent is not unmapped, since the device does not read or write what describes it; the next pass \
+                 tries again"
+            );
+        }
+        let mut done = self.unmapping.done.lock();
+        done.extents_left_out += 1;
+        done.last_left_out = Some(error.to_string());
     }
 
     /// Said once.

@@ -183,6 +183,14 @@ impl SimDevice {
         self.target.state.lock().full = full;
     }
 
+    /// Bad sectors: operations of these kinds that touch the range fail with [`Fault::Io`] from now on, others on it do not.
+    pub fn set_bad(&self, offset: u64, len: u64, kinds: &[OpKind]) {
+        let range = offset..offset + len;
+        let mut state = self.target.state.lock();
+        state.bad.retain(|(bad, _)| *bad != range);
+        state.bad.extend(kinds.iter().map(|kind| (range.clone(), *kind)));
+    }
+
     /// Bit rot: flips the bits of `mask` in the byte at `offset`, for good.
     ///
     /// # Panics

@@ -357,10 +357,10 @@ async fn a_file_shrinks() {
     store.close().await.expect("close");
 }
 
-/// The histories of above find a store that gives blocks out too early.
+/// The histories of above find a store that gives blocks out too early. (`make test` runs what is named so.)
 #[cfg(feature = "sabotage")]
 #[test]
-fn blocks_given_out_too_early_are_found() {
+fn a_deliberate_bug_that_gives_blocks_out_too_early_is_found() {
     use blockstore::sabotage::{Bug, set};
     let hurts = |seed, bug| {
         let runtime =

@@ -4,10 +4,11 @@
 //! incarnation told is not known. Blocks are claimed as for an allocation: their bits are set, durably, before anything is
 //! said to the device, so whatever holds for blocks that were given out holds for them (INV-ALLOC-1 and 2).
 
+use super::bad::is_of_blocks;
 use super::{Extent, Pages, page_base};
 use crate::alloc::Territory;
 use crate::alloc::runs::Run;
-use crate::error::Result;
+use crate::error::{Result, StoreError};
 use crate::format::bitmap::BitmapPage;
 use crate::format::extent::ExtentType;
 use crate::io::Io;
@@ -25,6 +26,15 @@ pub(in crate::alloc) struct Pieces {
     pub run_min: u64,
     /// Most blocks of all runs of one claim.
     pub most: u64,
+}
+
+/// What a claim leaves to others.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::alloc) struct Room {
+    /// Free blocks in memory.
+    pub pooled: u64,
+    /// Free blocks, those included, that a commit may need at once.
+    pub keep: u64,
 }
 
 /// What a claim found in a page.
@@ -48,15 +58,24 @@ impl Pieces {
         let blocks = down(end).checked_sub(start)?;
         (blocks > 0 && blocks >= self.run_min).then_some(Run { start: Gba(start), blocks })
     }
+
+    /// A run of whole pieces, in steps of up to `most` blocks, or of one piece.
+    pub(in crate::alloc) fn steps(self, run: Run, most: u64) -> impl Iterator<Item = Run> {
+        let step = (most / self.unit).max(1) * self.unit;
+        (0..run.blocks).step_by(step as usize).map(move |from| Run {
+            start: run.start.plus(from),
+            blocks: step.min(run.blocks - from),
+        })
+    }
 }
 
 impl Extent {
-    /// A bit was cleared.
-    pub(super) fn note_freed(&mut self, page: u32, bit: u64) {
+    /// Bits were cleared.
+    pub(super) fn note_freed(&mut self, page: u32, first: u64, bits: u64) {
         if let Some(free) = self.free[page as usize].as_mut() {
-            *free += 1;
+            *free += bits;
         }
-        self.note_stale(page, bit, 1);
+        self.note_stale(page, first, bits);
     }
 
     /// The device is to be told of bits.
@@ -96,12 +115,20 @@ impl Pages {
 
     /// Free blocks of a kind, as far as is known.
     fn free_known(&self, kind: ExtentType) -> u64 {
-        let of_kind = self.extents.values().filter(|extent| extent.kind == kind);
-        of_kind.flat_map(|extent| extent.free.iter().flatten()).sum()
+        let of_kind = self.extents.iter().filter(|(_, extent)| extent.kind == kind);
+        let pages = of_kind.flat_map(|(&number, extent)| {
+            (0..).zip(&extent.free).map(move |(page, free)| ((number, page), *free))
+        });
+        let good = pages.filter(|(place, _)| !self.bad.is_avoided(*place));
+        good.filter_map(|(_, free)| free).sum()
     }
 
-    /// Marks free blocks of a page, from bit `from` on, that the device was not told of, durably. Leaves as many free blocks as it
-    /// takes, of which `pooled` are known to the caller: nobody is to wait for room because of this.
+    /// Marks free blocks of a page, from bit `from` on, that the device was not told of, durably. Leaves room for commits, `keep`
+    /// blocks at least and as many as it takes where no extent is left, of which `pooled` are known to the caller: nobody is to wait
+    /// for room because of this.
+    ///
+    /// # Errors
+    /// The device's, also if it does not take this page or its extent's record: at once, since claims wait for this.
     pub(in crate::alloc) async fn claim_stale(
         &mut self,
         io: &Io,
@@ -109,27 +136,31 @@ impl Pages {
         (number, page): (u32, u32),
         from: u64,
         mut pieces: Pieces,
-        pooled: u64,
+        Room { pooled, keep }: Room,
     ) -> Result<StaleFree> {
-        let nothing = StaleFree::default();
+        let (nothing, io) = (StaleFree::default(), &io.giving_up());
         let Some(extent) = self.extents.get_mut(&number) else { return Ok(nothing) };
         let (kind, window) = (extent.kind, extent.stale[page as usize].clone());
         if window.is_empty() {
             return Ok(nothing);
         }
-        self.load(io, territory, number, page).await?;
-        if !self.catalogue.contains(&ExtentType::Unused) {
-            pieces.most = pieces.most.min((self.free_known(kind) + pooled) / 2);
-            if pieces.most < pieces.run_min.max(pieces.unit) {
-                return Ok(nothing);
-            }
+        self.load_to_look(io, territory, (number, page)).await?;
+        let in_extents = self.free_known(kind) + pooled;
+        let g = &territory.geometry;
+        let unused = self.unused_for(kind) * (g.extent_blocks - g.extent_overhead());
+        pieces.most = pieces.most.min((in_extents + unused).saturating_sub(keep));
+        if unused == 0 {
+            pieces.most = pieces.most.min(in_extents / 2);
+        }
+        if pieces.most < pieces.run_min.max(pieces.unit) {
+            return Ok(nothing);
         }
         let Some(content) = self.loaded.get(&(number, page)) else { return Ok(nothing) };
         let limit = territory.geometry.page_bits(page);
         let base = page_base(territory, number, page);
         let found = find(content, base, &window, from, limit, &pieces);
         if !found.runs.is_empty() {
-            self.take_up(io, territory, number).await?;
+            self.load_to_change(io, territory, (number, page)).await?;
         }
         let Some(extent) = self.extents.get_mut(&number) else { return Ok(nothing) };
         extent.stale[page as usize] = found.next.map_or(0..0, |next| next..window.end);
@@ -138,8 +169,8 @@ impl Pages {
             return Ok(found);
         }
         self.set_bits(territory, (number, page), &found.runs, true);
-        let writes = self.encode(territory, &[(number, page)]);
-        if let Err(error) = io.write_durable(&writes).await {
+        let written = self.write_pages(io, territory, &[(number, page)], true).await;
+        if let Err(error) = written.and_then(all_written) {
             self.unmark(territory, &found.runs);
             return Err(error);
         }
@@ -148,6 +179,9 @@ impl Pages {
     }
 
     /// Clears the bits of what was claimed in a page; not flushed, since a loss only leaks. Of `untold` the device is yet to be told.
+    ///
+    /// # Errors
+    /// As [`claim_stale`](Self::claim_stale). If the page was read, its blocks are free all the same.
     pub(in crate::alloc) async fn give_back(
         &mut self,
         io: &Io,
@@ -156,7 +190,8 @@ impl Pages {
         runs: &[Run],
         untold: &[Run],
     ) -> Result<()> {
-        self.load(io, territory, number, page).await?;
+        let io = &io.giving_up();
+        self.load_to_look(io, territory, (number, page)).await?;
         self.set_bits(territory, (number, page), runs, false);
         if let Some(extent) = self.extents.get_mut(&number) {
             let base = page_base(territory, number, page);
@@ -164,8 +199,7 @@ impl Pages {
                 extent.note_stale(page, run.start.0 - base.0, run.blocks);
             }
         }
-        let writes = self.encode(territory, &[(number, page)]);
-        io.write_all(&writes).await?;
+        all_written(self.write_pages(io, territory, &[(number, page)], false).await?)?;
         self.trim();
         Ok(())
     }
@@ -197,7 +231,7 @@ impl Pages {
             extent.stale.fill(0..0);
         }
         let kind = extent.kind;
-        self.give_up_if_empty(io, territory, kind, number).await
+        self.give_up_if_empty(&io.giving_up(), territory, kind, number).await
     }
 
     /// Gives up an extent of another kind that is all free, though the device was not told of it; false if there is none.
@@ -211,13 +245,23 @@ impl Pages {
         let idle = self.extents.iter().filter(|(_, extent)| is_idle(extent));
         let numbers: Vec<u32> = idle.map(|(&number, _)| number).collect();
         for number in numbers {
-            self.end_unmapping(io, territory, number, true).await?;
+            match self.end_unmapping(io, territory, number, true).await {
+                Err(error) if is_of_blocks(&error) => {
+                    tracing::warn!(extent = number, %error, "this extent is free, and of no use until the next start");
+                    continue;
+                }
+                outcome => outcome?,
+            }
             if !self.extents.contains_key(&number) {
                 return Ok(true);
             }
         }
         Ok(false)
     }
+}
+
+fn all_written(mut refused: Vec<((u32, u32), StoreError)>) -> Result<()> {
+    refused.pop().map_or(Ok(()), |(_, error)| Err(error))
 }
 
 fn is_all_free(territory: &Territory, extent: &Extent) -> bool {
@@ -285,6 +329,13 @@ mod tests {
         assert_eq!(whole(21, 17), Some((21, 16)));
         assert_eq!(whole(0, 3), None);
         assert_eq!(Pieces { run_min: 32, ..pieces }.whole(Run { start: Gba(5), blocks: 31 }), None);
+        let steps =
+            |most| pieces.steps(Run { start: Gba(5), blocks: 80 }, most).collect::<Vec<_>>();
+        let all = |steps: &[(u64, u64)]| -> Vec<Run> {
+            steps.iter().map(|&(start, blocks)| Run { start: Gba(start), blocks }).collect()
+        };
+        assert_eq!(steps(40), all(&[(5, 32), (37, 32), (69, 16)]));
+        assert_eq!(steps(3), all(&[(5, 16), (21, 16), (37, 16), (53, 16), (69, 16)]));
     }
 
     #[test]

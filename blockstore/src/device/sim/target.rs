@@ -15,6 +15,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::Rng;
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Why an action failed: the device's name and the range are added by the session.
@@ -38,6 +39,8 @@ pub(super) struct State {
     in_flight: BTreeMap<u64, InFlight>,
     next_id: u64,
     pub(super) full: bool,
+    /// Bytes that fail operations of a kind.
+    pub(super) bad: Vec<(Range<u64>, OpKind)>,
 }
 
 pub(super) struct Session {
@@ -139,6 +142,7 @@ impl Target {
             in_flight: BTreeMap::new(),
             next_id: 0,
             full: false,
+            bad: Vec::new(),
         };
         Self { options, state: Mutex::new(state) }
     }
@@ -175,7 +179,12 @@ impl State {
             Some(left) => *left -= 1,
             None => {}
         }
-        session.plan.next(action.kind(), &mut self.media.rng).map_or(Fate::Succeed, Fate::Fail)
+        let (kind, (offset, len)) = (action.kind(), action.range());
+        let touches = |bad: &Range<u64>| offset < bad.end && bad.start < offset + len;
+        if self.bad.iter().any(|(bad, of)| *of == kind && touches(bad)) {
+            return Fate::Fail(Fault::Io);
+        }
+        session.plan.next(kind, &mut self.media.rng).map_or(Fate::Succeed, Fate::Fail)
     }
 
     /// Puts an action in flight and returns its id, unless the target is out of reach.

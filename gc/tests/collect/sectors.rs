@@ -1,0 +1,182 @@
+//! Bad sectors under bitmaps and extents' records: whoever meets one, nothing waits for it while there is room elsewhere, and
+//! nothing in use is hurt.
+
+use crate::world::{MIB, World, cycle, settle, unmap, with_snapshot, write};
+use blockstore::device::sim::{OpKind, SimDevice};
+use blockstore::format::extent::ExtentType;
+use blockstore::types::{Gba, Lba, Lsn};
+use blockstore::{Batch, Change, Unmapped};
+use std::time::Duration;
+
+/// What fails where.
+#[derive(Clone, Copy, Debug)]
+enum Sector {
+    BitmapWrites,
+    BitmapReads,
+    Bitmap,
+    RecordWrites,
+}
+
+const SECTORS: [Sector; 4] =
+    [Sector::BitmapWrites, Sector::BitmapReads, Sector::Bitmap, Sector::RecordWrites];
+
+/// Makes a sector of an extent bad.
+fn set_bad(world: &World, extent: u32, sector: Sector) {
+    let g = world.store.superblock().geometry.clone();
+    let bad = |block: Gba, kinds: &[OpKind]| world.sim.set_bad(block.byte_offset(), 4096, kinds);
+    match sector {
+        Sector::BitmapWrites => bad(g.bmap_page(extent, 0), &[OpKind::Write]),
+        Sector::BitmapReads => bad(g.bmap_page(extent, 0), &[OpKind::Read]),
+        Sector::Bitmap => bad(g.bmap_page(extent, 0), &[OpKind::Read, OpKind::Write]),
+        Sector::RecordWrites => bad(g.extent_slot(extent), &[OpKind::CompareAndWrite]),
+    }
+}
+
+fn heal(world: &World, extent: u32) {
+    let g = &world.store.superblock().geometry;
+    for block in [g.bmap_page(extent, 0), g.extent_slot(extent)] {
+        world.sim.set_bad(block.byte_offset(), 4096, &[]);
+    }
+}
+
+/// In hours of the device's time: what waits for a bad sector waits for ever.
+async fn soon<T>(what: &str, done: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(3600), done).await.expect(what)
+}
+
+/// A store with a disk in extents of which much is free, just opened: nothing is known of any bitmap. Its extents of data.
+async fn with_free_space(seed: u64) -> (World, String, Vec<u32>) {
+    let mut world = World::on(SimDevice::new(48 * MIB, seed), seed, true).await;
+    let name = world.create().await;
+    let vdi = world.disks[&name].vdi.clone();
+    let changes = (0..3000).map(|lba| write(lba, 1)).collect();
+    vdi.commit(Batch::new(Lsn(1), changes)).await.expect("commit");
+    // Of each extent something stays, so none is given up.
+    let zeros = (0..30).map(|n| Change::Zero { lba: Lba(n * 100 + 20), blocks: 80 }).collect();
+    vdi.commit(Batch::new(Lsn(2), zeros)).await.expect("commit");
+    let disk = world.disks.get_mut(&name).expect("disk");
+    disk.content = (0..3000).filter(|lba| lba % 100 < 20).map(|lba| (lba, 1)).collect();
+    disk.lsn = 2;
+    world.reopen(true).await;
+    let extents = world.store.scan_extents().await.expect("the catalogue");
+    let is_data = |number: &u32| {
+        let record = extents[*number as usize].record();
+        record.is_some_and(|r| r.kind == ExtentType::Data && r.owner.is_some())
+    };
+    let data: Vec<u32> = (0..extents.len() as u32).filter(is_data).collect();
+    assert!(data.len() > 8, "{data:?}");
+    (world, name, data)
+}
+
+async fn overwrite(world: &mut World, name: &str, lsn: u64, blocks: std::ops::Range<u64>) {
+    let vdi = world.disks[name].vdi.clone();
+    let changes = blocks.clone().map(|lba| write(lba, lsn)).collect();
+    soon("a commit", vdi.commit(Batch::new(Lsn(lsn), changes))).await.expect("commit");
+    let disk = world.disks.get_mut(name).expect("disk");
+    disk.content.extend(blocks.map(|lba| (lba, lsn)));
+    disk.lsn = lsn;
+}
+
+async fn pass(world: &World) -> Unmapped {
+    soon("a pass", unmap(&world.store)).await.expect("a pass")
+}
+
+/// A pass goes on with the next extent, says so, and holds up no commit; once the sector is whole, the next pass has all.
+#[tokio::test(start_paused = true)]
+async fn a_pass_leaves_out_a_bad_extent_and_holds_nobody_up() {
+    for (seed, sector) in (0..).zip(SECTORS) {
+        let (mut world, name, data) = with_free_space(seed).await;
+        let bad = data[2];
+        set_bad(&world, bad, sector);
+        let store = world.store.clone();
+        let passing = tokio::spawn(async move { soon("a pass", unmap(&store)).await });
+        // Each of these needs claims.
+        for lsn in 3..8 {
+            overwrite(&mut world, &name, lsn, 3000..3800).await;
+        }
+        let unmapped = passing.await.expect("a task").expect("a pass");
+        let again = pass(&world).await;
+        for unmapped in [&unmapped, &again] {
+            assert_eq!(unmapped.extents_left_out, 1, "{sector:?}: {unmapped:?}");
+            let words = unmapped.last_left_out.as_ref().expect("words");
+            assert!(words.contains("media error"), "{sector:?}: {words}");
+        }
+        assert!(again.blocks > 1000 && again.failures == 0, "{sector:?}: {again:?}");
+        assert!(world.store.health().reachable, "{sector:?}: a bad sector is no outage");
+        assert_eq!(world.store.in_unmapping(), 0);
+        // The rest is told at once, and nothing of it was lost.
+        heal(&world, bad);
+        let whole = pass(&world).await;
+        assert_eq!(whole.extents_left_out, 0, "{sector:?}: {whole:?}");
+        assert!(whole.blocks >= again.blocks + 100, "{sector:?}: {again:?}, then {whole:?}");
+        world.verify(&format!("{sector:?}")).await;
+        cycle(&world.store).await.expect("cycle");
+        settle().await;
+        let report = world.verify(&format!("{sector:?}, collected")).await;
+        let (of_data, of_metadata) = world.store.pooled();
+        assert_eq!(report.blocks_leaked, of_data + of_metadata, "{sector:?}: blocks are lost");
+    }
+}
+
+/// Commits that claim, what they free, a cycle that frees, and a close: each meets the sector first, and passes over it.
+#[tokio::test(start_paused = true)]
+async fn a_bad_extent_holds_nothing_up_whoever_meets_it_first() {
+    for (seed, sector) in (0..).zip(SECTORS) {
+        for bad_index in [0, 3, usize::MAX] {
+            let (mut world, name, data) = with_free_space(seed).await;
+            let bad = data[bad_index.min(data.len() - 1)];
+            let when = format!("{sector:?} of extent {bad}");
+            set_bad(&world, bad, sector);
+            for lsn in 3..6 {
+                overwrite(&mut world, &name, lsn, 3000..4000).await;
+            }
+            // What was there before is freed: by the commit, and by a cycle once a snapshot that holds it is deleted.
+            overwrite(&mut world, &name, 6, 0..1500).await;
+            let vdi = world.disks[&name].vdi.clone();
+            soon(&when, vdi.commit(with_snapshot(7, vec![write(0, 7)]))).await.expect("commit");
+            world.disks.get_mut(&name).expect("disk").content.insert(0, 7);
+            overwrite(&mut world, &name, 8, 0..4000).await;
+            let store = world.store.clone();
+            store.delete_snapshots(&name, vec![Lsn(7)]).await.expect("delete");
+            // With an error, perhaps: it names the extent.
+            let outcome = soon(&when, cycle(&store)).await;
+            drop(outcome);
+            soon(&when, settle()).await;
+            overwrite(&mut world, &name, 9, 0..1000).await;
+            drop(store);
+            soon(&when, world.store.close()).await.expect(&when);
+            heal(&world, bad);
+            world.reopen(false).await;
+            world.verify(&when).await;
+            for _ in 0..2 {
+                cycle(&world.store).await.expect("cycle");
+            }
+            settle().await;
+            let report = world.verify(&when).await;
+            let (of_data, of_metadata) = world.store.pooled();
+            assert_eq!(report.blocks_leaked, of_data + of_metadata, "{when}: blocks are lost");
+        }
+    }
+}
+
+/// A device that takes no writes at all for a while is waited for, as ever: its sectors are not bad.
+#[tokio::test(start_paused = true)]
+async fn a_device_that_refuses_everything_is_waited_for() {
+    let (mut world, name, _) = with_free_space(9).await;
+    let all = world.sim.capacity();
+    world.sim.set_bad(0, all, &[OpKind::Write, OpKind::CompareAndWrite]);
+    let vdi = world.disks[&name].vdi.clone();
+    let changes = (3000..4000).map(|lba| write(lba, 3)).collect();
+    let commit = tokio::spawn(async move { vdi.commit(Batch::new(Lsn(3), changes)).await });
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert!(!commit.is_finished());
+    assert_eq!(world.store.health().waiting_for_space, 0, "that is not what it waits for");
+    world.sim.set_bad(0, all, &[]);
+    soon("the commit", commit).await.expect("a task").expect("commit");
+    let disk = world.disks.get_mut(&name).expect("disk");
+    disk.content.extend((3000..4000).map(|lba| (lba, 3)));
+    disk.lsn = 3;
+    pass(&world).await;
+    overwrite(&mut world, &name, 4, 0..4000).await;
+    world.verify("whole again").await;
+}

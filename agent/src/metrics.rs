@@ -5,6 +5,7 @@
 //! times are seconds, shares go from 0 to 1. What is not known (no runway without writes) is left out.
 
 use crate::api::gc::UnmapStatus;
+use crate::api::scrub::ScrubSummary;
 use crate::api::snapshots::AttachedSnapshot;
 use crate::api::{Status, VdiInfo, VdiState};
 use crate::error::{Failure, Kind, Result};
@@ -31,6 +32,7 @@ pub fn render(status: &Status) -> Result<String> {
     let mut registry = Registry::with_prefix("ballast");
     of_host(&mut registry, status);
     of_unmapping(&mut registry, &status.unmap);
+    of_scrub(&mut registry, &status.scrub);
     of_disks(&mut registry, &status.vdis);
     of_snapshots(&mut registry, &status.snapshots);
     let mut text = String::new();
@@ -138,6 +140,35 @@ fn of_unmapping(registry: &mut Registry, unmap: &UnmapStatus) {
         unmap.bytes,
     );
     counter("unmap_failures", "Times that it refused or broke off", unmap.failures);
+}
+
+/// What is known of damage in the store.
+fn of_scrub(registry: &mut Registry, scrub: &ScrubSummary) {
+    let mut gauge = |name: &str, help: &str, value: Option<f64>| {
+        if let Some(value) = value {
+            let gauge = Value::default();
+            gauge.set(value);
+            add(registry, name, help, gauge);
+        }
+    };
+    gauge("scrub_running", "A scrub is under way", Some(flag(scrub.running)));
+    gauge("scrub_waiting", "It waits for the store", Some(flag(scrub.waiting)));
+    gauge(
+        "scrub_verified_bytes",
+        "Bytes that it has verified; without one, what the last one had",
+        Some(scrub.verified_bytes as f64),
+    );
+    gauge("scrub_damaged", "Damaged places that are known of", Some(scrub.damaged as f64));
+    gauge(
+        "scrub_unverified",
+        "Blocks of which it could not be found out",
+        Some(scrub.unverified as f64),
+    );
+    gauge(
+        "scrub_completed_seconds",
+        "UNIX time at which the last one came to its end",
+        scrub.last_completed.map(seconds),
+    );
 }
 
 fn of_disks(registry: &mut Registry, vdis: &[VdiInfo]) {

@@ -20,6 +20,8 @@ use blockstore::types::Lsn;
 use blockstore::{Result, StoreErrorKind};
 use std::time::Duration;
 
+/// Snapshots listed at once.
+const PAGE: usize = 256;
 /// How often a list is read that changes while it is.
 const LOOKS: u32 = 8;
 const LOOK_PAUSE: Duration = Duration::from_millis(50);
@@ -94,32 +96,55 @@ pub(super) async fn verify(
             Lsn(at.start.committed.0 + 1)
         }
     };
-    while let Some((head, snapshot)) = before(looking, &named, next).await? {
-        let whose = Whose::Disk(snapshot.lsn);
-        let neighbour = match looking.tree_of(&head, whose).await {
-            Ok(Some((root, height))) if at.start.leads_to(&head) => {
-                Some(Neighbour { root, height, whose: Some(whose) })
+    let mut above = None;
+    loop {
+        let (head, page) = before(looking, &named, next).await?;
+        let Some(head) = head.filter(|_| !page.is_empty()) else { return Ok(()) };
+        for snapshot in page {
+            next = snapshot.lsn;
+            let tree = Tree {
+                named: &named,
+                start: &at.start,
+                snapshot: Some(snapshot.lsn),
+                whose: Whose::Snapshot(snapshot.lsn),
+                root: snapshot.root,
+                height: snapshot.height,
+                size: snapshot.size_bytes,
+                neighbour: match above.take() {
+                    None => younger(looking, &head, &at.start, snapshot.lsn).await?,
+                    above => above,
+                }
+                .map(|(root, height)| Neighbour {
+                    root,
+                    height,
+                    whose: Some(Whose::Disk(snapshot.lsn)),
+                }),
+                from: if at.snapshot == Some(snapshot.lsn) { at.block } else { 0 },
+            };
+            if tree::verify(looking, &tree).await? == Ended::Gone {
+                // Not all of it was read: the next is to be compared with what is there.
+                break;
             }
-            Err(error) if error.kind == StoreErrorKind::Closing => return Err(error),
-            _ => None,
-        };
-        let block = if at.snapshot == Some(snapshot.lsn) { at.block } else { 0 };
-        let tree = Tree {
-            named: &named,
-            start: &at.start,
-            snapshot: Some(snapshot.lsn),
-            whose: Whose::Snapshot(snapshot.lsn),
-            root: snapshot.root,
-            height: snapshot.height,
-            size: snapshot.size_bytes,
-            neighbour,
-            from: block,
-        };
-        tree::verify(looking, &tree).await?;
-        looking.progress().note(|so_far| so_far.snapshots += 1);
-        next = snapshot.lsn;
+            looking.progress().note(|so_far| so_far.snapshots += 1);
+            above = Some((snapshot.root, snapshot.height));
+        }
     }
-    Ok(())
+}
+
+/// What comes after a snapshot: the next younger one, or the disk, if it still goes on from where it was.
+async fn younger(
+    looking: &mut Looking<'_>,
+    head: &VdiHead,
+    start: &Start,
+    lsn: Lsn,
+) -> Result<Option<(Pointer, u8)>> {
+    if !start.leads_to(head) {
+        return Ok(None);
+    }
+    match looking.tree_of(head, Whose::Disk(lsn)).await {
+        Err(error) if error.kind == StoreErrorKind::Closing => Err(error),
+        found => Ok(found.ok().flatten()),
+    }
 }
 
 /// Its present state, followed from the one when its turn came.
@@ -176,17 +201,17 @@ async fn origin(
     }
 }
 
-/// The newest snapshot before a point, with the head that lists it.
+/// The newest snapshots before a point, some of them, with the head that lists them.
 async fn before(
     looking: &mut Looking<'_>,
     named: &Named<'_>,
     lsn: Lsn,
-) -> Result<Option<(VdiHead, Snapshot)>> {
-    let page = Page { newest_first: true, beyond: Some(lsn), limit: 1 };
+) -> Result<(Option<VdiHead>, Vec<Snapshot>)> {
+    let page = Page { newest_first: true, beyond: Some(lsn), limit: PAGE };
     for look in 1.. {
-        let Some(head) = looking.head(named.disk).await? else { return Ok(None) };
-        match looking.next_snapshot(&head, page).await {
-            Ok(found) => return Ok(found.map(|snapshot| (head, snapshot))),
+        let Some(head) = looking.head(named.disk).await? else { break };
+        match looking.snapshots(&head, page).await {
+            Ok(found) => return Ok((Some(head), found)),
             Err(error) if error.kind == StoreErrorKind::Closing => return Err(error),
             Err(_) if look < LOOKS => tokio::time::sleep(LOOK_PAUSE).await,
             Err(error) => {
@@ -197,7 +222,7 @@ async fn before(
             }
         }
     }
-    Ok(None)
+    Ok((None, Vec::new()))
 }
 
 impl Tree<'_> {

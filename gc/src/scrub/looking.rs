@@ -18,6 +18,7 @@ use crate::check::is_root;
 use crate::fetch::Pace;
 use blockstore::format::node::{NODE_SHIFT, Node, entry_span, tree_span};
 use blockstore::format::pointer::Pointer;
+use blockstore::format::snapshot::Snapshot;
 use blockstore::format::vdi::VdiHead;
 use blockstore::slot::View;
 use blockstore::snapshots::Page;
@@ -40,6 +41,9 @@ const STRIKES: u32 = 3;
 /// How often it is tried to find out about a block that keeps changing its place.
 const LOOKS: u32 = 8;
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
+
+/// Blocks that were not verified of which the log tells.
+const SAID_MAX: u64 = 100;
 
 /// Why a block was not had.
 #[derive(Debug)]
@@ -131,8 +135,10 @@ impl<'a> Looking<'a> {
 
     /// Notes a block of which it was not found out.
     pub(super) fn unverified(&self, what: String) {
-        tracing::info!("scrub: not verified: {what}");
         self.progress.note(|so_far| {
+            if so_far.unverified < SAID_MAX {
+                tracing::info!("scrub: not verified: {what}");
+            }
             so_far.unverified += 1;
             so_far.unverified_last = Some(what);
         });
@@ -191,15 +197,9 @@ impl<'a> Looking<'a> {
         }
     }
 
-    /// The next snapshot in the list, if that can be read.
-    pub(super) async fn next_snapshot(
-        &self,
-        head: &VdiHead,
-        page: Page,
-    ) -> Result<Option<blockstore::format::snapshot::Snapshot>> {
-        let page = Page { limit: 1, ..page };
-        let list = self.patiently(|| self.reader.snapshot_page(&head.snapshots, page)).await?;
-        Ok(list.into_iter().next())
+    /// A page of a disk's snapshots, if they can be listed.
+    pub(super) async fn snapshots(&self, head: &VdiHead, page: Page) -> Result<Vec<Snapshot>> {
+        self.patiently(|| self.reader.snapshot_page(&head.snapshots, page)).await
     }
 
     /// Reads blocks, at most [`BATCH`], and judges each.
@@ -339,7 +339,7 @@ impl<'a> Looking<'a> {
             }
             Whose::Disk(committed) => {
                 let page = Page { newest_first: false, beyond: Some(committed), limit: 1 };
-                self.next_snapshot(head, page).await?
+                self.snapshots(head, page).await?.into_iter().next()
             }
         };
         Ok(Some(found.map_or((head.root, head.height), |found| (found.root, found.height))))

@@ -155,24 +155,26 @@ impl ScrubProgress {
     }
 
     pub(crate) fn found(&self, damage: Damage) {
-        tracing::warn!(
-            part = damage.part.as_str(),
-            vdi = damage.name.as_deref().unwrap_or_default(),
-            snapshot = damage.snapshot,
-            offset = damage.offset,
-            block = damage.block,
-            "scrub: {}; {}",
-            damage.what,
-            damage.advice
-        );
         self.note(|so_far| {
             // A scrub that goes on where it was cut off may meet it again.
             if so_far.damage.contains(&damage) {
-            } else if so_far.damage.len() < DAMAGE_MAX {
-                so_far.damage.push(damage);
-            } else {
-                so_far.damage_not_listed += 1;
+                return;
             }
+            if so_far.damage.len() == DAMAGE_MAX {
+                so_far.damage_not_listed += 1;
+                return;
+            }
+            tracing::warn!(
+                part = damage.part.as_str(),
+                vdi = damage.name.as_deref(),
+                snapshot = damage.snapshot,
+                offset = damage.offset,
+                block = damage.block,
+                "scrub: {}; {}",
+                damage.what,
+                damage.advice
+            );
+            so_far.damage.push(damage);
         });
     }
 

@@ -444,6 +444,12 @@ mod tests {
                 failures: 2,
                 ..UnmapStatus::default()
             },
+            scrub: ScrubSummary {
+                verified_bytes: 4096,
+                damaged: 3,
+                last_completed: Some(5000),
+                ..ScrubSummary::default()
+            },
         }
     }
 
@@ -471,6 +477,10 @@ mod tests {
             "ballast_unmapped_bytes_total 1073741824",
             "ballast_unmap_failures_total 2",
             "ballast_guests_frozen 1.0",
+            "ballast_scrub_running 0.0",
+            "ballast_scrub_verified_bytes 4096.0",
+            "ballast_scrub_damaged 3.0",
+            "ballast_scrub_completed_seconds 5.0",
             "ballast_cache_legs 2.0",
             "ballast_cache_legs_in_step 1.0",
             "ballast_cache_quarantined_bytes 0.0",

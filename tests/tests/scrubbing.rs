@@ -112,7 +112,7 @@ fn rot_is_named_and_nothing_else() -> Result<()> {
     let metrics = String::from_utf8(command(&mut rig, "metrics")?.stdout)?;
     ensure!(metrics.contains("ballast_scrub_damaged 2.0"), "{metrics}");
     let shown = String::from_utf8(command(&mut rig, "scrub status")?.stdout)?;
-    for words in ["damage in 2 places", "data of 'db',", &format!("data of 'db@{lsn}',")] {
+    for words in ["damage in 2 places", "data of 'db',", format!("data of 'db@{lsn}',").as_str()] {
         ensure!(shown.contains(words), "{words}: {shown}");
     }
     ensure!(rig.log_tail().contains("damage in 2 places"), "{}", rig.log_tail());

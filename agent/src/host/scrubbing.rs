@@ -10,7 +10,7 @@ use crate::api::scrub::{ScrubEnded, ScrubRunning, ScrubStatus, ScrubSummary};
 use crate::error::{Failure, Kind, Result};
 use blockstore::Store;
 use blockstore::types::BLOCK_SIZE;
-use gc::schedule::{ScrubSchedule, ScrubSituation};
+use gc::schedule::ScrubSituation;
 use gc::scrub::Saved;
 use gc::{ScrubOptions, ScrubProgress, Scrubbed, scrub};
 use note::{Begun, Note};
@@ -302,7 +302,7 @@ pub(super) async fn by_itself(host: Weak<Host>) {
 }
 
 /// Bytes that are what they should be.
-pub fn verified_bytes(scrubbed: &Scrubbed) -> u64 {
+fn verified_bytes(scrubbed: &Scrubbed) -> u64 {
     (scrubbed.data_blocks + scrubbed.metadata_blocks) * BLOCK_SIZE as u64
 }
 

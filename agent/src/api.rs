@@ -7,6 +7,7 @@ pub mod diff;
 pub mod gc;
 pub mod loss;
 pub mod schedule;
+pub mod scrub;
 pub mod sizes;
 pub mod snapshots;
 pub mod tree;
@@ -336,6 +337,9 @@ pub struct Status {
     /// Free blocks of which the store's device is told.
     #[serde(default)]
     pub unmap: gc::UnmapStatus,
+    /// What is known of damage in the store.
+    #[serde(default)]
+    pub scrub: scrub::ScrubSummary,
 }
 
 /// A guest that was frozen for a snapshot and has not said that it is thawed.

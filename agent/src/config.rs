@@ -5,10 +5,10 @@
 
 use crate::error::{Failure, Kind, Result};
 use crate::machine::MACHINE_ID_FILE;
-use crate::units::{parse_duration, parse_rate, parse_size};
+use crate::units::{parse_duration, parse_every, parse_rate, parse_size};
 use ballast_vhost::server::{QUEUE_SIZE_MAX, QUEUES_MAX};
 use cache::local::LEG_TIMEOUT;
-use gc::schedule::Schedule;
+use gc::schedule::{Schedule, ScrubSchedule};
 use serde::{Deserialize, Deserializer};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -28,6 +28,11 @@ const GC_MEMORY_MIN: usize = 1 << 20;
 
 /// Bytes unmapped in a second: a command of 64 MiB, a few times.
 const GC_UNMAP_RATE: u64 = 512 << 20;
+
+/// A scrub begins so long after the one before began.
+const SCRUB_EVERY: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Bytes that it reads in a second: a TiB in 18 hours.
+const SCRUB_RATE: u64 = 16 << 20;
 
 /// Percentages of the store at which it is warned that so much is used.
 const WARN_USED: [u8; 3] = [80, 90, 95];
@@ -126,6 +131,12 @@ pub struct AgentArgs {
     /// Memory for what garbage collection marks, one bit per block in use; with less it takes several passes [default: 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
     pub gc_memory: Option<usize>,
+    /// Verify everything in the store this long after the last time, like 30d; never: only when told [default: 30d]
+    #[arg(long, value_name = "TIME", value_parser = parse_every)]
+    pub scrub_every: Option<Duration>,
+    /// Most that a scrub reads in a second; 0: as much as it can [default: 16MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub scrub_rate: Option<u64>,
     /// Warn when more than this percentage of the store is used; several marks with commas [default: 80,90,95]
     #[arg(long, value_name = "PERCENT,…", value_delimiter = ',', value_parser = clap::value_parser!(u8).range(1..=100))]
     pub warn_used: Option<Vec<u8>>,
@@ -161,6 +172,8 @@ struct FileConfig {
     #[serde(default)]
     gc: GcSection,
     #[serde(default)]
+    scrub: ScrubSection,
+    #[serde(default)]
     space: SpaceSection,
     #[serde(default)]
     metrics: MetricsSection,
@@ -179,6 +192,15 @@ struct GcSection {
     unmap_rate: Option<u64>,
     #[serde(default, deserialize_with = "memory")]
     memory: Option<usize>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ScrubSection {
+    #[serde(default, deserialize_with = "every")]
+    every: Option<Duration>,
+    #[serde(default, deserialize_with = "rate")]
+    rate: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -293,6 +315,10 @@ pub struct AgentConfig {
     pub gc_unmap_rate: u64,
     /// Bytes of memory that a cycle marks in.
     pub gc_memory: usize,
+    /// When the store is scrubbed.
+    pub scrub: ScrubSchedule,
+    /// Bytes that a scrub reads in a second; 0: as many as it can.
+    pub scrub_rate: u64,
     /// Percentages of the store at which it is warned that so much is used, rising.
     pub warn_used: Vec<u8>,
     /// Where metrics are served by TCP, if anywhere; a loopback address.
@@ -370,6 +396,7 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         return Err(usage(format!("gc.memory is {gc_memory} bytes: give {GC_MEMORY_MIN} or more")));
     }
     let every = args.gc_every.or(file.gc.every).unwrap_or(GC_EVERY);
+    let scrub_every = args.scrub_every.or(file.scrub.every).unwrap_or(SCRUB_EVERY);
     Ok(AgentConfig {
         store,
         device: DeviceArgs {
@@ -406,6 +433,8 @@ fn merge(args: AgentArgs, file: FileConfig, run_dir: Option<PathBuf>) -> Result<
         gc_unmap: args.gc_unmap.or(file.gc.unmap).unwrap_or(true),
         gc_unmap_rate: args.gc_unmap_rate.or(file.gc.unmap_rate).unwrap_or(GC_UNMAP_RATE),
         gc_memory,
+        scrub: ScrubSchedule { every: Some(scrub_every).filter(|every| !every.is_zero()) },
+        scrub_rate: args.scrub_rate.or(file.scrub.rate).unwrap_or(SCRUB_RATE),
         warn_used: marks(args.warn_used.or(file.space.warn_used))?,
         metrics_listen: args.metrics_listen.or(file.metrics.listen),
     })
@@ -511,6 +540,11 @@ fn size<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
 fn rate<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
     let text = TextOrNumber::deserialize(from)?.into_text();
     parse_rate(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn every<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+    let text = TextOrNumber::deserialize(from)?.into_text();
+    parse_every(&text).map(Some).map_err(serde::de::Error::custom)
 }
 
 fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {

@@ -44,6 +44,9 @@ const FULL: &str = r#"
     unmap = false
     unmap_rate = "1GiB"
     memory = "16MiB"
+    [scrub]
+    every = "7d"
+    rate = "4MiB"
     [space]
     warn_used = [85, 70]
     [metrics]
@@ -80,6 +83,8 @@ fn a_file_alone_is_enough() {
         gc_unmap: false,
         gc_unmap_rate: 1 << 30,
         gc_memory: 16 << 20,
+        scrub: ScrubSchedule { every: Some(7 * Duration::from_secs(24 * 3600)) },
+        scrub_rate: 4 << 20,
         warn_used: vec![70, 85],
         metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 9477))),
     };
@@ -106,6 +111,11 @@ fn flags_alone_are_enough_and_defaults_are_safe() {
     assert_eq!((config.gc_unmap, config.gc_unmap_rate), (true, 512 << 20));
     let never = AgentArgs { gc_every: Some(Duration::ZERO), gc_free_below: Some(0), ..minimal() };
     assert_eq!(load(never, "").unwrap().gc, Schedule { free_below: 0, every: None });
+    assert_eq!(config.scrub, ScrubSchedule { every: Some(30 * day) });
+    assert_eq!(config.scrub_rate, 16 << 20);
+    let never = "[scrub]\nevery = \"never\"\nrate = 0\n";
+    assert_eq!(load(minimal(), never).unwrap().scrub, ScrubSchedule { every: None });
+    refused(minimal(), "[scrub]\nevery = \"often\"\n", &["often", "never"]);
     refused(minimal(), "[gc]\nfree_below = 101\n", &["gc.free_below", "101"]);
     refused(minimal(), "[gc]\nmemory = 4096\n", &["gc.memory", "4096"]);
     assert_eq!(config.warn_used, [80, 90, 95]);

@@ -5,6 +5,7 @@
 //! times are seconds, shares go from 0 to 1. What is not known (no runway without writes) is left out.
 
 use crate::api::gc::UnmapStatus;
+use crate::api::scrub::ScrubSummary;
 use crate::api::snapshots::AttachedSnapshot;
 use crate::api::{Status, VdiInfo, VdiState};
 use crate::error::{Failure, Kind, Result};
@@ -31,6 +32,7 @@ pub fn render(status: &Status) -> Result<String> {
     let mut registry = Registry::with_prefix("ballast");
     of_host(&mut registry, status);
     of_unmapping(&mut registry, &status.unmap);
+    of_scrub(&mut registry, &status.scrub);
     of_disks(&mut registry, &status.vdis);
     of_snapshots(&mut registry, &status.snapshots);
     let mut text = String::new();
@@ -143,6 +145,35 @@ fn of_unmapping(registry: &mut Registry, unmap: &UnmapStatus) {
         unmap.bytes,
     );
     counter("unmap_failures", "Times that it refused or broke off", unmap.failures);
+}
+
+/// What is known of damage in the store.
+fn of_scrub(registry: &mut Registry, scrub: &ScrubSummary) {
+    let mut gauge = |name: &str, help: &str, value: Option<f64>| {
+        if let Some(value) = value {
+            let gauge = Value::default();
+            gauge.set(value);
+            add(registry, name, help, gauge);
+        }
+    };
+    gauge("scrub_running", "A scrub is under way", Some(flag(scrub.running)));
+    gauge("scrub_waiting", "It waits for the store", Some(flag(scrub.waiting)));
+    gauge(
+        "scrub_verified_bytes",
+        "Bytes that it has verified; without one, what the last one had",
+        Some(scrub.verified_bytes as f64),
+    );
+    gauge("scrub_damaged", "Damaged places that are known of", Some(scrub.damaged as f64));
+    gauge(
+        "scrub_unverified",
+        "Blocks of which it could not be found out",
+        Some(scrub.unverified as f64),
+    );
+    gauge(
+        "scrub_completed_seconds",
+        "UNIX time at which the last one came to its end",
+        scrub.last_completed.map(seconds),
+    );
 }
 
 fn of_disks(registry: &mut Registry, vdis: &[VdiInfo]) {
@@ -418,6 +449,12 @@ mod tests {
                 failures: 2,
                 ..UnmapStatus::default()
             },
+            scrub: ScrubSummary {
+                verified_bytes: 4096,
+                damaged: 3,
+                last_completed: Some(5000),
+                ..ScrubSummary::default()
+            },
         }
     }
 
@@ -446,6 +483,10 @@ mod tests {
             "ballast_unmap_failures_total 2",
             "ballast_unmap_extents_left_out 0.0",
             "ballast_guests_frozen 1.0",
+            "ballast_scrub_running 0.0",
+            "ballast_scrub_verified_bytes 4096.0",
+            "ballast_scrub_damaged 3.0",
+            "ballast_scrub_completed_seconds 5.0",
             "ballast_cache_legs 2.0",
             "ballast_cache_legs_in_step 1.0",
             "ballast_cache_quarantined_bytes 0.0",

@@ -101,6 +101,26 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     number.checked_mul(per_unit_ms).map(Duration::from_millis).ok_or_else(refused)
 }
 
+/// Parses how often something is done: `never`, which is zero, as a zero is; days, `30d`; or a duration.
+///
+/// # Errors
+/// Words that name the text and what is allowed.
+pub fn parse_every(text: &str) -> Result<Duration, String> {
+    let refused = || {
+        format!(
+            "'{text}' is neither a duration nor 'never': write a whole number and d, h, m or s, like 30d"
+        )
+    };
+    match text.trim().strip_suffix('d') {
+        _ if text.trim() == "never" => Ok(Duration::ZERO),
+        Some(days) => {
+            let days = days.trim().parse::<u64>().map_err(|_| refused())?;
+            days.checked_mul(24 * 3600).map(Duration::from_secs).ok_or_else(refused)
+        }
+        None => parse_duration(text).map_err(|_| refused()),
+    }
+}
+
 /// Parses bytes in a second: a size, or 0 for no limit.
 ///
 /// # Errors

@@ -136,7 +136,7 @@ pub(crate) struct Examined {
     pub(crate) fixes: Vec<Fix>,
 }
 
-const VDI_ADVICE: &str = "the disk cannot be reached, others go on, and nothing is collected: put the block back from a copy \
+pub(crate) const VDI_ADVICE: &str = "the disk cannot be reached, others go on, and nothing is collected: put the block back from a copy \
      of the device. 'store dump' shows what is there";
 const TWINS_ADVICE: &str =
     "both are reached by their UUIDs; copy one out with 'store export', and delete it";
@@ -201,7 +201,7 @@ pub(crate) async fn examine(
 }
 
 /// A disk that is being created is a root already, one that is being deleted is none any more.
-fn is_root(head: &VdiHead) -> bool {
+pub(crate) fn is_root(head: &VdiHead) -> bool {
     matches!(head.state, VdiState::Active | VdiState::Creating)
 }
 

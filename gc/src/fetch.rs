@@ -174,4 +174,9 @@ impl Pace {
         // What was not used is not saved up: a burst would be felt by the guests.
         self.next = self.next.max(Instant::now()) + takes;
     }
+
+    /// Nothing is read for so long.
+    pub(crate) fn rest(&mut self, time: Duration) {
+        self.next = self.next.max(Instant::now() + time);
+    }
 }

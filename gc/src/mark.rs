@@ -62,14 +62,14 @@ pub trait Problems {
     fn report(&mut self, problem: String, advice: Option<&'static str>);
 }
 
-const MAP_ADVICE: &str = "the disk blocks below it cannot be read: put the block back from a copy of the device, or take the disk \
+pub(crate) const MAP_ADVICE: &str = "the disk blocks below it cannot be read: put the block back from a copy of the device, or take the disk \
      back to a snapshot that the check does not name ('vdi rollback --to')";
-const DATA_ADVICE: &str =
+pub(crate) const DATA_ADVICE: &str =
     "reads of it fail: let the guest write it anew, or take it from a backup or a snapshot";
-const SNAPSHOTS_ADVICE: &str = "snapshots in it cannot be read, and the disk takes no commits that change the list: put the block \
+pub(crate) const SNAPSHOTS_ADVICE: &str = "snapshots in it cannot be read, and the disk takes no commits that change the list: put the block \
      back from a copy of the device, or copy the disk out with 'store export'";
-const NAME_ADVICE: &str = "the disk goes on under its UUID";
-const ENTRY_ADVICE: &str = "this was not written by a sound program: copy the disk out with 'store export', delete it, and report this";
+pub(crate) const NAME_ADVICE: &str = "the disk goes on under its UUID";
+pub(crate) const ENTRY_ADVICE: &str = "this was not written by a sound program: copy the disk out with 'store export', delete it, and report this";
 
 impl Marks {
     /// Nothing is reached yet.
@@ -261,22 +261,12 @@ impl TreeWalk<'_> {
 
     async fn check_data(&mut self, blocks: &[Visit]) -> Result<()> {
         let pointers: Vec<Pointer> = blocks.iter().map(|v| v.pointer).collect();
-        match self.reader.read_blocks(&pointers).await {
-            Ok(_) => {}
-            Err(error) if error.kind == StoreErrorKind::Corrupt => {
-                for visit in blocks {
-                    match self.reader.read_blocks(&[visit.pointer]).await {
-                        Ok(_) => {}
-                        Err(error) if error.kind == StoreErrorKind::Corrupt => {
-                            // What is reachable is known all the same.
-                            let words = format!("its block {} is damaged: {error}", visit.base);
-                            self.tell(words, Some(DATA_ADVICE));
-                        }
-                        Err(error) => return Err(error),
-                    }
-                }
+        for (visit, block) in blocks.iter().zip(self.reader.judge_blocks(&pointers).await?) {
+            if let Err(error) = block {
+                // What is reachable is known all the same.
+                let words = format!("its block {} is damaged: {error}", visit.base);
+                self.tell(words, Some(DATA_ADVICE));
             }
-            Err(error) => return Err(error),
         }
         self.marks.data_checked += blocks.len() as u64;
         Ok(())

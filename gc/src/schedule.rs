@@ -1,4 +1,4 @@
-//! When a cycle begins by itself. Pure.
+//! When a cycle of collection, and when a scrub, begins by itself. Pure.
 
 use std::time::Duration;
 
@@ -57,6 +57,50 @@ impl Schedule {
     }
 }
 
+/// The first scrub of a store of which it is not known that there was one: not at once, since agents that start together share
+/// its device.
+const FIRST_SCRUB: Duration = Duration::from_secs(3600);
+/// After one that failed.
+const SCRUB_AGAIN: Duration = Duration::from_secs(3600);
+
+/// What calls for a scrub.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScrubSchedule {
+    /// So long after the last one began; none: never.
+    pub every: Option<Duration>,
+}
+
+/// How things are.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ScrubSituation {
+    /// Since the agent's start.
+    pub since_start: Duration,
+    /// Since the last one began; none: it is not known that there was one.
+    pub since_begun: Option<Duration>,
+    /// Since the last one ended, if it did not come to its end by itself.
+    pub since_failed: Option<Duration>,
+}
+
+impl ScrubSchedule {
+    /// How long it is until the next begins; none: it does not.
+    #[must_use]
+    pub fn wait(&self, now: &ScrubSituation) -> Option<Duration> {
+        let every = self.every?;
+        let (pause, since) = match (now.since_failed, now.since_begun) {
+            (Some(failed), _) => (every.min(SCRUB_AGAIN), failed),
+            (None, Some(begun)) => (every, begun),
+            (None, None) => (every.min(FIRST_SCRUB), now.since_start),
+        };
+        Some(pause.saturating_sub(since))
+    }
+
+    /// True if one is to begin.
+    #[must_use]
+    pub fn is_due(&self, now: &ScrubSituation) -> bool {
+        self.wait(now) == Some(Duration::ZERO)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,5 +140,24 @@ mod tests {
         let full = Situation { blocks: 1000, ..Situation::default() };
         assert!(!never.is_due(&full));
         assert!(!never.is_due(&Situation { since_last: Some(minutes(100_000)), ..full }));
+    }
+
+    #[test]
+    fn a_scrub_begins_when_its_time_has_come() {
+        let monthly = ScrubSchedule { every: Some(minutes(43_200)) };
+        let fresh = ScrubSituation::default();
+        assert_eq!(monthly.wait(&fresh), Some(FIRST_SCRUB));
+        let later = ScrubSituation { since_start: FIRST_SCRUB, ..fresh };
+        assert!(monthly.is_due(&later));
+        let done = ScrubSituation { since_begun: Some(minutes(43_199)), ..later };
+        assert_eq!(monthly.wait(&done), Some(minutes(1)));
+        assert!(monthly.is_due(&ScrubSituation { since_begun: Some(minutes(50_000)), ..later }));
+        let failed = ScrubSituation { since_failed: Some(minutes(59)), ..done };
+        assert_eq!(monthly.wait(&failed), Some(minutes(1)));
+        let often = ScrubSchedule { every: Some(Duration::from_secs(2)) };
+        assert_eq!(often.wait(&fresh), Some(Duration::from_secs(2)));
+        assert!(often.is_due(&failed));
+        let never = ScrubSchedule { every: None };
+        assert!(!never.is_due(&later) && !never.is_due(&failed) && never.wait(&done).is_none());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -59,6 +59,12 @@ impl San {
     /// The system's.
     pub fn bytes_taken(&self) -> Result<u64> {
         Ok(std::fs::metadata(self.target.image())?.blocks() * 512)
+    }
+
+    /// The file behind the LUN.
+    #[must_use]
+    pub fn image(&self) -> PathBuf {
+        self.target.image()
     }
 
     /// Lets the relay fall silent.

@@ -15,6 +15,7 @@ mod looking;
 mod loss;
 mod output;
 mod schedule;
+mod scrub;
 mod sizes;
 mod snap;
 mod store_commands;
@@ -67,6 +68,9 @@ enum Command {
     /// Give back what no disk and no snapshot holds any more
     #[command(subcommand, arg_required_else_help = true)]
     Gc(gc::GcCommand),
+    /// Verify everything in the store, slowly, beside all that goes on
+    #[command(subcommand, arg_required_else_help = true)]
+    Scrub(scrub::ScrubCommand),
     /// Examine and drain the local cache
     #[command(subcommand, arg_required_else_help = true)]
     Cache(CacheCommand),
@@ -462,6 +466,7 @@ fn execute(cli: Cli) -> Result<()> {
         },
         Command::Snap(command) => block_on(snap::run(command, &run_dir(), out)),
         Command::Gc(command) => block_on(gc::run(command, &run_dir(), out)),
+        Command::Scrub(command) => block_on(scrub::run(command, &run_dir(), out)),
         Command::Vdi(command) => block_on(agent_commands::vdi(command, &run_dir(), out)),
         Command::Cache(CacheCommand::Status) => {
             block_on(agent_commands::cache_status(&run_dir(), out))

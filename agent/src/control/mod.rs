@@ -22,6 +22,9 @@
 //! POST   /v1/vdis/NAME/schedule     ScheduleRequest → ScheduleStatus
 //! GET    /v1/gc                     GcStatus
 //! POST   /v1/gc                     GcStatus, of the cycle that runs then
+//! GET    /v1/scrub                  ScrubStatus
+//! POST   /v1/scrub                  ScrubStatus, of the pass that runs then
+//! DELETE /v1/scrub                  ScrubStatus, of the pass that was ended
 //! POST   /v1/diff                   DiffRequest    → Diff, by the page
 //! GET    /v1/tree                   Forest
 //! POST   /v1/sizes                  SizesRequest   → SizesReport; given up when its caller goes away

@@ -128,6 +128,7 @@ fn router(gate: Gate) -> Router {
         .route("/v1/tree", get(forest))
         .route("/v1/sizes", post(sizes))
         .route("/v1/gc", get(gc_status).post(gc_run))
+        .route("/v1/scrub", get(scrub_status).post(scrub_run).delete(scrub_stop))
         .route("/v1/vdis", get(list).post(create))
         .route("/v1/vdis/{name}", get(info))
         .route("/v1/vdis/{name}/delete", post(delete))
@@ -465,6 +466,19 @@ async fn gc_status(State(gate): Gated) -> Response {
 /// The cycle goes on by itself.
 async fn gc_run(State(gate): Gated) -> Response {
     answer(gate.host().and_then(|host| host.collect_now()))
+}
+
+async fn scrub_status(State(gate): Gated) -> Response {
+    answer(gate.host().map(|host| host.scrub_status()))
+}
+
+/// The pass goes on by itself.
+async fn scrub_run(State(gate): Gated) -> Response {
+    answer(gate.host().and_then(|host| host.scrub_now()))
+}
+
+async fn scrub_stop(State(gate): Gated) -> Response {
+    answer(gate.host().and_then(|host| host.stop_scrub()))
 }
 
 async fn drill(State(gate): Gated, name: Name, body: Body) -> Response {

@@ -2,7 +2,7 @@
 //!
 //! `store` opens a store, `opening` this host's, `seat` is where it is found, `parts` is what all disks share, `served` is one disk, `requests` and `report` are
 //! what the control API does and shows, `meters` what the counters foretell, `drill` cuts a disk off
-//! on purpose, `collecting` collects garbage, `sizing` computes sizes, `watermarks` warns of a store that fills, `schedules` takes and thins snapshots, `read_only` serves them, `quiesce` freezes guests for snapshots and sees to it that they are thawed, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
+//! on purpose, `collecting` collects garbage, `scrubbing` verifies what the store holds, `sizing` computes sizes, `watermarks` warns of a store that fills, `schedules` takes and thins snapshots, `read_only` serves them, `quiesce` freezes guests for snapshots and sees to it that they are thawed, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
 //!
 //! A disk that does not come back at the start, or whose worker fails, is shown as failed; all others go on.
 
@@ -26,6 +26,7 @@ mod report;
 mod requests;
 mod rewind;
 mod schedules;
+mod scrubbing;
 mod seat;
 mod served;
 mod sizing;
@@ -71,6 +72,8 @@ pub struct Host {
     notes: notes::Notes,
     /// Garbage collection.
     collecting: collecting::Collecting,
+    /// Verifying what the store holds.
+    scrubbing: scrubbing::Scrubbing,
     /// What disks and snapshots hold.
     sizing: Arc<sizing::Sizing>,
     /// Snapshots by themselves.
@@ -163,6 +166,7 @@ impl Host {
             meters: Mutex::default(),
             notes: notes::Notes::open(run_dir),
             collecting: collecting::Collecting::default(),
+            scrubbing: scrubbing::Scrubbing::default(),
             sizing: Arc::default(),
             schedules: Arc::default(),
             read_only,
@@ -177,6 +181,7 @@ impl Host {
         host.spawn(report::read_meters(Arc::downgrade(&host)));
         host.spawn(notes::keep(Arc::downgrade(&host)));
         host.spawn(collecting::by_itself(Arc::downgrade(&host)));
+        host.spawn(scrubbing::by_itself(Arc::downgrade(&host)));
         host.spawn(schedules::taking::by_itself(Arc::downgrade(&host)));
         host.spawn(schedules::thinning::by_itself(Arc::downgrade(&host)));
         host.spawn(loss::find(Arc::downgrade(&host)));
@@ -227,6 +232,7 @@ impl Host {
         let deadline = tokio::time::Instant::now() + timeout;
         // While their disks are served: a guest that is freezing writes before it can thaw.
         self.quiescing.settle(tokio::time::Instant::now() + timeout / 2).await;
+        self.keep_scrub();
         self.tasks.lock().abort_all();
         let served: Vec<_> = self.served.lock().values().cloned().collect();
         let mut stopping = JoinSet::new();

@@ -3,6 +3,7 @@
 use super::Host;
 use super::meters::{PERIOD, Reading};
 use super::served::Served;
+use crate::api::scrub::ScrubSummary;
 use crate::api::snapshots::AttachedSnapshot;
 use crate::api::{
     AgentStatus, CacheStatus, FrozenGuest, Readiness, Status, StoreSpace, StoreStatus, Totals, Vdi,
@@ -59,8 +60,9 @@ impl Host {
         let outlook = self.meters.lock().outlook_of_all(&dirty, room(&cache));
         let snapshots = self.attached_snapshots();
         let frozen_guests = self.quiescing.owed();
+        let scrub = self.scrub_summary();
         let mut degraded = degraded(&store, &cache, &vdis, &snapshots);
-        degraded.splice(0..0, frozen_guests.iter().map(frozen));
+        degraded.splice(0..0, damaged(&scrub).into_iter().chain(frozen_guests.iter().map(frozen)));
         Status {
             agent: AgentStatus {
                 pid: std::process::id(),
@@ -77,6 +79,7 @@ impl Host {
             degraded,
             frozen_guests,
             unmap: self.unmap_status(),
+            scrub,
         }
     }
 
@@ -302,6 +305,16 @@ fn frozen(guest: &FrozenGuest) -> String {
         guest.guest_agent.display(),
         guest.why
     )
+}
+
+/// What scrubs found in the store. It stands until one finds nothing.
+fn damaged(scrub: &ScrubSummary) -> Option<String> {
+    let places = match scrub.damaged {
+        0 => return None,
+        1 => "1 place".to_owned(),
+        places => format!("{places} places"),
+    };
+    Some(format!("the store is damaged in {places}: 'ballast scrub status' lists them"))
 }
 
 /// What is not as it should be, the worst first.

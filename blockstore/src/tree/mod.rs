@@ -46,6 +46,45 @@ impl Reader {
         for pointer in pointers {
             self.check_address(pointer)?;
         }
+        let mut blocks = self.read_unchecked(pointers).await?;
+        for (pointer, block) in pointers.iter().zip(&mut blocks) {
+            if !pointer.matches(block) && !sabotage::on(Bug::IgnoreBlockCrc) {
+                *block = self.read_again(pointer).await?;
+            }
+        }
+        Ok(blocks)
+    }
+
+    /// As [`read_blocks`](Self::read_blocks), and tells of each block by itself whether it is what its pointer says.
+    ///
+    /// # Errors
+    /// The device's. `Corrupt` is in the place of the block.
+    pub async fn judge_blocks(&self, pointers: &[Pointer]) -> Result<Vec<Result<Bytes>>> {
+        let addresses: Vec<Result<()>> = pointers.iter().map(|p| self.check_address(p)).collect();
+        let placed = pointers.iter().zip(&addresses).filter(|(_, address)| address.is_ok());
+        let placed: Vec<Pointer> = placed.map(|(pointer, _)| *pointer).collect();
+        let mut blocks = self.read_unchecked(&placed).await?.into_iter();
+        let mut judged = Vec::with_capacity(pointers.len());
+        for (pointer, address) in pointers.iter().zip(addresses) {
+            if let Err(misplaced) = address {
+                judged.push(Err(misplaced));
+                continue;
+            }
+            let block = blocks.next().unwrap_or_default();
+            if pointer.matches(&block) {
+                judged.push(Ok(block));
+                continue;
+            }
+            match self.read_again(pointer).await {
+                Err(error) if error.kind != StoreErrorKind::Corrupt => return Err(error),
+                second => judged.push(second),
+            }
+        }
+        Ok(judged)
+    }
+
+    /// Reads blocks at the addresses of pointers, whatever they hold; results in the same order.
+    async fn read_unchecked(&self, pointers: &[Pointer]) -> Result<Vec<Bytes>> {
         let mut order: Vec<usize> = (0..pointers.len()).collect();
         order.sort_unstable_by_key(|&index| pointers[index].gba);
         let mut runs: Vec<(Gba, u64)> = Vec::new();
@@ -65,13 +104,10 @@ impl Reader {
             places[index] = (runs.len() - 1, (gba.0 - start.0) as usize);
         }
         let buffers = self.io.read_all(&runs).await?;
-        let mut blocks = Vec::with_capacity(pointers.len());
-        for (pointer, (run, offset)) in pointers.iter().zip(places) {
-            let block = buffers[run].slice(offset * BLOCK_SIZE..(offset + 1) * BLOCK_SIZE);
-            let good = pointer.matches(&block) || sabotage::on(Bug::IgnoreBlockCrc);
-            blocks.push(if good { block } else { self.read_again(pointer).await? });
-        }
-        Ok(blocks)
+        let block = |(run, offset): (usize, usize)| {
+            Bytes::slice(&buffers[run], offset * BLOCK_SIZE..(offset + 1) * BLOCK_SIZE)
+        };
+        Ok(places.into_iter().map(block).collect())
     }
 
     /// A second look at a block that did not match: the first may have been a fault on the way.

@@ -5,6 +5,7 @@
 
 mod death;
 mod rules;
+mod scrubbing;
 mod sectors;
 mod sizing;
 mod sweep;

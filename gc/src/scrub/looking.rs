@@ -1,0 +1,400 @@
+//! Reading for a scrub: below a rate, waiting while the store is away, and with a second look at what is not what it should be.
+//!
+//! The second look. A block did not match its pointer: it is damaged, or it is in use for something else since the pointer was
+//! read. So the way from the present root to the place of the pointer is walked, reading the device only. If it ends in another
+//! pointer, or in none, the block was replaced. If it ends in the same one (address, birth and checksum: no two writes of a disk
+//! have the same), the block is read again, and then the way is walked once more. Was it the same before and after, then it was
+//! reachable throughout, and nothing reachable is ever written over: the block is damaged. Heads are read from the
+//! device, and a block is freed only after the head that does not lead to it is durable (rule C3): so the device's heads never
+//! lead to what is in use for something else.
+//!
+//! The place of a tree that was the disk's own when it was read is looked for in the oldest snapshot that was made since, and without
+//! one in the disk as it is: what was reachable by the former tree is reachable there, or not at all.
+
+use super::damage::Damage;
+use super::order::Disk;
+use super::progress::{ScrubProgress, Start};
+use crate::check::is_root;
+use crate::fetch::Pace;
+use blockstore::format::node::{NODE_SHIFT, Node, entry_span, tree_span};
+use blockstore::format::pointer::Pointer;
+use blockstore::format::snapshot::Snapshot;
+use blockstore::format::vdi::VdiHead;
+use blockstore::slot::View;
+use blockstore::snapshots::Page;
+use blockstore::tree::Reader;
+use blockstore::types::{BLOCK_SIZE, Lsn};
+use blockstore::{Result, Store, StoreError, StoreErrorKind, TableProblem};
+use bytes::Bytes;
+use std::future::Future;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Blocks read at once: 1 MiB, one request where they lie together.
+pub(super) const BATCH: usize = 256;
+
+/// Between two tries while the store does not answer.
+const AWAY_MIN: Duration = Duration::from_millis(500);
+const AWAY_MAX: Duration = Duration::from_secs(10);
+/// How often a block that the device does not give is asked for while it gives others.
+const STRIKES: u32 = 3;
+/// How often it is tried to find out about a block that keeps changing its place.
+const LOOKS: u32 = 8;
+const LOOK_PAUSE: Duration = Duration::from_millis(20);
+
+/// Blocks that were not verified of which the log tells.
+const SAID_MAX: u64 = 100;
+
+/// Why a block was not had.
+#[derive(Debug)]
+pub(super) enum Bad {
+    /// It is not what its pointer says.
+    Mismatch(StoreError),
+    /// The device reports an error for it, each time.
+    Unreadable(StoreError),
+    /// The device does not answer for it, though it does for others.
+    NoAnswer(StoreError),
+}
+
+impl Bad {
+    pub(super) fn error(&self) -> &StoreError {
+        match self {
+            Self::Mismatch(error) | Self::Unreadable(error) | Self::NoAnswer(error) => error,
+        }
+    }
+}
+
+/// Where something that a pointer names belongs in a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// The block with its name.
+    Name,
+    /// A block of the list of snapshots; leaves at level 1, and the first leaf below it.
+    List { level: u8, leaf: u64 },
+    /// A node of a tree, data at level 0, and the first block of the disk below it.
+    Tree { whose: Whose, level: u8, block: u64 },
+}
+
+/// Which tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// That of the snapshot at this LSN.
+    Snapshot(Lsn),
+    /// The disk's, as it was when it had committed so far.
+    Disk(Lsn),
+}
+
+/// What leads to a place now.
+enum Present {
+    At(Pointer),
+    /// The disk or the snapshot is gone.
+    Gone,
+    /// A part of the way could not be read.
+    Unknown(String),
+}
+
+/// Outcome of a second look.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    /// It is what it should be.
+    Good(Bytes),
+    /// This is in its place; perhaps a hole.
+    Replaced(Pointer),
+    /// The disk or the snapshot is gone.
+    Gone,
+    Damaged(StoreError),
+    Unknown(String),
+}
+
+/// True if two pointers name the same write.
+pub(super) fn same(a: Pointer, b: Pointer) -> bool {
+    (a.gba, a.birth, a.crc) == (b.gba, b.birth, b.crc)
+}
+
+pub(super) struct Looking<'a> {
+    store: &'a Store,
+    reader: Reader,
+    rate: Option<u64>,
+    pace: Pace,
+    progress: &'a ScrubProgress,
+}
+
+impl<'a> Looking<'a> {
+    pub(super) fn new(store: &'a Store, rate: Option<u64>, progress: &'a ScrubProgress) -> Self {
+        let (reader, rate) = (store.reader(), rate.filter(|rate| *rate > 0));
+        Self { store, reader, rate, pace: Pace::new(rate), progress }
+    }
+
+    pub(super) fn progress(&self) -> &'a ScrubProgress {
+        self.progress
+    }
+
+    pub(super) fn found(&self, damage: Damage) {
+        self.progress.found(damage);
+    }
+
+    /// Notes a block of which it was not found out.
+    pub(super) fn unverified(&self, what: String) {
+        self.progress.note(|so_far| {
+            if so_far.unverified < SAID_MAX {
+                tracing::info!("scrub: not verified: {what}");
+            }
+            so_far.unverified += 1;
+            so_far.unverified_last = Some(what);
+        });
+    }
+
+    /// Tries until the store answers.
+    async fn patiently<T, F>(&self, mut operation: impl FnMut() -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        let mut pause = AWAY_MIN;
+        loop {
+            match operation().await {
+                Err(error) if error.kind == StoreErrorKind::Unreachable => {
+                    self.away(&error, &mut pause).await;
+                }
+                outcome => {
+                    self.progress.wait_for(None);
+                    return outcome;
+                }
+            }
+        }
+    }
+
+    async fn away(&self, error: &StoreError, pause: &mut Duration) {
+        self.progress.wait_for(Some(error.to_string()));
+        tokio::time::sleep(*pause).await;
+        *pause = (*pause * 2).min(AWAY_MAX);
+    }
+
+    pub(super) async fn tables(&self) -> Result<Vec<TableProblem>> {
+        self.patiently(|| self.store.verify_tables()).await
+    }
+
+    pub(super) async fn registry(&self) -> Result<Vec<(u32, View<VdiHead>)>> {
+        self.patiently(|| self.store.scan_vdis()).await
+    }
+
+    pub(super) async fn slot(&self, slot: u32) -> Result<View<VdiHead>> {
+        self.patiently(|| self.store.read_vdi_slot(slot)).await
+    }
+
+    /// A disk as the device has it now; none if it is gone. A record that is damaged by now is the next pass's.
+    pub(super) async fn head(&self, disk: &Disk) -> Result<Option<VdiHead>> {
+        let view = self.slot(disk.slot).await?;
+        let head = view.record().filter(|head| head.uuid == disk.uuid && is_root(head));
+        Ok(head.cloned())
+    }
+
+    /// The name, or the UUID of a disk whose name cannot be read.
+    pub(super) async fn name(&self, head: &VdiHead) -> Result<Option<String>> {
+        match self.patiently(|| self.store.read_name_block(head)).await {
+            Ok(name) => Ok(name.ok()),
+            Err(error) if error.kind == StoreErrorKind::Closing => Err(error),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// A page of a disk's snapshots, if they can be listed.
+    pub(super) async fn snapshots(&self, head: &VdiHead, page: Page) -> Result<Vec<Snapshot>> {
+        self.patiently(|| self.reader.snapshot_page(&head.snapshots, page)).await
+    }
+
+    /// Reads blocks, at most [`BATCH`], and judges each.
+    pub(super) async fn read(&mut self, pointers: &[Pointer]) -> Result<Vec<Result<Bytes, Bad>>> {
+        let (mut pause, mut strikes) = (AWAY_MIN, 0);
+        loop {
+            self.pace.before(pointers.len()).await;
+            let began = Instant::now();
+            let judged = self.reader.judge_blocks(pointers).await;
+            if self.rate.is_some() {
+                // A device that is slow has others to serve.
+                self.pace.rest(began.elapsed());
+            }
+            let error = match judged {
+                Ok(judged) => {
+                    self.progress.wait_for(None);
+                    let bytes = (pointers.len() * BLOCK_SIZE) as u64;
+                    self.progress.note(|so_far| so_far.read_bytes += bytes);
+                    return Ok(judged.into_iter().map(|j| j.map_err(Bad::Mismatch)).collect());
+                }
+                Err(error) => error,
+            };
+            if !matches!(error.kind, StoreErrorKind::Unreachable | StoreErrorKind::Device) {
+                return Err(error);
+            }
+            // Is it the store that is away, or something with these blocks?
+            if self.store.read_vdi_slot(0).await.is_ok() {
+                strikes += 1;
+            }
+            if strikes < STRIKES {
+                self.away(&error, &mut pause).await;
+            } else if pointers.len() > 1 {
+                let mut single = Vec::with_capacity(pointers.len());
+                for pointer in pointers {
+                    single.extend(Box::pin(self.read(&[*pointer])).await?);
+                }
+                return Ok(single);
+            } else {
+                self.progress.wait_for(None);
+                return Ok(vec![Err(match error.kind {
+                    StoreErrorKind::Device => Bad::Unreadable(error),
+                    _ => Bad::NoAnswer(error),
+                })]);
+            }
+        }
+    }
+
+    /// Finds out whether a block that was not had is damaged.
+    pub(super) async fn second_look(
+        &mut self,
+        disk: &Disk,
+        place: Place,
+        pointer: Pointer,
+        bad: Bad,
+    ) -> Result<Verdict> {
+        if let Bad::NoAnswer(error) = bad {
+            return Ok(Verdict::Unknown(error.to_string()));
+        }
+        let (mut why, mut pause) = (bad.error().to_string(), LOOK_PAUSE);
+        for _ in 0..LOOKS {
+            match self.present(disk, place, Some(pointer)).await? {
+                Present::Gone => return Ok(Verdict::Gone),
+                Present::At(now) if !same(now, pointer) => return Ok(Verdict::Replaced(now)),
+                Present::At(_) => {
+                    let found = match self.read(&[pointer]).await?.remove(0) {
+                        Ok(block) => return Ok(Verdict::Good(block)),
+                        Err(Bad::NoAnswer(error)) => {
+                            return Ok(Verdict::Unknown(error.to_string()));
+                        }
+                        Err(Bad::Mismatch(error) | Bad::Unreadable(error)) => error,
+                    };
+                    if let Present::At(after) = self.present(disk, place, Some(pointer)).await?
+                        && same(after, pointer)
+                    {
+                        return Ok(Verdict::Damaged(found));
+                    }
+                }
+                Present::Unknown(words) => why = words,
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+        Ok(Verdict::Unknown(why))
+    }
+
+    /// What leads to a place. If `wanted` does, that is enough: where the list of snapshots cannot be read, the disk itself may have it.
+    async fn present(
+        &mut self,
+        disk: &Disk,
+        place: Place,
+        wanted: Option<Pointer>,
+    ) -> Result<Present> {
+        let Some(head) = self.head(disk).await? else { return Ok(Present::Gone) };
+        match place {
+            Place::Name => Ok(Present::At(head.meta)),
+            Place::List { level, leaf } => {
+                let (root, height) = (head.snapshots.root, head.snapshots.height);
+                let child = |level: u8| (leaf >> (NODE_SHIFT * (u32::from(level) - 2))) as u8;
+                self.descend(root, height, level, &child).await
+            }
+            Place::Tree { whose, level, block } => {
+                let (tree, unlisted) = match (self.tree_of(&head, whose).await, whose) {
+                    (Ok(Some(tree)), _) => (tree, None),
+                    (Ok(None), _) => return Ok(Present::Gone),
+                    (Err(error), _) if error.kind == StoreErrorKind::Closing => return Err(error),
+                    (Err(error), Whose::Disk(_)) => ((head.root, head.height), Some(error)),
+                    (Err(error), _) => return Ok(Present::Unknown(error.to_string())),
+                };
+                let (root, height) = tree;
+                let child = |level: u8| (block / entry_span(level)) as u8;
+                let found = match block >= tree_span(height) {
+                    true => Present::At(Pointer::SPARSE),
+                    false => self.descend(root, height, level, &child).await?,
+                };
+                match (unlisted, &found) {
+                    (Some(_), Present::At(now)) if wanted.is_some_and(|it| same(it, *now)) => {
+                        Ok(found)
+                    }
+                    (Some(error), _) => Ok(Present::Unknown(error.to_string())),
+                    (None, _) => Ok(found),
+                }
+            }
+        }
+    }
+
+    /// The root of a tree, and its height: of one that was the disk's, what holds now all that is left of it.
+    pub(super) async fn tree_of(
+        &self,
+        head: &VdiHead,
+        whose: Whose,
+    ) -> Result<Option<(Pointer, u8)>> {
+        let found = match whose {
+            Whose::Snapshot(lsn) => {
+                let find = || self.reader.find_snapshot(&head.snapshots, lsn);
+                let Some((_, found)) = self.patiently(find).await? else { return Ok(None) };
+                Some(found)
+            }
+            Whose::Disk(committed) => {
+                let page = Page { newest_first: false, beyond: Some(committed), limit: 1 };
+                self.snapshots(head, page).await?.into_iter().next()
+            }
+        };
+        Ok(Some(found.map_or((head.root, head.height), |found| (found.root, found.height))))
+    }
+
+    /// The pointer at `level`, found by the way from a root whose node is at level `height`.
+    async fn descend(
+        &mut self,
+        root: Pointer,
+        height: u8,
+        level: u8,
+        child: &(dyn Fn(u8) -> u8 + Sync),
+    ) -> Result<Present> {
+        let mut at = root;
+        // A place above the root is of a tree that was higher.
+        if height < level {
+            return Ok(Present::At(Pointer::SPARSE));
+        }
+        for above in (level + 1..=height).rev() {
+            if at.is_sparse() {
+                break;
+            }
+            let node = match self.read(&[at]).await?.remove(0) {
+                Ok(block) => Node::decode(&block),
+                Err(bad) => return Ok(Present::Unknown(bad.error().to_string())),
+            };
+            match node {
+                Ok(node) => at = node.get(child(above)),
+                Err(damage) => return Ok(Present::Unknown(damage.to_string())),
+            }
+        }
+        Ok(Present::At(at))
+    }
+
+    /// A node of another tree, to compare with; none if it cannot be had.
+    pub(super) async fn node_beside(
+        &mut self,
+        disk: &Disk,
+        start: &Start,
+        place: Option<Place>,
+        pointer: Pointer,
+    ) -> Result<Option<Node>> {
+        let decoded = |block: Bytes| Node::decode(&block).ok();
+        if let Ok(block) = self.read(&[pointer]).await?.remove(0) {
+            return Ok(decoded(block));
+        }
+        // The disk's tree goes on changing.
+        let Some(place) = place else { return Ok(None) };
+        let Present::At(now) = self.present(disk, place, None).await? else { return Ok(None) };
+        if !self.head(disk).await?.is_some_and(|head| start.leads_to(&head)) {
+            return Ok(None);
+        }
+        if now.is_sparse() || same(now, pointer) {
+            return Ok(None);
+        }
+        Ok(self.read(&[now]).await?.remove(0).ok().and_then(decoded))
+    }
+}

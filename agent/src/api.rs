@@ -44,6 +44,9 @@ pub struct Vdi {
     /// It takes no writes.
     #[serde(default)]
     pub read_only: bool,
+    /// It is not in the store yet: the snapshot that it is a clone of, `VDI@LSN`, made while the store was away.
+    #[serde(default)]
+    pub provisional_clone_of: Option<String>,
 }
 
 /// What a disk is doing.
@@ -398,6 +401,21 @@ pub struct Created {
     pub uuid: Uuid,
     /// Bytes that it has now.
     pub size: u64,
+    /// It is a clone that was made without the store, which gets it when it is back; it is attached.
+    #[serde(default)]
+    pub provisional: bool,
+    /// The vhost-user socket of that.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
+}
+
+impl Created {
+    /// A disk of the store.
+    #[must_use]
+    pub fn in_store(info: blockstore::VdiInfo) -> Self {
+        let (name, uuid, size) = (info.name, info.uuid, info.size_bytes);
+        Self { name, uuid, size, provisional: false, socket: None }
+    }
 }
 
 /// Request of `vdi attach`.

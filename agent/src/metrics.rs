@@ -346,6 +346,7 @@ mod tests {
             schedule: None,
             snapshot: None,
             read_only: false,
+            provisional_clone_of: None,
         };
         let info = VdiInfo {
             vdi,

@@ -1,12 +1,14 @@
 //! The cache as the agent sees it: open, attach, drain, detach, close.
 
 pub(crate) mod attach;
+mod cloning;
 mod loss;
 pub(crate) mod replacing;
 mod snapshots;
 #[cfg(test)]
 mod tests;
 
+pub use self::cloning::NewClone;
 pub use self::loss::{LogFinding, QuarantinedLog, Survey};
 pub use self::snapshots::AsOf;
 
@@ -21,8 +23,9 @@ use crate::image::ImagePool;
 use crate::local::{LegState, Local, Mode, Terms};
 use crate::log_open::Ground;
 use crate::pool::Pool;
-use crate::vdi::{HydrateError, HydrateStatus, PinError, VdiHandle, VdiStatus};
+use crate::vdi::{HydrateError, HydrateStatus, Leave, PinError, VdiHandle, VdiStatus};
 use crate::witness::{Witness, WitnessSeat};
+use blockstore::format::vdi::Origin;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use blockstore::{Policy, PolicyChange};
@@ -72,6 +75,8 @@ pub struct AttachedRecord {
     pub size_bytes: u64,
     /// It was served before, and is not behind the store: it can be attached from the local device alone.
     pub was_served: bool,
+    /// It is a clone of this that the store may not know of yet.
+    pub origin: Option<Origin>,
 }
 
 /// The disk to attach.
@@ -116,6 +121,8 @@ pub struct Cache {
     handles: Mutex<HashMap<Uuid, Arc<VdiHandle>>>,
     /// Disks on their way.
     attaching: Mutex<HashSet<Uuid>>,
+    /// One clone is made at a time.
+    cloning: tokio::sync::Mutex<()>,
     /// Logs that were given up and are kept.
     quarantined: Mutex<Vec<loss::Kept>>,
     /// The leg that is being filled, or was last.
@@ -195,6 +202,7 @@ impl Cache {
             inner: tokio::sync::Mutex::new(Inner { slots, found }),
             handles: Mutex::default(),
             attaching: Mutex::default(),
+            cloning: tokio::sync::Mutex::default(),
             quarantined: Mutex::new(quarantined),
             replacing: Mutex::default(),
         }))
@@ -239,6 +247,7 @@ impl Cache {
             name: vdi.name.clone(),
             log_id: vdi.log_id,
             size_bytes: vdi.size_bytes,
+            origin: vdi.origin,
             was_served: vdi.epoch > 0 && matches!(self.ground.left_behind(vdi), Ok(None)),
         })
         .collect()
@@ -273,6 +282,7 @@ impl Cache {
             durable: Lsn(0),
             alone_from: None,
             cuts: Vec::new(),
+            origin: None,
             policy: DiskPolicy::default(),
             left_behind: None,
             boot_trace: Vec::new(),
@@ -310,7 +320,7 @@ impl Cache {
     /// Forgets a disk that was released, drained and detached in the store: its slot and segments are free again.
     pub async fn detach(&self, vdi: Uuid) -> Result<(), CacheError> {
         let handle = self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?;
-        let slot = handle.stop(vdi, true).await?;
+        let slot = handle.stop(vdi, Leave::Drained).await?;
         let mut inner = self.inner.lock().await;
         self.handles.lock().remove(&vdi);
         let at = slot.slot as usize;
@@ -398,7 +408,7 @@ impl Cache {
         // One order in every run, for the simulator.
         handles.sort_by(|(_, a), (_, b)| a.name.cmp(&b.name));
         for (vdi, handle) in handles {
-            if let Err(error) = handle.stop(vdi, false).await {
+            if let Err(error) = handle.stop(vdi, Leave::Not).await {
                 tracing::debug!(vdi = %handle.name, %error, "flusher was gone already");
             }
         }

@@ -152,6 +152,9 @@ pub enum CacheError {
         "the snapshot of VDI {vdi} failed: {why}; 'ballast vdi info' shows how the disk is, 'ballast snap list' whether it was taken after all"
     )]
     Snapshot { vdi: Uuid, why: String },
+    /// A disk did not become a clone of what a log holds. Nothing was changed.
+    #[error("no clone was made of VDI {vdi} as of LSN {lsn}: {why}")]
+    Clone { vdi: Uuid, lsn: Lsn, why: String },
     /// The log could not be committed.
     #[error("VDI {vdi}: {why}")]
     Flush { vdi: Uuid, why: String },

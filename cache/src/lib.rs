@@ -18,6 +18,7 @@ mod aside;
 pub mod backing;
 mod cache;
 mod check;
+mod clone;
 pub mod disk;
 pub mod error;
 pub mod flusher;
@@ -38,7 +39,7 @@ mod witness;
 
 pub use cache::replacing::{Replacement, ReplacementState};
 pub use cache::{
-    AsOf, AttachedRecord, Cache, CacheIdentity, CacheOptions, CacheStatus, LogFinding,
+    AsOf, AttachedRecord, Cache, CacheIdentity, CacheOptions, CacheStatus, LogFinding, NewClone,
     QuarantinedLog, Survey, VdiIdentity,
 };
 pub use check::{CheckReport, VdiReport, check};

@@ -74,6 +74,10 @@ pub enum Pin {
     Firm,
 }
 
+/// The segments that are left are needed by others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoRoom;
+
 /// Segments by state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolCounts {
@@ -297,6 +301,39 @@ impl Pool {
         }
         self.relieve_to(&mut inner, if is_new { 2 } else { 0 });
         grants
+    }
+
+    /// Segments that a disk which is about to come into being can begin with: what is beyond leaves the others their floors, and
+    /// the disk itself two to write to.
+    #[must_use]
+    pub fn room_for_new(&self) -> u32 {
+        self.room_beside(&self.inner.lock())
+    }
+
+    /// Hands out a segment for what a disk begins with that is about to come into being. None: one is on its way, ask again.
+    ///
+    /// # Errors
+    /// [`NoRoom`]: there are no more than the others may need.
+    pub fn grant_to_new(&self, vdi: Uuid) -> Result<Option<Grant>, NoRoom> {
+        let mut inner = self.inner.lock();
+        if self.room_beside(&inner) == 0 {
+            return Err(NoRoom);
+        }
+        // Who waits for a segment to write to comes first.
+        let first = inner.waiting.is_empty();
+        let granted = if first { inner.take_free() } else { None };
+        let grant = granted.map(|id| self.make_grant(&mut inner, vdi, id));
+        self.relieve_to(&mut inner, 1);
+        Ok(grant)
+    }
+
+    fn room_beside(&self, inner: &Inner) -> u32 {
+        let floor = self.floor(inner.tasks.len() + 1);
+        let dirty = |vdi: &Uuid| inner.dirty.get(vdi).copied().unwrap_or(0);
+        let kept: u32 = inner.tasks.keys().map(|disk| floor.saturating_sub(dirty(disk))).sum();
+        let clean = inner.clean.len() as u32 - inner.pinned();
+        let available = inner.free.len() as u32 + clean + inner.evicting;
+        available.saturating_sub(kept + 2)
     }
 
     /// A segment is free again: nothing on the device or in memory refers to it, and the local checkpoint that says so
@@ -620,6 +657,20 @@ mod tests {
         restarted.came_up(B);
         assert!(asked(&mut messages[0]).is_empty());
         assert_eq!(asked(&mut messages[1]).len() as u32, restarted.low_water());
+    }
+
+    #[test]
+    fn a_new_disk_begins_with_what_the_others_can_spare() {
+        let (pool, _messages) = pool_of(64);
+        let new = Uuid::from_u128(3);
+        for _ in 0..20 {
+            pool.grant(A).unwrap();
+        }
+        // A has more than its floor of five; B is left its own, and the new disk two.
+        assert_eq!(pool.room_for_new(), 64 - 20 - 5 - 2);
+        let granted = std::iter::from_fn(|| pool.grant_to_new(new).ok().flatten()).count();
+        assert_eq!((granted, pool.grant_to_new(new)), (37, Err(NoRoom)));
+        assert_eq!(pool.owned(new).len(), 37);
     }
 
     #[test]

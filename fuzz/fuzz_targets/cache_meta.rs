@@ -50,6 +50,7 @@ fn slot() -> VdiSlot {
         durable: Lsn(0),
         alone_from: None,
         cuts: Vec::new(),
+        origin: None,
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),

@@ -30,6 +30,19 @@ pub(super) fn at(name: &str, action: &str) -> Result<String> {
     Ok(format!("/v1/vdis/{}{action}", percent_escape(name)))
 }
 
+/// What became of `vdi create`.
+fn created_line(created: &Created) -> String {
+    let done = format!("created {} ({})", created.name, format_size(created.size));
+    if !created.provisional {
+        return done;
+    }
+    let socket =
+        created.socket.as_ref().map_or_else(String::new, |path| format!(": {}", path.display()));
+    format!(
+        "{done} in this host's cache only: the store is away, and gets it when it is back; it is attached already{socket}"
+    )
+}
+
 /// A snapshot of a disk as it was, for a clone to begin as.
 async fn origin_as_of(client: &Client, vdi: String, point: AsOf) -> Result<Origin> {
     let request = SnapRequest { as_of: Some(point), ..SnapRequest::default() };
@@ -52,7 +65,7 @@ pub async fn vdi(command: VdiCommand, run_dir: &Path, out: Output) -> Result<()>
             let when_offline = when_offline.map(|policy| policy.to_string());
             let request = CreateRequest { name, size, from, when_offline };
             let created: Created = client.post("/v1/vdis", &request).await?;
-            out.print(&created, |c| format!("created {} ({})", c.name, format_size(c.size)))
+            out.print(&created, created_line)
         }
         VdiCommand::Set { name, when_offline } => {
             let when_offline = when_offline.map(|policy| policy.to_string());

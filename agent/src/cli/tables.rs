@@ -18,6 +18,14 @@ fn show_path(path: &Path) -> String {
     path.display().to_string()
 }
 
+fn remark(vdi: &Vdi) -> &'static str {
+    match (vdi.read_only, &vdi.provisional_clone_of) {
+        (true, _) => ", read-only",
+        (_, Some(_)) => ", not in the store yet",
+        _ => "",
+    }
+}
+
 /// `vdi list`.
 pub fn vdi_list(vdis: &[Vdi]) -> String {
     let mut table = Table::new(&["NAME", ">SIZE", "STATE", ">COMMITTED", "OWNER", "SOCKET"]);
@@ -25,7 +33,7 @@ pub fn vdi_list(vdis: &[Vdi]) -> String {
         table.row([
             vdi.name.clone(),
             format_size(vdi.size),
-            format!("{}{}", vdi.state.as_str(), if vdi.read_only { ", read-only" } else { "" }),
+            format!("{}{}", vdi.state.as_str(), remark(vdi)),
             vdi.committed_lsn.to_string(),
             dash(vdi.owner.clone(), |owner| owner),
             dash(vdi.socket.as_deref(), show_path),

@@ -62,6 +62,7 @@ impl From<CacheError> for Failure {
             | CacheError::NoSlot { .. }
             | CacheError::NoSegments { .. }
             | CacheError::Attached { .. }
+            | CacheError::Clone { .. }
             | CacheError::NotAttached { .. } => Kind::Conflict,
             _ => Kind::Failed,
         };

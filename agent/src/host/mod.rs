@@ -2,11 +2,12 @@
 //!
 //! `store` opens a store, `opening` this host's, `seat` is where it is found, `parts` is what all disks share, `served` is one disk, `requests` and `report` are
 //! what the control API does and shows, `meters` what the counters foretell, `drill` cuts a disk off
-//! on purpose, `collecting` collects garbage, `scrubbing` verifies what the store holds, `sizing` computes sizes, `watermarks` warns of a store that fills, `schedules` takes and thins snapshots, `read_only` serves them, `quiesce` freezes guests for snapshots and sees to it that they are thawed, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
+//! on purpose, `clones` makes clones while the store is away, `collecting` collects garbage, `scrubbing` verifies what the store holds, `sizing` computes sizes, `watermarks` warns of a store that fills, `schedules` takes and thins snapshots, `read_only` serves them, `quiesce` freezes guests for snapshots and sees to it that they are thawed, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
 //!
 //! A disk that does not come back at the start, or whose worker fails, is shown as failed; all others go on.
 
 mod ahead;
+mod clones;
 mod collecting;
 mod diff;
 mod drill;
@@ -198,12 +199,24 @@ impl Host {
     /// Opens the sockets of all disks that were attached, then recovers them side by side.
     async fn bring_back(self: &Arc<Self>) {
         for record in self.parts.cache.attached().await {
-            let AttachedRecord { vdi, name, size_bytes, was_served, .. } = record;
+            let AttachedRecord { vdi, name, size_bytes, was_served, origin, .. } = record;
             let served = Arc::new(Served::new(&self.parts.run_dir, vdi, &name, size_bytes));
             self.served.lock().insert(vdi, Arc::clone(&served));
             // Should this fail, coming up tries again, and says why.
             let listening = served.listen(&self.parts).await.ok();
             let parts = Arc::clone(&self.parts);
+            if let Some(origin) = origin {
+                served.keep_origin(self.parts.holds.hold(origin.vdi, origin.lsn), false);
+                let host = Arc::downgrade(self);
+                self.spawn(async move {
+                    // Whether the store knows of it shows later.
+                    if was_served {
+                        let _ = served.bring_up(&parts, listening, Way::Alone).await;
+                    }
+                    clones::follow(host, served).await;
+                });
+                continue;
+            }
             let alone = was_served && parts.store.opened().is_none();
             self.spawn(async move {
                 // Its state tells how it went.
@@ -247,7 +260,8 @@ impl Host {
                 if parts.cache.vdi_status(disk.uuid).is_none() {
                     return;
                 }
-                if parts.store.opened().is_none() {
+                if parts.store.opened().is_none() || parts.cache.origin_of(disk.uuid).await.is_some()
+                {
                     tracing::warn!(vdi = %disk.name, "not drained: the store is away; the log has everything");
                     return;
                 }

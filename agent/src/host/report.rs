@@ -12,6 +12,7 @@ use crate::api::{
 use crate::error::Result;
 use crate::units::format_size;
 use blockstore::Schedule;
+use blockstore::format::vdi::Origin;
 use blockstore::types::BLOCK_SIZE;
 use cache::ReplacementState;
 use std::collections::BTreeMap;
@@ -165,6 +166,7 @@ impl Host {
                 schedule: in_words(log.policy.schedule),
                 snapshot: None,
                 read_only: false,
+                provisional_clone_of: disk.origin().map(|origin| self.name_of_snapshot(origin)),
             },
             last_lsn: log.last_lsn,
             flushed_lsn: log.flushed_lsn,
@@ -199,6 +201,13 @@ impl Host {
         }
     }
 
+    /// A snapshot of a disk that is served here, as people call it.
+    fn name_of_snapshot(&self, snapshot: Origin) -> String {
+        let vdi = snapshot.vdi.to_string();
+        let name = self.find_served(&vdi).map_or(vdi, |disk| disk.name.clone());
+        format!("{name}@{}", snapshot.lsn)
+    }
+
     /// A disk of the store as the store knows it, or as this host does if it serves it.
     pub(super) fn describe_stored(&self, found: &blockstore::VdiInfo) -> VdiInfo {
         if let Some(disk) = self.find_served(&found.uuid.to_string()) {
@@ -220,6 +229,7 @@ impl Host {
                 schedule: in_words(found.schedule),
                 snapshot: None,
                 read_only: false,
+                provisional_clone_of: None,
             },
             last_lsn: found.committed_lsn.0,
             flushed_lsn: found.committed_lsn.0,
@@ -246,8 +256,17 @@ impl Host {
         let found = self.parts.store.get()?.list_vdis().await?;
         let mut list: Vec<_> = found.iter().map(|found| self.describe_stored(found).vdi).collect();
         list.extend(self.snapshots_as_disks());
+        list.extend(self.clones_beside(&found));
         list.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(list)
+    }
+
+    /// Clones that the store does not know of.
+    fn clones_beside(&self, stored: &[blockstore::VdiInfo]) -> Vec<Vdi> {
+        let known = |disk: &Served| stored.iter().any(|found| found.uuid == disk.uuid);
+        let disks: Vec<_> = self.served.lock().values().cloned().collect();
+        let unknown = disks.iter().filter(|disk| !known(disk)).map(|disk| self.describe(disk).vdi);
+        unknown.filter(|vdi| vdi.provisional_clone_of.is_some()).collect()
     }
 
     /// One disk. One that this host serves is shown even while the store is down.
@@ -332,6 +351,15 @@ fn degraded(
     for snapshot in snapshots.iter().filter(|snapshot| snapshot.state == VdiState::Failed) {
         let why = snapshot.last_error.as_deref().unwrap_or("see the agent's log");
         found.push(format!("snapshot {}, attached read-only, has failed: {why}", snapshot.name));
+    }
+    for info in vdis {
+        let Some(origin) = &info.vdi.provisional_clone_of else { continue };
+        let why = info.last_error.as_ref().filter(|_| store.reachable);
+        let why = why.map_or_else(String::new, |why| format!(" ({why})"));
+        found.push(format!(
+            "disk '{}', a clone of {origin}, is in this host's cache only: it gets into the store when that has the snapshot{why}",
+            info.vdi.name
+        ));
     }
     for info in vdis.iter().filter(|info| info.write_through) {
         let why = info.last_error.as_deref().unwrap_or("see the agent's log");

@@ -35,19 +35,15 @@ impl Host {
         check_vdi_name(name).map_err(|words| Failure::new(Kind::Usage, words))?;
         let policy = when_offline.map_or(Ok(WhenOffline::default()), policy_of)?;
         let info = self.parts.store.get()?.create_vdi_with(name, size, policy).await?;
-        Ok(Created { name: info.name, uuid: info.uuid, size: info.size_bytes })
+        Ok(Created::in_store(info))
     }
 
     /// Deletes a disk that is not attached, with its snapshots or only if it has none.
     pub async fn delete(&self, name: &str, with_snapshots: bool) -> Result<Done> {
         if let Some(disk) = self.find_served(name) {
-            return Err(Failure::new(
-                Kind::Conflict,
-                format!(
-                    "disk '{0}' is attached to this host: 'ballast vdi detach {0}' first",
-                    disk.name
-                ),
-            ));
+            // Only a clone that the store does not know of is deleted while it is attached.
+            self.give_up_clone(&disk).await?;
+            return Ok(Done { name: disk.name.clone(), uuid: disk.uuid });
         }
         let store = self.parts.store.get()?;
         let (name, uuid) = store.identify_vdi(name).await?;
@@ -193,7 +189,7 @@ impl Host {
                 (info.name, info.uuid)
             }
         };
-        Ok(Created { name, uuid, size })
+        Ok(Created { name, uuid, size, provisional: false, socket: None })
     }
 
     /// Changes how a disk is served. For a disk of this host it takes effect at once, store or not; the store's record

@@ -138,19 +138,53 @@ impl Host {
         Ok(Snapped::new(&name, uuid, snapshot))
     }
 
-    /// Creates a disk that begins as a snapshot of another.
+    /// Creates a disk that begins as a snapshot of another. While the store is away, of one that only this host's log has.
     pub async fn create_from(
-        &self,
+        self: &Arc<Self>,
         name: &str,
         from: &Origin,
         when_offline: Option<&str>,
     ) -> Result<Created> {
         check_vdi_name(name).map_err(|words| Failure::new(Kind::Usage, words))?;
         let policy = when_offline.map_or(Ok(WhenOffline::default()), policy_of)?;
+        let in_log = |disk: &Arc<Served>| {
+            let lsn = from.snapshot.parse().ok();
+            let is_it = |one: &Snapshot| Some(one.lsn) == lsn || one.label == from.snapshot;
+            !from.snapshot.is_empty() && self.in_log(disk).iter().any(is_it)
+        };
+        let Some(parent) = self.find_served(&from.vdi).filter(in_log) else {
+            return self.clone_stored(name, from, policy).await;
+        };
+        let uuid = parent.uuid.to_string();
+        // Nothing was made while it waits: what the store does not answer is looked for in the log.
+        let stored = tokio::select! {
+            biased;
+            () = self.store_is_away() => None,
+            found = self.find_stored(&uuid, &from.snapshot) => Some(found),
+        };
+        match stored {
+            Some(Err(failure))
+                if failure.kind != Kind::Unavailable || self.parts.store.health().reachable =>
+            {
+                Err(failure)
+            }
+            None | Some(Err(_)) => {
+                self.clone_without_store(name, &parent, &from.snapshot, policy).await
+            }
+            Some(Ok(_)) => self.clone_stored(name, from, policy).await,
+        }
+    }
+
+    async fn clone_stored(
+        &self,
+        name: &str,
+        from: &Origin,
+        policy: WhenOffline,
+    ) -> Result<Created> {
         let source = self.named(&from.vdi).await?.1.to_string();
         let lsn = self.find_stored(&source, &from.snapshot).await?.lsn;
         let info = self.parts.store.get()?.clone_vdi(name, &source, lsn, policy).await?;
-        Ok(Created { name: info.name, uuid: info.uuid, size: info.size_bytes })
+        Ok(Created::in_store(info))
     }
 
     /// A disk's name and identity; of one that is served here without asking the store.

@@ -27,7 +27,7 @@ pub(crate) use registry::write_meta;
 pub use repair::{Fingerprint, Held, REPAIR_HOST, Repairer};
 pub use rewind::Rewound;
 pub use rollback::LostLog;
-pub use snapshots::Thinned;
+pub use snapshots::{RegisteredClone, Thinned};
 pub use verify::{Cure, Fix, TableProblem};
 pub use walking::Walk;
 

@@ -7,7 +7,8 @@
 use crate::alloc::runs::merge;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::snapshot::{Snapshot, SnapshotLabel};
-use crate::format::vdi::{Origin, SnapshotIndex, VdiHead};
+use crate::format::vdi::{Origin, Owner, SnapshotIndex, VdiHead};
+use crate::io::now_ms;
 use crate::name::check_name;
 use crate::policy::WhenOffline;
 use crate::root::{Garbage, GarbageSink};
@@ -42,6 +43,21 @@ pub struct Thinned {
     pub deleted: Vec<Lsn>,
     /// Clones hang on these, or they are attached read-only.
     pub held: Vec<Lsn>,
+}
+
+/// A clone that a host served from its log before the store knew of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegisteredClone {
+    /// Its identity, which never changes.
+    pub uuid: Uuid,
+    /// Its name, if nobody else has it.
+    pub name: String,
+    /// The snapshot that it began as.
+    pub origin: Origin,
+    /// What was chosen for it.
+    pub when_offline: WhenOffline,
+    /// The log in the host's cache.
+    pub log_id: Uuid,
 }
 
 /// What a clone is made of.
@@ -302,7 +318,8 @@ impl Store {
         let Some(lsn) = self.holds.first_of(found.head.uuid, snapshots) else { return Ok(()) };
         let name = &found.name;
         let words = format!(
-            "its snapshot {lsn} is attached read-only; 'ballast vdi detach {name}@{lsn}' first"
+            "its snapshot {lsn} is attached read-only ('ballast vdi detach {name}@{lsn}' first), or a clone of it that was made \
+             while the store was away is on its way there ('ballast status')"
         );
         Err(StoreError::new(StoreErrorKind::InUse, found.object(), words))
     }
@@ -322,19 +339,55 @@ impl Store {
         check_name(name)?;
         let (name, source) = (name.to_owned(), source.to_owned());
         let clone = move |store: Arc<Self>| async move {
-            store.clone_now(&name, &source, snapshot, when_offline).await
+            store.clone_now(&name, &source, snapshot, when_offline, None).await
         };
         self.change(clone).await
     }
 
+    /// Makes a disk that begins as a committed snapshot of another and that this host served before the store knew of it, from a
+    /// log of its own. It is this host's, with that log, from its first moment on: nobody comes in between. Done once,
+    /// however often it is asked for.
+    ///
+    /// # Errors
+    /// As [`clone_vdi`](Self::clone_vdi); `Changed` if there is a disk of that UUID that began as something else.
+    pub async fn register_clone(self: &Arc<Self>, clone: RegisteredClone) -> Result<()> {
+        check_name(&clone.name)?;
+        if clone.log_id.is_nil() {
+            let problem = "a log needs an identity";
+            let object = format!("VDI {}", clone.uuid);
+            return Err(StoreError::new(StoreErrorKind::Invalid, object, problem));
+        }
+        self.change(move |store| async move { store.register_now(&clone).await }).await
+    }
+
+    async fn register_now(&self, clone: &RegisteredClone) -> Result<()> {
+        let known = self.directory().await?.origin_of(clone.uuid);
+        if let Some(origin) = known {
+            if origin == Some(clone.origin) {
+                return Ok(());
+            }
+            let object = format!("VDI {}", clone.uuid);
+            let problem =
+                "it is in the store, and did not begin as the snapshot that this host's cache says";
+            return Err(StoreError::new(StoreErrorKind::Changed, object, problem));
+        }
+        let source = clone.origin.vdi.to_string();
+        let own = Some((clone.uuid, clone.log_id));
+        self.clone_now(&clone.name, &source, clone.origin.lsn, clone.when_offline, own)
+            .await
+            .map(drop)
+    }
+
+    /// With `own` the UUID that the clone has, and the log from which this host serves it.
     async fn clone_now(
         &self,
         name: &str,
         source: &str,
         lsn: Lsn,
         when_offline: WhenOffline,
+        own: Option<(Uuid, Uuid)>,
     ) -> Result<VdiInfo> {
-        self.core.writer()?;
+        let writer = self.core.writer()?;
         self.refuse_known_name(name).await?;
         let (found, snapshots, as_stored) =
             self.read_snapshots_of(source, &Wanted::At(lsn)).await?;
@@ -350,6 +403,16 @@ impl Store {
             last_snapshot_birth: birth,
             origin: Some(origin),
             ..VdiHead::new_disk(snapshot.size_bytes)
+        };
+        let head = match own {
+            Some((uuid, log_id)) => VdiHead {
+                uuid,
+                owner: Some(Owner { host: writer.host, generation: writer.generation }),
+                attached_ms: now_ms(),
+                log_id: Some(log_id),
+                ..head
+            },
+            None => head,
         };
         let source = Source { origin, view: as_stored.then_some(found.view) };
         self.enrol(name, when_offline, head, Some(&source)).await

@@ -7,6 +7,7 @@ mod faults;
 mod held;
 mod hosts;
 mod model;
+mod registering;
 mod registry;
 mod rewind;
 mod rollback;

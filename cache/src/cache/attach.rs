@@ -49,6 +49,7 @@ impl Cache {
             size_bytes: vdi.size_bytes,
             committed: verified(&record, None, backing.committed())?,
             policy: if record.epoch == 0 { noted(&*backing) } else { record.policy },
+            origin: None,
             ..record
         };
         match record.left_behind {
@@ -184,7 +185,8 @@ impl Cache {
         self.ground.pool.register(vdi, to_task);
         let policy = open.record.policy.chosen;
         let (boot_trace, pinned) = (open.record.boot_trace.clone(), open.record.policy.pinned);
-        let status = VdiStatus { policy, pinned, boot_trace, ..VdiStatus::default() };
+        let origin = open.record.origin;
+        let status = VdiStatus { policy, pinned, boot_trace, origin, ..VdiStatus::default() };
         if pinned {
             // Until the task says otherwise the store may be away.
             self.ground.pool.set_pin(vdi, Some(Pin::Firm));

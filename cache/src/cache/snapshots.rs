@@ -51,7 +51,7 @@ impl Cache {
         label: SnapshotLabel,
     ) -> Result<SnapshotTaken, CacheError> {
         let handle = self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?;
-        let log = handle.undrained(vdi).await?;
+        let log = handle.undrained(vdi, true).await?;
         let found = self.find_point(vdi, point, &log).await?;
         let Point { lsn, time_ms } = found.map_err(|why| CacheError::Snapshot { vdi, why })?;
         let time_ms = if time_ms == 0 { now_ms() } else { time_ms };

@@ -3,6 +3,7 @@
 //! still while anything can run.
 
 mod as_of;
+mod cloning;
 mod durable;
 mod hydrate;
 mod replacing;

@@ -260,7 +260,7 @@ impl Drafting<'_> {
 }
 
 /// Applies a write or a zeroing of the segment whose first block is at `first_slot`.
-fn apply(index: &mut Index, entry: &Entry<'_>, lsn: Lsn, first_slot: Slot) {
+pub(crate) fn apply(index: &mut Index, entry: &Entry<'_>, lsn: Lsn, first_slot: Slot) {
     if entry.kind == Kind::Zero {
         let masks = (entry.first_mask, entry.last_mask);
         apply_zero(index, entry.lba, u64::from(entry.blocks), masks, lsn);

@@ -3,6 +3,7 @@
 mod batch;
 mod pace;
 
+pub(crate) use batch::apply;
 pub use batch::{BatchError, Draft, Source};
 pub use pace::{FlushOptions, Situation, pause_after, should_start};
 
@@ -176,7 +177,7 @@ async fn read_source(local: &Local, vdi: Uuid, segment: Replay) -> Result<Source
 
 /// What stands in a sealed segment that must reach up to `last_lsn`. If its summary is damaged and so is a record, the
 /// records before it must not be taken for the whole.
-async fn read_whole(
+pub(crate) async fn read_whole(
     local: &Local,
     vdi: Uuid,
     header: &SegmentHeader,

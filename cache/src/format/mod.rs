@@ -58,6 +58,16 @@ fn seal_block(block: &mut [u8]) {
 
 /// Checks magic, CRC and version of a block-sized structure (version at byte 12).
 fn open_block(block: &[u8], magic: [u8; 8], what: &'static str) -> Result<(), FormatError> {
+    open_block_up_to(VERSION, block, magic, what)
+}
+
+/// As [`open_block`], of a structure of which there are versions up to `newest`.
+fn open_block_up_to(
+    newest: u32,
+    block: &[u8],
+    magic: [u8; 8],
+    what: &'static str,
+) -> Result<(), FormatError> {
     if block.len() != BLOCK_SIZE || block[..8] != magic {
         return Err(FormatError::Absent(what));
     }
@@ -70,7 +80,7 @@ fn open_block(block: &[u8], magic: [u8; 8], what: &'static str) -> Result<(), Fo
         return Err(FormatError::Checksum { what, expected, found });
     }
     let version = u32::from_le_bytes(block[12..16].try_into().expect("four bytes"));
-    if version > VERSION || version == 0 {
+    if version > newest || version == 0 {
         return Err(FormatError::Version { what, found: version });
     }
     Ok(())

@@ -3,10 +3,11 @@
 //! The local checkpoint of rule L2 lives here: a segment may be reused only after the slot that covers it is
 //! durable. Two copies are written in turn; the one with the higher sequence counts.
 
-use super::{FormatError, VERSION, open_block, seal_block};
+use super::{FormatError, VERSION, open_block_up_to, seal_block};
 use crate::disk::trace::{RANGE_BLOCKS_MAX, RANGES_MAX, Ranges};
 use crate::pending::PendingSnapshot;
 use blockstore::format::snapshot::LABEL_MAX;
+use blockstore::format::vdi::Origin;
 use blockstore::schedule::RULES_MAX;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use blockstore::{Policy, Schedule, SnapshotLabel, WhenOffline};
@@ -16,14 +17,22 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 const MAGIC: [u8; 8] = *b"BLSTVDIS";
 const WHAT: &str = "VDI slot";
+/// Of a slot whose disk is not in the store yet: a program that does not know of such disks must not serve it.
+const VERSION_WITH_ORIGIN: u32 = 2;
 const NAME_MAX: usize = 255;
 /// States of a slot that is not free.
 const ATTACHED: u32 = 1;
 const QUARANTINED: u32 = 2;
 /// Snapshots of what the log was that a slot can ask for.
 pub const CUTS_MAX: usize = 4;
-const TAIL: usize =
-    BLOCK_SIZE - 384 - 8 * RANGES_MAX - 16 - 8 * RULES_MAX - size_of::<[RawCut; CUTS_MAX]>() - 16;
+const TAIL: usize = BLOCK_SIZE
+    - 384
+    - 8 * RANGES_MAX
+    - 16
+    - 8 * RULES_MAX
+    - size_of::<[RawCut; CUTS_MAX]>()
+    - 24
+    - 16;
 /// The disk is pinned.
 const FLAG_PINNED: u32 = 1;
 /// Bits of a range of the boot trace that say how long it is; the first block is above them.
@@ -59,6 +68,9 @@ struct Raw {
     alone_from: U64,
     schedule: [U64; RULES_MAX],
     cuts: [RawCut; CUTS_MAX],
+    /// Of a disk that is not in the store yet: what it is a clone of. Zeros: it is there.
+    origin_vdi: [u8; 16],
+    origin_lsn: U64,
     reserved: [u8; TAIL],
     /// One more than what was flushed when the log was left behind; zero: it was not.
     behind_flushed: U64,
@@ -125,6 +137,9 @@ pub struct SlotVdi {
     /// Snapshots that were asked for after the log had gone on (at most [`CUTS_MAX`], in the order of their LSNs): the commit
     /// that covers them makes them. All of them are durable parts of the log that the store did not have then.
     pub cuts: Vec<PendingSnapshot>,
+    /// The disk is a clone that was made without the store, which does not know of it yet: it begins as this snapshot. What its
+    /// log holds of that is kept until the store has both.
+    pub origin: Option<Origin>,
 }
 
 /// No leg took the log's records any more: from then on the store may be ahead of what the log says (rule L6). A log of
@@ -182,7 +197,9 @@ impl VdiSlot {
     pub fn encode(&self) -> [u8; BLOCK_SIZE] {
         let mut raw = Raw::new_zeroed_slot();
         raw.magic = MAGIC;
-        raw.version = VERSION.into();
+        let record = self.vdi.as_ref().or(self.quarantined.as_ref());
+        let has_origin = record.is_some_and(|vdi| vdi.origin.is_some());
+        raw.version = if has_origin { VERSION_WITH_ORIGIN } else { VERSION }.into();
         raw.sequence = self.sequence.into();
         raw.slot = self.slot.into();
         let kept = self.vdi.as_ref().map(|vdi| (ATTACHED, vdi));
@@ -213,6 +230,10 @@ impl VdiSlot {
             for (to, cut) in raw.cuts.iter_mut().zip(&vdi.cuts) {
                 *to = RawCut::of(cut);
             }
+            if let Some(origin) = &vdi.origin {
+                raw.origin_vdi = origin.vdi.into_bytes();
+                raw.origin_lsn = origin.lsn.0.into();
+            }
             let len = fitting(&vdi.name);
             raw.name[..len].copy_from_slice(&vdi.name.as_bytes()[..len]);
             raw.name_len = (len as u16).into();
@@ -225,7 +246,7 @@ impl VdiSlot {
 
     /// Reads and checks a block that should be a copy of slot `slot`.
     pub fn decode(block: &[u8], slot: u32) -> Result<Self, FormatError> {
-        open_block(block, MAGIC, WHAT)?;
+        open_block_up_to(VERSION_WITH_ORIGIN, block, MAGIC, WHAT)?;
         let raw = Raw::ref_from_bytes(block).map_err(|_| FormatError::Absent(WHAT))?;
         if raw.slot.get() != slot {
             return Err(FormatError::Invalid {
@@ -272,6 +293,10 @@ impl VdiSlot {
                     }),
                     boot_trace: decode_trace(raw),
                     cuts: decode_cuts(raw),
+                    origin: (raw.version.get() >= VERSION_WITH_ORIGIN).then(|| Origin {
+                        vdi: Uuid::from_bytes(raw.origin_vdi),
+                        lsn: Lsn(raw.origin_lsn.get()),
+                    }),
                 })
             }
             _ => return Err(FormatError::Invalid { what: WHAT, why: "its state is unknown" }),

@@ -47,11 +47,12 @@ pub(super) struct AsOf {
 }
 
 impl VdiTask {
-    /// Has the log sealed and tells what is in it.
-    pub(super) fn undrained(&mut self, reply: UndrainedReply) {
+    /// Has the log sealed and tells what is in it, `for_cut` to somebody who will ask for a snapshot of it.
+    pub(super) fn undrained(&mut self, for_cut: bool, reply: UndrainedReply) {
         self.as_of.looks.retain(|(_, reply)| !reply.is_closed());
         // Each seals a segment, of which an outage leaves only so many.
-        let full = self.p.record.cuts.len() >= CUTS_MAX || self.as_of.looks.len() >= CUTS_MAX;
+        let no_more_cuts = for_cut && self.p.record.cuts.len() >= CUTS_MAX;
+        let full = no_more_cuts || self.as_of.looks.len() >= CUTS_MAX;
         let too_many = if full { Err(Self::too_many()) } else { Ok(()) };
         if let Err(why) = self.may_ask_snapshot().and(too_many) {
             let _ = reply.send(Err(CacheError::Snapshot { vdi: self.p.vdi, why }));

@@ -38,12 +38,14 @@ pub(crate) enum Command {
     Reopen(oneshot::Sender<Result<AttachedDisk, CacheError>>),
     /// The disk grew.
     Resize { bytes: u64, reply: oneshot::Sender<Result<(), CacheError>> },
+    /// The store knows the disk by this name.
+    Rename { name: String, reply: oneshot::Sender<Result<(), CacheError>> },
     /// Change the disk's policy; the answer is what holds then.
     SetPolicy { change: PolicyChange, reply: oneshot::Sender<Result<Policy, CacheError>> },
     /// Take a snapshot.
     Snapshot { label: SnapshotLabel, reply: snapshots::Reply },
     /// Seal the log and tell what is in it that the store may not have.
-    Undrained(as_of::UndrainedReply),
+    Undrained { for_cut: bool, reply: as_of::UndrainedReply },
     /// Take a snapshot of what the disk was.
     Cut { cut: PendingSnapshot, reply: snapshots::Reply },
     /// Fetch these ranges into the cache ahead of need; all of the disk if none are given.
@@ -53,8 +55,19 @@ pub(crate) enum Command {
     },
     /// Keep what is held of it, or do not.
     Pin { on: bool, reply: oneshot::Sender<Result<(), PinError>> },
-    /// End; with `forget`, the drained disk leaves the cache. Answers with the slot as it was written last.
-    Stop { forget: bool, reply: oneshot::Sender<Result<VdiSlot, CacheError>> },
+    /// End, and leave the cache or not. Answers with the slot as it was written last.
+    Stop { leave: Leave, reply: oneshot::Sender<Result<VdiSlot, CacheError>> },
+}
+
+/// What becomes of a disk whose task ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leave {
+    /// It stays in the cache.
+    Not,
+    /// It was drained, and leaves.
+    Drained,
+    /// It is a clone that the store does not know of, and is given up with all that was written to it.
+    GivenUp,
 }
 
 impl VdiTask {
@@ -110,6 +123,9 @@ impl VdiTask {
             Command::Resize { bytes, reply } => {
                 let _ = reply.send(self.resize(bytes).await);
             }
+            Command::Rename { name, reply } => {
+                let _ = reply.send(self.rename(name).await);
+            }
             Command::SetPolicy { change, reply } => {
                 let _ = reply.send(self.set_policy(change).await);
             }
@@ -117,11 +133,15 @@ impl VdiTask {
                 let _ = reply.send(self.pin(on).await);
             }
             Command::Snapshot { label, reply } => self.snapshot(label, reply),
-            Command::Undrained(reply) => self.undrained(reply),
+            Command::Undrained { for_cut, reply } => self.undrained(for_cut, reply),
             Command::Cut { cut, reply } => self.cut(cut, reply).await,
             Command::Hydrate { ranges, reply } => self.hydrate(ranges, reply),
-            Command::Stop { forget, reply } => {
-                let result = if forget { self.forget().await } else { Ok(()) };
+            Command::Stop { leave, reply } => {
+                let result = match leave {
+                    Leave::Not => Ok(()),
+                    Leave::Drained => self.forget().await,
+                    Leave::GivenUp => self.forget_clone().await,
+                };
                 let failed = result.is_err();
                 let _ = reply.send(result.map(|()| self.p.slot.clone()));
                 // A disk that cannot be forgotten yet stays looked after.
@@ -151,6 +171,8 @@ impl VdiTask {
         self.not_before = Instant::now();
         // From the next commit on the store is further than where the log was opened.
         self.p.record.alone_from = None;
+        // A clone is in the store now. What its log holds of its origin is kept until the slot says so.
+        self.p.record.origin = None;
         self.join_unnoted = true;
         self.place_waiting_cuts().await;
         self.checkpoint_due = true;

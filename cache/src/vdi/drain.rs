@@ -37,6 +37,10 @@ impl VdiTask {
     }
 
     pub(super) fn answer_waiters(&mut self) {
+        if self.keeps_origin() {
+            // Whatever its LSN, the store has nothing of it.
+            return;
+        }
         let committed = self.p.record.committed;
         let (done, waiting) = std::mem::take(&mut self.waiters)
             .into_iter()

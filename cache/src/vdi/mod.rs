@@ -26,7 +26,7 @@ mod task;
 mod through;
 
 pub(crate) use as_of::Undrained;
-pub(crate) use command::Command;
+pub(crate) use command::{Command, Leave};
 pub use hydrate::{HydrateError, HydrateStatus};
 pub use pin::PinError;
 pub use snapshots::SnapshotTaken;
@@ -96,6 +96,10 @@ impl VdiHandle {
         self.ask(vdi, |reply| Command::Resize { bytes, reply }).await?
     }
 
+    pub async fn rename(&self, vdi: uuid::Uuid, name: &str) -> Result<(), CacheError> {
+        self.ask(vdi, |reply| Command::Rename { name: name.to_owned(), reply }).await?
+    }
+
     pub async fn set_policy(
         &self,
         vdi: uuid::Uuid,
@@ -117,8 +121,8 @@ impl VdiHandle {
         self.ask(vdi, |reply| Command::Snapshot { label, reply }).await?
     }
 
-    pub async fn undrained(&self, vdi: uuid::Uuid) -> Result<Undrained, CacheError> {
-        self.ask(vdi, Command::Undrained).await?
+    pub async fn undrained(&self, vdi: uuid::Uuid, for_cut: bool) -> Result<Undrained, CacheError> {
+        self.ask(vdi, |reply| Command::Undrained { for_cut, reply }).await?
     }
 
     pub async fn cut(
@@ -139,8 +143,8 @@ impl VdiHandle {
     }
 
     /// Stops the task between two steps; what is not committed stays in the log. Returns the slot as it was written last.
-    pub async fn stop(&self, vdi: uuid::Uuid, forget: bool) -> Result<VdiSlot, CacheError> {
-        let slot = self.ask(vdi, |reply| Command::Stop { forget, reply }).await??;
+    pub async fn stop(&self, vdi: uuid::Uuid, leave: Leave) -> Result<VdiSlot, CacheError> {
+        let slot = self.ask(vdi, |reply| Command::Stop { leave, reply }).await??;
         let task = self.task.lock().take();
         if let Some(task) = task
             && let Err(error) = task.await

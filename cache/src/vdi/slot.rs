@@ -31,7 +31,7 @@ impl VdiTask {
     }
 
     pub(super) fn offer_clean(&mut self) {
-        if self.checkpoint_due || self.through.is_some() {
+        if self.checkpoint_due || self.through.is_some() || self.keeps_origin() {
             return;
         }
         for (id, seq) in self.p.segments.newly_clean(self.p.record.committed) {
@@ -58,6 +58,16 @@ impl VdiTask {
         }
         self.p.sender.send(ToDisk::Resized { bytes });
         Ok(())
+    }
+
+    /// Durable before it takes effect.
+    pub(super) async fn rename(&mut self, name: String) -> Result<(), CacheError> {
+        let former = std::mem::replace(&mut self.p.record.name, name);
+        let written = self.write_slot().await;
+        if written.is_err() {
+            self.p.record.name = former;
+        }
+        written
     }
 
     /// Durable before it takes effect.
@@ -123,9 +133,15 @@ impl VdiTask {
         Ok(())
     }
 
-    /// A drained disk leaves: its slot is freed first, then its segments.
+    /// A drained disk leaves.
     pub(super) async fn forget(&mut self) -> Result<(), CacheError> {
         self.log_is_sound()?;
+        if self.keeps_origin() {
+            return Err(CacheError::Flush {
+                vdi: self.p.vdi,
+                why: "it is a clone that the store does not know of yet".into(),
+            });
+        }
         let sealed = self.p.segments.last_lsn().unwrap_or(self.p.record.committed);
         let last = sealed.max(self.last_staged);
         if !self.released || last > self.p.record.committed {
@@ -137,6 +153,27 @@ impl VdiTask {
                 ),
             });
         }
+        self.leave_slot().await
+    }
+
+    /// A clone that the store does not know of is given up.
+    pub(super) async fn forget_clone(&mut self) -> Result<(), CacheError> {
+        if !self.released || !self.keeps_origin() {
+            return Err(CacheError::Flush {
+                vdi: self.p.vdi,
+                why: "it is served, or the store knows of it".into(),
+            });
+        }
+        self.leave_slot().await
+    }
+
+    /// The store does not know of the disk: what its log holds of the snapshot that it began as may be nowhere else.
+    pub(super) fn keeps_origin(&self) -> bool {
+        self.p.record.origin.is_some()
+    }
+
+    /// The disk's slot is freed first, then its segments.
+    pub(super) async fn leave_slot(&mut self) -> Result<(), CacheError> {
         let mut slot = self.p.slot.clone();
         slot.sequence += 1;
         slot.vdi = None;

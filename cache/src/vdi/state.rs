@@ -7,6 +7,7 @@ use crate::flusher::Replay;
 use crate::image::SegmentImage;
 use crate::link::SealedSegment;
 use blockstore::Policy;
+use blockstore::format::vdi::Origin;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use serde::Serialize;
@@ -64,6 +65,9 @@ pub struct VdiStatus {
     pub policy: Policy,
     /// The cache has failed: writes are committed to the store before they are acknowledged.
     pub write_through: bool,
+    /// It is a clone of this that the store does not know of yet.
+    #[serde(skip)]
+    pub origin: Option<Origin>,
     /// What is held of it is not evicted while anything else could be.
     pub pinned: bool,
     /// The hydration that goes on, or the last one since the disk was opened.

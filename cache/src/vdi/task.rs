@@ -351,6 +351,7 @@ impl VdiTask {
         status.committed_lsn = committed.0;
         status.snapshots_pending = snapshots_pending;
         status.write_through = self.through.is_some();
+        status.origin = self.p.record.origin;
         let last = self.p.segments.last_lsn().unwrap_or(committed).max(committed).0;
         status.last_lsn = status.last_lsn.max(last);
         status.flushed_lsn = status.flushed_lsn.max(last);

@@ -107,6 +107,7 @@ impl Rig {
             durable: Lsn(0),
             alone_from: None,
             cuts: Vec::new(),
+            origin: None,
             policy: Default::default(),
             left_behind: None,
             boot_trace: Vec::new(),

@@ -297,6 +297,7 @@ impl Host {
             schedule: None,
             snapshot: Some(found.snapshot),
             read_only: true,
+            provisional_clone_of: None,
         };
         self.attached_snapshots().into_iter().map(of_one).collect()
     }

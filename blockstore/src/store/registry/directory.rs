@@ -106,6 +106,12 @@ impl Directory {
         })
     }
 
+    /// What a disk began as, if there is one of this UUID.
+    pub fn origin_of(&self, vdi: Uuid) -> Option<Option<Origin>> {
+        let mut disks = self.entries().map(|(_, entry)| entry).filter(|entry| entry.active);
+        disks.find(|entry| entry.uuid == vdi).map(|entry| entry.origin)
+    }
+
     /// The lowest place that may be used again, or the first that never was.
     pub fn free_place(&self) -> u32 {
         let buried = self.places.iter().position(|place| *place == Place::Buried);

@@ -273,6 +273,7 @@ impl Cache {
             durable: Lsn(0),
             alone_from: None,
             cuts: Vec::new(),
+            has_cuts: false,
             policy: DiskPolicy::default(),
             left_behind: None,
             boot_trace: Vec::new(),

@@ -144,8 +144,17 @@ impl Ground {
             cuts,
             ..record
         };
-        let slot = slot.next(Some(record.clone()));
-        if let Err(error) = self.local.write_slot(&slot).await {
+        // Known to former versions again once nothing in it says otherwise.
+        let record =
+            SlotVdi { has_cuts: recovered.live.iter().any(|live| live.cuts > 0), ..record };
+        let mut slot = slot.next(Some(record.clone()));
+        let mut written = self.local.write_slot(&slot).await;
+        if written.is_ok() && record.may_have_cuts() {
+            // In both copies: a former version would go by the one that it knows.
+            slot = slot.next(Some(record.clone()));
+            written = self.local.write_slot(&slot).await;
+        }
+        if let Err(error) = written {
             // Nothing was appended: the next attempt recovers to the same end.
             for grant in grants {
                 self.pool.release(grant.id, false);
@@ -166,6 +175,7 @@ impl Ground {
         let members = self.local.join(sender.clone());
         let mut disk = Disk::on_legs(self.start(&record, recovered, grants, progress), members);
         disk.set_boot_trace(record.boot_trace.clone());
+        disk.set_cadence(record.policy.chosen.schedule.cadence());
         let disk = AttachedDisk { disk, link, legs, leg_timeout: self.local.leg_timeout() };
         Ok(OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn, snapshots })
     }
@@ -251,6 +261,7 @@ fn sealed(live: &[Live]) -> Segments {
             first_lsn: live.header.first_lsn,
             last_lsn: live.last_lsn,
             used_blocks: live.used_blocks,
+            cuts: live.cuts,
             image: None,
             since: Instant::now(),
             offered: false,

@@ -50,6 +50,7 @@ fn slot() -> VdiSlot {
         durable: Lsn(0),
         alone_from: None,
         cuts: Vec::new(),
+        has_cuts: false,
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),

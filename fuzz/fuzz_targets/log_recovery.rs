@@ -288,6 +288,7 @@ fuzz_target!(|input: &[u8]| {
         durable: Lsn(0),
         alone_from: None,
         cuts: Vec::new(),
+        has_cuts: false,
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),

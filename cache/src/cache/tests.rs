@@ -3,6 +3,7 @@
 //! still while anything can run.
 
 mod as_of;
+mod cuts;
 mod durable;
 mod hydrate;
 mod replacing;

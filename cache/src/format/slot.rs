@@ -3,7 +3,7 @@
 //! The local checkpoint of rule L2 lives here: a segment may be reused only after the slot that covers it is
 //! durable. Two copies are written in turn; the one with the higher sequence counts.
 
-use super::{FormatError, VERSION, open_block, seal_block};
+use super::{FormatError, VERSION, open_block_up_to, seal_block};
 use crate::disk::trace::{RANGE_BLOCKS_MAX, RANGES_MAX, Ranges};
 use crate::pending::PendingSnapshot;
 use blockstore::format::snapshot::LABEL_MAX;
@@ -26,6 +26,8 @@ const TAIL: usize =
     BLOCK_SIZE - 384 - 8 * RANGES_MAX - 16 - 8 * RULES_MAX - size_of::<[RawCut; CUTS_MAX]>() - 16;
 /// The disk is pinned.
 const FLAG_PINNED: u32 = 1;
+/// Version of a slot whose disk's log may hold cuts: former versions refuse it.
+const VERSION_CUTS: u32 = 2;
 /// Bits of a range of the boot trace that say how long it is; the first block is above them.
 const RANGE_BITS: u32 = 24;
 
@@ -125,6 +127,8 @@ pub struct SlotVdi {
     /// Snapshots that were asked for after the log had gone on (at most [`CUTS_MAX`], in the order of their LSNs): the commit
     /// that covers them makes them. All of them are durable parts of the log that the store did not have then.
     pub cuts: Vec<PendingSnapshot>,
+    /// The log may hold entries of a schedule's cadence ([`Kind::Cut`](super::record::Kind::Cut)), whatever the schedule is by now.
+    pub has_cuts: bool,
 }
 
 /// No leg took the log's records any more: from then on the store may be ahead of what the log says (rule L6). A log of
@@ -151,6 +155,16 @@ pub struct DiskPolicy {
 }
 
 impl SlotVdi {
+    /// Its log holds entries of a cadence, or may get some.
+    pub fn may_have_cuts(&self) -> bool {
+        self.has_cuts || self.policy.chosen.schedule.cadence().is_some()
+    }
+
+    /// Of the slot that it is in.
+    fn version(&self) -> u32 {
+        if self.may_have_cuts() { VERSION_CUTS } else { VERSION }
+    }
+
     /// The store's image has reached `committed`, and so has made the snapshots up to there.
     pub fn reached(&mut self, committed: Lsn) {
         self.committed = committed;
@@ -182,7 +196,8 @@ impl VdiSlot {
     pub fn encode(&self) -> [u8; BLOCK_SIZE] {
         let mut raw = Raw::new_zeroed_slot();
         raw.magic = MAGIC;
-        raw.version = VERSION.into();
+        let versions = [&self.vdi, &self.quarantined].into_iter().flatten().map(SlotVdi::version);
+        raw.version = versions.max().unwrap_or(VERSION).into();
         raw.sequence = self.sequence.into();
         raw.slot = self.slot.into();
         let kept = self.vdi.as_ref().map(|vdi| (ATTACHED, vdi));
@@ -225,7 +240,7 @@ impl VdiSlot {
 
     /// Reads and checks a block that should be a copy of slot `slot`.
     pub fn decode(block: &[u8], slot: u32) -> Result<Self, FormatError> {
-        open_block(block, MAGIC, WHAT)?;
+        open_block_up_to(block, MAGIC, WHAT, VERSION_CUTS)?;
         let raw = Raw::ref_from_bytes(block).map_err(|_| FormatError::Absent(WHAT))?;
         if raw.slot.get() != slot {
             return Err(FormatError::Invalid {
@@ -272,10 +287,12 @@ impl VdiSlot {
                     }),
                     boot_trace: decode_trace(raw),
                     cuts: decode_cuts(raw),
+                    has_cuts: raw.version.get() >= VERSION_CUTS,
                 })
             }
             _ => return Err(FormatError::Invalid { what: WHAT, why: "its state is unknown" }),
         };
+        let kept = kept.map(|vdi: SlotVdi| SlotVdi { has_cuts: vdi.may_have_cuts(), ..vdi });
         let (vdi, quarantined) = if state == QUARANTINED { (None, kept) } else { (kept, None) };
         Ok(Self { sequence: raw.sequence.get(), slot, vdi, quarantined })
     }

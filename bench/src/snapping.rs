@@ -1,7 +1,8 @@
 //! What snapshots cost a guest: how long one takes until it is acknowledged, and how much slower the guest is beside them.
 //!
 //! Snapshots are asked for through the agent's control socket, over a connection that stays open: what is measured is what a
-//! program that asks for them sees. With and without snapshots the same load runs in turn, and medians are compared.
+//! program that asks for them sees. A snapshot behind every write is the agent's own doing, by a schedule that says so; beside it stands
+//! what it costs to ask for each. With and without snapshots the same load runs in turn, and medians are compared.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -25,6 +26,8 @@ use crate::suite::{Settings, fill};
 pub const INTERVAL: Duration = Duration::from_millis(10);
 /// Writes in flight.
 pub const DEPTH: usize = 32;
+/// Snapshots that the schedule of one behind every write keeps.
+const KEEP: u64 = 1000;
 /// Connections that ask for a snapshot after each write.
 const CONNECTIONS: usize = 32;
 /// Longest round of those.
@@ -43,10 +46,12 @@ pub struct Snapping {
     pub idle: Latency,
     /// Writes in a second, per round: alone, and with a snapshot every [`INTERVAL`].
     pub beside: Pair,
-    /// The same with a snapshot after each write.
+    /// The same with a snapshot behind each write by the disk's schedule.
     pub each: Pair,
-    /// Snapshots in a second, of those.
-    pub each_rate: f64,
+    /// The same with one asked for after each write.
+    pub asked: Pair,
+    /// Snapshots in a second, of those that were asked for.
+    pub asked_rate: f64,
 }
 
 /// Figures of rounds in turn.
@@ -97,12 +102,26 @@ pub fn run(settings: &Settings) -> Result<Snapping> {
         }
         bench.tidy()?;
     }
-    let (mut each, mut taken, mut time) = (Pair::default(), 0, Duration::ZERO);
+    let mut each = Pair::default();
+    for round in 0..settings.rounds {
+        for snapping in [round % 2 == 1, round % 2 == 0] {
+            if !snapping {
+                each.without.push(bench.load()?);
+                continue;
+            }
+            bench.schedule(&format!("every write keep {KEEP}"))?;
+            each.with.push(bench.load()?);
+            let kept = bench.schedule("none")?;
+            ensure!(kept >= KEEP, "{kept} snapshots are kept, not {KEEP}");
+        }
+        bench.tidy()?;
+    }
+    let (mut asked, mut taken, mut time) = (Pair::default(), 0, Duration::ZERO);
     for _ in 0..settings.rounds {
-        each.without.push(bench.each(0)?.0);
+        asked.without.push(bench.each(0)?.0);
         bench.ballast.settle()?;
         let (rate, snapshots, took) = bench.each(CONNECTIONS)?;
-        each.with.push(rate);
+        asked.with.push(rate);
         (taken, time) = (taken + snapshots, time + took);
         // So many snapshots take long to delete; they stay, and hold next to nothing.
         bench.ballast.settle()?;
@@ -113,7 +132,8 @@ pub fn run(settings: &Settings) -> Result<Snapping> {
         idle: Latency::of(&idle),
         beside,
         each,
-        each_rate: taken as f64 / time.as_secs_f64(),
+        asked,
+        asked_rate: taken as f64 / time.as_secs_f64(),
     })
 }
 
@@ -147,6 +167,17 @@ impl Bench<'_> {
         let sample = measure(&self.ballast, &workload, self.limit(), self.settings.poll)?;
         self.ballast.settle()?;
         Ok(sample.measured.iops())
+    }
+
+    /// Sets the disk's schedule; how many snapshots the store has by then.
+    fn schedule(&mut self, rules: &str) -> Result<u64> {
+        let mut control = Control::connect(&self.ballast.agent().config().run_dir())?;
+        let list = format!("/v1/vdis/{DISK_NAME}/snapshots/list");
+        let list = control.post(&list, &json!({ "oldest_first": false, "limit": 4000 }))?;
+        let path = format!("/v1/vdis/{DISK_NAME}/schedule");
+        control.post(&path, &json!({ "schedule": rules }))?;
+        let rows = list["snapshots"].as_array().context("a list of snapshots")?;
+        Ok(rows.len() as u64)
     }
 
     /// Gives back what the snapshots held.

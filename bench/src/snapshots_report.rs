@@ -85,22 +85,31 @@ pub fn snapping(found: &Snapping) -> String {
             target::BESIDE_LOSS_PERCENT,
         ),
         loss(
-            "loss of IOPS by a snapshot after every write",
+            "loss of IOPS by a snapshot behind every write",
             found.each.loss_percent(),
             target::EACH_LOSS_PERCENT,
         ),
+        vec![
+            "the same, each asked for over the control socket".into(),
+            format!("{:.1} %", found.asked.loss_percent()),
+            "-".into(),
+            "-".into(),
+        ],
     ];
     let list = |rounds: &[f64]| rounds.iter().map(|&n| number(n)).collect::<Vec<_>>().join(", ");
     format!(
-        "{}\n{}\nIOPS of the rounds: {} without and {} with a snapshot every 10 ms; {} without and {} with a snapshot after \
-         every write, {} snapshots in a second.",
+        "{}\n{}\nIOPS of the rounds: {} without and {} with a snapshot every 10 ms; {} without and {} with a snapshot behind \
+         every write by the disk's schedule, which keeps the last 1,000; {} without and {} with one asked for after every write, {} \
+         snapshots in a second.",
         table(&["what", "figure", "target", "met"], &targets),
         table(&["latency", "samples", "p50 µs", "p99 µs", "max µs"], &times),
         list(&found.beside.without),
         list(&found.beside.with),
         list(&found.each.without),
         list(&found.each.with),
-        number(found.each_rate),
+        list(&found.asked.without),
+        list(&found.asked.with),
+        number(found.asked_rate),
     )
 }
 

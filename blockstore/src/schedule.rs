@@ -11,6 +11,10 @@
 //! the wall clock *or* its time is up by a clock that never jumps: a wall clock that is put back stops nothing, one that is put
 //! forward makes for one snapshot.
 //!
+//! Besides, a schedule may have a *cadence*: a snapshot behind every write, or behind every batch of writes, of which the newest are
+//! kept. Its snapshots have labels of their own (`auto write 2026-11-22T08:00:00.000Z`) and count for no rule with slots, nor do those of
+//! such rules count for it.
+//!
 //! What a schedule took says so by its label (`auto 1h 2026-11-22T08:00:00.000Z`), which is denied to people: whoever gives such a
 //! snapshot another label makes it theirs.
 
@@ -38,7 +42,7 @@ const UNITS: [(&str, u64); 6] =
     [("w", 7 * DAY_MS), ("d", DAY_MS), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
 /// Bits of a rule on a disk that say how many it keeps; the interval is above them.
 const KEEP_BITS: u32 = 24;
-const EXAMPLE: &str = "'every 10s keep 6, every 1h keep 24'";
+const EXAMPLE: &str = "'every 10s keep 6, every 1h keep 24' or 'every write keep 1000'";
 /// What the labels of a schedule's snapshots begin with.
 const LABEL_PREFIX: &str = "auto ";
 /// From here on years have five digits.
@@ -55,13 +59,100 @@ pub struct Rule {
     pub keep: u32,
 }
 
-/// A schedule: up to [`RULES_MAX`] rules with different intervals, the shortest first. Without rules it is none. Held as
-/// [`Self::to_bits`] says: it is a part of much that is copied.
+/// Behind what a cadence has a snapshot cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Behind {
+    /// Each write, discard or zeroing of a guest.
+    Write,
+    /// Each batch of those that goes to the log's device in one record.
+    Batch,
+}
+
+/// A rule without slots: a snapshot behind every write or batch, of which the newest are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Cadence {
+    /// Where they are cut.
+    pub behind: Behind,
+    /// How many are kept: 1 to [`KEEP_MAX`].
+    pub keep: u32,
+}
+
+/// A schedule: up to [`RULES_MAX`] rules, a cadence or none first, then those with slots, which have different intervals, the
+/// shortest first. Without rules it is none. Held as [`Self::to_bits`] says: it is a part of much that is copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Schedule([u64; RULES_MAX]);
 
 /// Snapshots that a schedule took: LSN and time, milliseconds since 1970.
 pub type Taken = BTreeMap<u64, u64>;
+
+impl Behind {
+    /// Both, in the order of their numbers.
+    pub const ALL: [Self; 2] = [Self::Write, Self::Batch];
+
+    /// As it is written in schedules and labels.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Write => "write",
+            Self::Batch => "batch",
+        }
+    }
+
+    /// The number that stands for it on a disk, in the place of an interval: shorter than any.
+    #[must_use]
+    pub const fn to_bits(self) -> u64 {
+        match self {
+            Self::Write => 1,
+            Self::Batch => 2,
+        }
+    }
+
+    /// What such a number stands for.
+    #[must_use]
+    pub fn from_bits(bits: u64) -> Option<Self> {
+        Self::ALL.into_iter().find(|behind| behind.to_bits() == bits)
+    }
+}
+
+impl fmt::Display for Behind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Cadence {
+    fn new(behind: Behind, keep: u64) -> Result<Self, String> {
+        Ok(Self { behind, keep: checked_keep(keep)? })
+    }
+
+    fn from_bits(bits: u64) -> Option<Self> {
+        Self::new(Behind::from_bits(bits >> KEEP_BITS)?, bits & ((1 << KEEP_BITS) - 1)).ok()
+    }
+
+    /// Those of its snapshots that it keeps no more, the oldest first.
+    pub fn surplus<'a>(&self, cut: &'a Taken) -> impl Iterator<Item = u64> + use<'a> {
+        cut.keys().copied().take(cut.len().saturating_sub(self.keep as usize))
+    }
+
+    /// The label of a snapshot that it has cut.
+    #[must_use]
+    pub fn label(behind: Behind, time_ms: u64) -> SnapshotLabel {
+        label_with(behind.name(), time_ms)
+    }
+}
+
+impl fmt::Display for Cadence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "every {} keep {}", self.behind, self.keep)
+    }
+}
+
+fn checked_keep(keep: u64) -> Result<u32, String> {
+    match u32::try_from(keep) {
+        Ok(keep @ 1..=KEEP_MAX) => Ok(keep),
+        _ => Err(format!("a rule may keep 1 to {KEEP_MAX} snapshots, not {keep}")),
+    }
+}
 
 impl Rule {
     fn new(every_ms: u64, keep: u64) -> Result<Self, String> {
@@ -69,10 +160,7 @@ impl Rule {
             let (least, most) = (interval(EVERY_MIN_MS), interval(EVERY_MAX_MS));
             return Err(format!("an interval may be {least} to {most}"));
         }
-        match u32::try_from(keep) {
-            Ok(keep @ 1..=KEEP_MAX) => Ok(Self { every_ms, keep }),
-            _ => Err(format!("a rule may keep 1 to {KEEP_MAX} snapshots, not {keep}")),
-        }
+        Ok(Self { every_ms, keep: checked_keep(keep)? })
     }
 
     /// The rule that a number on a disk stands for, if it makes sense.
@@ -127,9 +215,15 @@ fn parse_interval(text: &str) -> Option<u64> {
 }
 
 impl Schedule {
-    /// Its rules, the shortest interval first.
+    /// Its rules with slots, the shortest interval first.
     pub fn rules(&self) -> impl Iterator<Item = Rule> + '_ {
         self.0.iter().copied().filter_map(Rule::from_bits)
+    }
+
+    /// Its rule without slots.
+    #[must_use]
+    pub fn cadence(&self) -> Option<Cadence> {
+        Cadence::from_bits(self.0[0])
     }
 
     /// Nothing is taken.
@@ -138,7 +232,8 @@ impl Schedule {
         self.0[0] == 0
     }
 
-    /// The numbers that stand for it on a disk, zeros for none: per rule interval in milliseconds × 2^24 + slots to keep.
+    /// The numbers that stand for it on a disk, zeros for none: per rule interval in milliseconds × 2^24 + slots to keep; for a cadence
+    /// [`Behind::to_bits`] is in the interval's place.
     #[must_use]
     pub fn to_bits(&self) -> [u64; RULES_MAX] {
         self.0
@@ -147,19 +242,23 @@ impl Schedule {
     /// What numbers on a disk stand for. One that makes no sense is no rule.
     #[must_use]
     pub fn from_bits(bits: [u64; RULES_MAX]) -> Self {
+        let cadence = bits.into_iter().find_map(Cadence::from_bits);
         let rules = bits.into_iter().filter_map(Rule::from_bits);
-        Self::of(rules.map(|rule| (rule.every_ms, rule)).collect())
+        Self::of(cadence, rules.map(|rule| (rule.every_ms, rule)).collect())
     }
 
-    fn of(rules: BTreeMap<u64, Rule>) -> Self {
+    fn of(cadence: Option<Cadence>, rules: BTreeMap<u64, Rule>) -> Self {
+        let cadence = cadence.map(|cadence| (cadence.behind.to_bits(), cadence.keep));
+        let rules = rules.into_values().map(|rule| (rule.every_ms, rule.keep));
         let mut all = [0; RULES_MAX];
-        for (place, rule) in all.iter_mut().zip(rules.into_values()) {
-            *place = rule.every_ms << KEEP_BITS | u64::from(rule.keep);
+        for (place, (every, keep)) in all.iter_mut().zip(cadence.into_iter().chain(rules)) {
+            *place = every << KEEP_BITS | u64::from(keep);
         }
         Self(all)
     }
 
-    /// What no rule keeps any more, the oldest first. A schedule without rules leaves everything as it is.
+    /// What no rule with slots keeps any more of what such rules took, the oldest first. A schedule without rules leaves everything as it
+    /// is.
     #[must_use]
     pub fn surplus(&self, taken: &Taken) -> Vec<u64> {
         if self.is_none() {
@@ -168,6 +267,16 @@ impl Schedule {
         let kept: BTreeSet<u64> = self.rules().flat_map(|rule| rule.kept(taken)).collect();
         taken.keys().copied().filter(|lsn| !kept.contains(lsn)).collect()
     }
+
+    /// What the cadence keeps no more of what was `cut` by one, the oldest first: all of it, if there are other rules only.
+    #[must_use]
+    pub fn surplus_cuts<'a>(&self, cut: &'a Taken) -> Box<dyn Iterator<Item = u64> + 'a> {
+        match self.cadence() {
+            Some(cadence) => Box::new(cadence.surplus(cut)),
+            None if self.is_none() => Box::new(std::iter::empty()),
+            None => Box::new(cut.keys().copied()),
+        }
+    }
 }
 
 impl fmt::Display for Schedule {
@@ -175,10 +284,10 @@ impl fmt::Display for Schedule {
         if self.is_none() {
             return f.write_str("none");
         }
-        for (n, rule) in self.rules().enumerate() {
-            write!(f, "{}{rule}", if n == 0 { "" } else { ", " })?;
-        }
-        Ok(())
+        let cadence = self.cadence().map(|cadence| cadence.to_string());
+        let rules = self.rules().map(|rule| rule.to_string());
+        let all: Vec<String> = cadence.into_iter().chain(rules).collect();
+        f.write_str(&all.join(", "))
     }
 }
 
@@ -190,47 +299,74 @@ impl FromStr for Schedule {
         if text.trim() == "none" {
             return Ok(Self::default());
         }
-        let mut rules = BTreeMap::new();
+        let (mut cadence, mut rules) = (None, BTreeMap::new());
         for part in text.split(',') {
-            let rule = parse_rule(part.trim())
+            let parsed = parse_rule(part.trim())
                 .map_err(|why| format!("{why}; a schedule is rules such as {EXAMPLE}, or none"))?;
-            if rules.insert(rule.every_ms, rule).is_some() {
-                let every = interval(rule.every_ms);
-                return Err(format!(
-                    "two rules have the interval {every}: give one for each interval, such as {EXAMPLE}"
-                ));
+            match parsed {
+                Parsed::Cadence(new) => {
+                    if let Some(former) = cadence.replace(new) {
+                        return Err(format!(
+                            "'{former}' and '{new}' are given: a snapshot behind every write is one behind every batch, too; give one \
+                             of them, such as {EXAMPLE}"
+                        ));
+                    }
+                }
+                Parsed::Rule(rule) => {
+                    if rules.insert(rule.every_ms, rule).is_some() {
+                        let every = interval(rule.every_ms);
+                        return Err(format!(
+                            "two rules have the interval {every}: give one for each interval, such as {EXAMPLE}"
+                        ));
+                    }
+                }
             }
         }
-        if rules.len() > RULES_MAX {
+        let count = rules.len() + usize::from(cadence.is_some());
+        if count > RULES_MAX {
             return Err(format!(
-                "a schedule may have {RULES_MAX} rules, this one has {}: leave some out",
-                rules.len()
+                "a schedule may have {RULES_MAX} rules, this one has {count}: leave some out"
             ));
         }
-        Ok(Self::of(rules))
+        Ok(Self::of(cadence, rules))
     }
 }
 
-fn parse_rule(text: &str) -> Result<Rule, String> {
+enum Parsed {
+    Cadence(Cadence),
+    Rule(Rule),
+}
+
+fn parse_rule(text: &str) -> Result<Parsed, String> {
     let words: Vec<&str> = text.split_whitespace().collect();
     let ["every", every, "keep", keep] = words[..] else {
-        return Err(format!("'{text}' is no rule, which is 'every TIME keep NUMBER'"));
+        return Err(format!(
+            "'{text}' is no rule, which is 'every TIME keep NUMBER', 'every write keep NUMBER' or 'every batch keep NUMBER'"
+        ));
     };
+    let number = || keep.parse().map_err(|_| format!("'{keep}' in '{text}' is no number to keep"));
+    let impossible = |why| format!("'{text}' is not possible: {why}");
+    if let Some(behind) = Behind::ALL.into_iter().find(|behind| behind.name() == every) {
+        return Cadence::new(behind, number()?).map(Parsed::Cadence).map_err(impossible);
+    }
     let every = parse_interval(every).ok_or_else(|| {
         format!(
             "'{every}' in '{text}' is no interval: write a whole number and ms, s, m, h, d or w"
         )
     })?;
-    let keep = keep.parse().map_err(|_| format!("'{keep}' in '{text}' is no number to keep"))?;
-    Rule::new(every, keep).map_err(|why| format!("'{text}' is not possible: {why}"))
+    Rule::new(every, number()?).map(Parsed::Rule).map_err(impossible)
 }
 
 /// The label of a snapshot that this rule takes.
 #[must_use]
 pub fn label(rule: Rule, time_ms: u64) -> SnapshotLabel {
+    label_with(&interval(rule.every_ms), time_ms)
+}
+
+fn label_with(every: &str, time_ms: u64) -> SnapshotLabel {
     let time = UNIX_EPOCH + Duration::from_millis(time_ms.min(YEAR_10000_MS - 1));
     let time = humantime::format_rfc3339_millis(time);
-    let label = format!("{LABEL_PREFIX}{} {time}", interval(rule.every_ms));
+    let label = format!("{LABEL_PREFIX}{every} {time}");
     // Shorter than the longest, and no number.
     SnapshotLabel::new(label).unwrap_or_default()
 }
@@ -244,9 +380,20 @@ pub fn is_automatic(label: &str) -> bool {
         return false;
     };
     let is_interval = |ms| Rule::new(ms, 1).is_ok() && interval(ms) == every;
-    parse_interval(every).is_some_and(is_interval)
+    (is_cadence_name(every) || parse_interval(every).is_some_and(is_interval))
         && time.len() == "2026-11-22T08:00:00.000Z".len()
         && humantime::parse_rfc3339(time).is_ok()
+}
+
+/// A cadence had the snapshot with that label cut, see [`is_automatic`].
+#[must_use]
+pub fn is_cut(label: &str) -> bool {
+    let every = label.strip_prefix(LABEL_PREFIX).and_then(|rest| rest.split_once(' '));
+    every.is_some_and(|(every, _)| is_cadence_name(every)) && is_automatic(label)
+}
+
+fn is_cadence_name(every: &str) -> bool {
+    Behind::ALL.iter().any(|behind| behind.name() == every)
 }
 
 /// A moment by both clocks.

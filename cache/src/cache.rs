@@ -283,6 +283,7 @@ impl Cache {
             alone_from: None,
             cuts: Vec::new(),
             origin: None,
+            has_cuts: false,
             policy: DiskPolicy::default(),
             left_behind: None,
             boot_trace: Vec::new(),

@@ -46,6 +46,8 @@ pub use check::{CheckReport, VdiReport, check};
 pub use error::CacheError;
 pub use format::slot::LeftBehind;
 pub use local::LegState;
-pub use pending::{PendingSnapshot, PendingSnapshots};
-pub use vdi::{HydrateError, HydrateStatus, Phase, PinError, SnapshotTaken, VdiStatus};
+pub use pending::{LogCut, PendingSnapshot, PendingSnapshots};
+pub use vdi::{
+    HydrateError, HydrateStatus, MadeCuts, Phase, PinError, Pressed, SnapshotTaken, VdiStatus,
+};
 pub use witness::Witness;

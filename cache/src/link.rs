@@ -7,7 +7,9 @@ use crate::disk::plan::SegmentId;
 use crate::disk::trace::Ranges;
 use crate::format::LegSet;
 use crate::image::SegmentImage;
+use crate::pending::LogCut;
 use blockstore::SnapshotLabel;
+use blockstore::schedule::Cadence;
 use blockstore::types::{Lba, Lsn};
 use bytes::Bytes;
 use std::fs::File;
@@ -42,6 +44,8 @@ pub enum ToDisk {
     /// Take a snapshot of everything that was staged so far, then answer [`FromDisk::SnapshotTaken`]. At most
     /// [`crate::disk::SNAPSHOTS_WAITING_MAX`] are on their way.
     Snapshot { id: u64, time_ms: u64, label: SnapshotLabel },
+    /// From now on snapshots are cut as this says; none: no more.
+    Cadence(Option<Cadence>),
     /// The disk grew.
     Resized { bytes: u64 },
     /// From now on these legs, and no others, are the cache: it is written so on each of them. A leg that was joining is
@@ -170,6 +174,8 @@ pub struct SealedSegment {
     pub last_lsn: Lsn,
     /// Blocks in use by header and records.
     pub used_blocks: u32,
+    /// Snapshots that the schedule's cadence has cut in it.
+    pub cuts: Vec<LogCut>,
     /// Its bytes, if they are still in memory.
     pub image: Option<Arc<SegmentImage>>,
 }

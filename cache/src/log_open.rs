@@ -145,10 +145,14 @@ impl Ground {
             ..record
         };
         let grew = slot.vdi.as_ref().is_some_and(|former| former.size_bytes < record.size_bytes);
+        // Known to former versions again once nothing in it says otherwise.
+        let record =
+            SlotVdi { has_cuts: recovered.live.iter().any(|live| live.cuts > 0), ..record };
         let mut slot = slot.next(Some(record.clone()));
         let mut written = self.local.write_slot(&slot).await;
-        if grew && written.is_ok() {
-            // Into both copies: should one rot, a start without the store must not shrink the disk.
+        if written.is_ok() && (grew || record.may_have_cuts()) {
+            // In both copies. A former version would go by the one that it knows; and should one rot, a start without the
+            // store must not shrink the disk.
             slot = slot.next(Some(record.clone()));
             written = self.local.write_slot(&slot).await;
         }
@@ -173,6 +177,7 @@ impl Ground {
         let members = self.local.join(sender.clone());
         let mut disk = Disk::on_legs(self.start(&record, recovered, grants, progress), members);
         disk.set_boot_trace(record.boot_trace.clone());
+        disk.set_cadence(record.policy.chosen.schedule.cadence());
         let disk = AttachedDisk { disk, link, legs, leg_timeout: self.local.leg_timeout() };
         Ok(OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn, snapshots })
     }
@@ -258,6 +263,7 @@ fn sealed(live: &[Live]) -> Segments {
             first_lsn: live.header.first_lsn,
             last_lsn: live.last_lsn,
             used_blocks: live.used_blocks,
+            cuts: live.cuts,
             image: None,
             since: Instant::now(),
             offered: false,

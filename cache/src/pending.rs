@@ -1,8 +1,11 @@
 //! Snapshots in a disk's log that the store does not have yet. Pure.
 //!
-//! There may be as many as the log holds records, a million and more: 24 bytes each, and their labels one behind the other.
+//! There may be as many as the log holds records, a million and more: 24 bytes each, and their labels one behind the other. Of
+//! those that a schedule's cadence has cut only those are known that it would keep, at most
+//! [`KEEP_MAX`](blockstore::schedule::KEEP_MAX): 24 bytes each.
 
 use blockstore::SnapshotLabel;
+use blockstore::schedule::Cadence;
 use blockstore::types::Lsn;
 use std::collections::VecDeque;
 
@@ -15,6 +18,26 @@ pub struct PendingSnapshot {
     pub time_ms: u64,
     /// For people; may be empty.
     pub label: SnapshotLabel,
+}
+
+/// A snapshot that the cadence of a disk's schedule has cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogCut {
+    /// Everything up to here is in it: its name.
+    pub lsn: Lsn,
+    /// When, milliseconds since 1970.
+    pub time_ms: u64,
+    /// The rule, which keeps so many of the newest.
+    pub cadence: Cadence,
+}
+
+impl LogCut {
+    /// As any other snapshot, with its label.
+    #[must_use]
+    pub fn named(&self) -> PendingSnapshot {
+        let label = Cadence::label(self.cadence.behind, self.time_ms);
+        PendingSnapshot { lsn: self.lsn, time_ms: self.time_ms, label }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +55,8 @@ pub struct PendingSnapshots {
     labels: VecDeque<u8>,
     /// Bytes of labels that are gone.
     gone: u64,
+    /// Those of a cadence that are to be kept.
+    cuts: VecDeque<LogCut>,
 }
 
 impl PendingSnapshots {
@@ -41,6 +66,21 @@ impl PendingSnapshots {
         self.labels.extend(label.as_str().as_bytes());
         let labels = self.gone + self.labels.len() as u64;
         self.places.push_back(Place { lsn, time_ms, labels });
+    }
+
+    /// Adds the newest of those that a cadence has cut; older ones of which its rule keeps no more are forgotten.
+    pub fn push_cut(&mut self, cut: LogCut) {
+        debug_assert!(self.cuts.back().is_none_or(|last| last.lsn < cut.lsn));
+        self.cuts.push_back(cut);
+        while self.cuts.front().is_some_and(|first| self.cuts.len() > first.cadence.keep as usize) {
+            self.cuts.pop_front();
+        }
+    }
+
+    /// Those that a cadence has cut and keeps, oldest first.
+    #[must_use]
+    pub fn cuts(&self) -> &VecDeque<LogCut> {
+        &self.cuts
     }
 
     /// Adds one that may lie before others. False if there is one at that LSN.
@@ -68,9 +108,15 @@ impl PendingSnapshots {
             self.gone = first.labels;
             self.places.pop_front();
         }
+        let cut = self.cuts.partition_point(|cut| cut.lsn <= committed);
+        self.cuts.drain(..cut);
+        if self.cuts.is_empty() {
+            self.cuts = VecDeque::new();
+        }
         if self.places.is_empty() {
             // A backlog's memory is not kept once it is gone.
-            *self = Self::default();
+            let cuts = std::mem::take(&mut self.cuts);
+            *self = Self { cuts, ..Self::default() };
         }
     }
 
@@ -81,19 +127,19 @@ impl PendingSnapshots {
         self.iter().nth(at)
     }
 
-    /// How many.
+    /// How many, but for those of a cadence.
     #[must_use]
     pub fn len(&self) -> usize {
         self.places.len()
     }
 
-    /// None.
+    /// None, but for those of a cadence.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.places.is_empty()
     }
 
-    /// All of them, oldest first.
+    /// All of them but those of a cadence, oldest first.
     pub fn iter(&self) -> impl Iterator<Item = PendingSnapshot> {
         let mut from = 0;
         self.places.iter().map(move |place| {
@@ -110,6 +156,30 @@ impl PendingSnapshots {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_cuts_those_are_known_that_are_kept() {
+        let cut = |lsn: u64, keep| LogCut {
+            lsn: Lsn(lsn),
+            time_ms: lsn,
+            cadence: Cadence { behind: blockstore::schedule::Behind::Write, keep },
+        };
+        let lsns = |pending: &PendingSnapshots| -> Vec<u64> {
+            pending.cuts().iter().map(|cut| cut.lsn.0).collect()
+        };
+        let mut pending = PendingSnapshots::default();
+        (1..=9).for_each(|lsn| pending.push_cut(cut(lsn, 4)));
+        assert_eq!(lsns(&pending), [6, 7, 8, 9]);
+        pending.push_cut(cut(10, 6));
+        assert_eq!(lsns(&pending), [7, 8, 9, 10], "the rule of its time counts for each");
+        pending.push(Lsn(9), 9, &SnapshotLabel::default());
+        pending.retire(Lsn(8));
+        assert_eq!((lsns(&pending), pending.len()), (vec![9, 10], 1));
+        pending.retire(Lsn(9));
+        assert_eq!((lsns(&pending), pending.len()), (vec![10], 0));
+        pending.retire(Lsn(10));
+        assert_eq!(pending.cuts.capacity(), 0);
+    }
 
     #[test]
     fn labels_stay_with_their_snapshots() {

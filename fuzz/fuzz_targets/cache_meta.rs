@@ -51,6 +51,7 @@ fn slot() -> VdiSlot {
         alone_from: None,
         cuts: Vec::new(),
         origin: None,
+        has_cuts: false,
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),

@@ -289,6 +289,7 @@ fuzz_target!(|input: &[u8]| {
         alone_from: None,
         cuts: Vec::new(),
         origin: None,
+        has_cuts: false,
         policy: Default::default(),
         left_behind: None,
         boot_trace: Vec::new(),

@@ -22,8 +22,10 @@ pub struct ScheduleStatus {
     pub schedule: Option<String>,
     /// Attached to this host: only then snapshots are taken and thinned.
     pub attached: bool,
-    /// The rules one by one, the shortest interval first.
+    /// The rules with intervals one by one, the shortest first.
     pub rules: Vec<RuleStatus>,
+    /// The rule of snapshots behind every write, or every batch.
+    pub cadence: Option<CadenceStatus>,
     /// Snapshots that no rule keeps any more and that are still there; none while it is not known which there are.
     pub surplus: Option<u64>,
     /// Those of them on which clones hang: they are kept as long.
@@ -51,4 +53,34 @@ pub struct RuleStatus {
     pub last: Option<u64>,
     /// When the next one is due, if something was written until then, in milliseconds of UNIX time.
     pub next: Option<u64>,
+}
+
+/// The rule of snapshots behind every write, or every batch.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CadenceStatus {
+    /// `write` or `batch`.
+    pub behind: String,
+    /// How many it keeps at most.
+    pub keep: u32,
+    /// How many the store has of those.
+    pub kept: u64,
+    /// How many are durable in the log, will be kept as it is now, and are not in the store yet.
+    pub in_log: u64,
+    /// When the newest in the store was taken, in milliseconds of UNIX time.
+    pub last: Option<u64>,
+    /// Less may be taken than the rule says, while too many wait to be deleted.
+    pub cutting: Cutting,
+}
+
+/// How much is taken of what a rule says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cutting {
+    /// All of it.
+    #[default]
+    AsItSays,
+    /// Behind batches only.
+    BehindBatches,
+    /// None.
+    Stopped,
 }

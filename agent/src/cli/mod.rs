@@ -202,12 +202,13 @@ enum VdiCommand {
     /// Show, set or end a disk's schedule of snapshots; also while the store is away
     ///
     /// A rule takes a snapshot in each interval of the wall clock (UTC) in which something was written, and keeps the last
-    /// ones; older ones are deleted. Snapshots that people took or labelled, and those that have clones, are never deleted.
+    /// ones; older ones are deleted. One rule may have a snapshot taken behind every write instead. Snapshots that people took
+    /// or labelled, and those that have clones, are never deleted.
     Schedule {
         /// The disk: name or UUID
         name: String,
-        /// 'every 10s keep 6, every 1h keep 24': up to 8 rules, TIME in ms, s, m, h, d or w; none: end it, and keep
-        /// what it took [default: show it]
+        /// 'every 10s keep 6, every 1h keep 24': up to 8 rules, TIME in ms, s, m, h, d or w, or 'write' or 'batch' (a snapshot
+        /// behind every write of the guest, or every batch of writes); none: end it, and keep what it took [default: show it]
         #[arg(value_name = "RULES")]
         rules: Option<Schedule>,
         /// As 'none'

@@ -39,6 +39,15 @@ fn text(status: &ScheduleStatus) -> String {
     }
     let time = |time: Option<u64>| time.map_or_else(|| "-".into(), time_of);
     let mut table = Table::new(&["EVERY", ">KEPT", ">OF", "LAST", "NEXT"]);
+    if let Some(cadence) = &status.cadence {
+        table.row([
+            cadence.behind.clone(),
+            cadence.kept.to_string(),
+            cadence.keep.to_string(),
+            time(cadence.last),
+            format!("{} more in the log", cadence.in_log),
+        ]);
+    }
     for rule in &status.rules {
         table.row([
             interval(rule.every_ms),

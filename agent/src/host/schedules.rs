@@ -2,9 +2,11 @@
 //!
 //! `taking` takes what is due, `thinning` deletes what no rule keeps any more; what is due and what is kept is decided by
 //! `blockstore::schedule`. Both know the disk's scheduled snapshots from here: those of the log when the disk comes up, those of the store
-//! when that could be asked, and what was taken since. Whatever is wrong with that list costs nobody a snapshot: what is
+//! when that could be asked, and what was taken since. What a cadence has cut is known apart, once commits have made it (`cuts`).
+//! Whatever is wrong with that list costs nobody a snapshot: what is
 //! deleted is looked at once more, label and clones, by the store that deletes it.
 
+mod cuts;
 pub(super) mod taking;
 #[cfg(test)]
 mod tests;
@@ -12,12 +14,12 @@ pub(super) mod thinning;
 
 use super::Host;
 use super::served::Served;
-use crate::api::schedule::{RuleStatus, ScheduleRequest, ScheduleStatus};
+use crate::api::schedule::{CadenceStatus, Cutting, RuleStatus, ScheduleRequest, ScheduleStatus};
 use crate::error::{Failure, Kind, Result};
 use crate::units::format_ms;
-use blockstore::schedule::{Now, Plan, Rule, Taken, is_automatic};
+use blockstore::schedule::{Now, Plan, Rule, Taken, is_automatic, is_cut};
 use blockstore::{PolicyChange, Schedule};
-use cache::PendingSnapshot;
+use cache::{LogCut, PendingSnapshot, Pressed};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
@@ -27,6 +29,8 @@ use uuid::Uuid;
 
 /// A snapshot that is not durable in the log after so long is worth a word.
 const LONG: Duration = Duration::from_secs(30);
+/// So long a cadence's snapshot that somebody asked for stays at least.
+const SPARED: Duration = Duration::from_secs(30);
 
 /// What is known of all disks of this host that have a schedule.
 #[derive(Debug, Default)]
@@ -46,8 +50,14 @@ struct Disk {
     since: Instant,
     /// None before it is known what is due.
     plan: Option<Plan>,
-    /// Its scheduled snapshots, in the log or in the store, as far as they are known.
+    /// Its snapshots of rules with slots, in the log or in the store, as far as they are known.
     taken: Taken,
+    /// Those of a cadence, in the store.
+    cut: Taken,
+    /// Those of them that somebody is about to use: none is deleted before this.
+    spared: BTreeMap<u64, Instant>,
+    /// What the cache was last told about how much to cut.
+    pressed: Option<Pressed>,
     listing: Listing,
     /// The log may hold snapshots that nobody has told of.
     unsure: bool,
@@ -91,6 +101,9 @@ impl Disk {
             since: now,
             plan: None,
             taken: Taken::new(),
+            cut: Taken::new(),
+            spared: BTreeMap::new(),
+            pressed: None,
             listing: Listing::Untried,
             unsure: true,
             asked: None,
@@ -111,8 +124,10 @@ impl Disk {
     }
 
     fn learn(&mut self, pending: Vec<PendingSnapshot>) {
-        let ours = pending.into_iter().filter(|found| is_automatic(found.label.as_str()));
-        self.taken.extend(ours.map(|found| (found.lsn.0, found.time_ms)));
+        for found in pending.into_iter().filter(|found| is_automatic(found.label.as_str())) {
+            let of = if is_cut(found.label.as_str()) { &mut self.cut } else { &mut self.taken };
+            of.insert(found.lsn.0, found.time_ms);
+        }
     }
 
     fn trouble(&self) -> Option<String> {
@@ -122,7 +137,8 @@ impl Disk {
             format!("a snapshot has waited for {waiting} to be durable in the log, which may have no room")
         });
         let take = self.take_failure.clone().or(late);
-        let both: Vec<String> = take.into_iter().chain(self.thin_failure.clone()).collect();
+        let both = take.into_iter().chain(self.thin_failure.clone()).chain(self.pressure());
+        let both: Vec<String> = both.collect();
         (!both.is_empty()).then(|| both.join("; "))
     }
 }
@@ -163,7 +179,26 @@ impl Schedules {
         let Some(disk) = disks.get_mut(&vdi) else { return };
         for lsn in lsns {
             disk.taken.remove(&lsn);
+            disk.cut.remove(&lsn);
             disk.held.remove(&lsn);
+        }
+    }
+
+    /// Somebody wants to use this snapshot of a cadence, which is about to be in the store: it is not deleted for a while.
+    pub fn spare(&self, vdi: Uuid, cut: &LogCut) {
+        if let Some(disk) = self.disks.lock().get_mut(&vdi) {
+            disk.cut.insert(cut.lsn.0, cut.time_ms);
+            disk.spared.insert(cut.lsn.0, Instant::now() + SPARED);
+        }
+    }
+}
+
+impl From<Pressed> for Cutting {
+    fn from(pressed: Pressed) -> Self {
+        match pressed {
+            Pressed::Not => Self::AsItSays,
+            Pressed::Coarse => Self::BehindBatches,
+            Pressed::Stopped => Self::Stopped,
         }
     }
 }
@@ -200,11 +235,14 @@ impl Host {
                 (info.name, info.uuid, info.schedule)
             }
         };
+        let in_log = self.parts.cache.vdi_status(uuid).map_or(0, |status| status.cuts_pending);
         let disks = self.schedules.disks.lock();
         let known = disks.get(&uuid).filter(|_| served.is_some());
         let unknown = Taken::new();
         let taken = known.map_or(&unknown, |disk| &disk.taken);
-        let surplus = schedule.surplus(taken);
+        let cut = known.map_or(&unknown, |disk| &disk.cut);
+        let mut surplus = schedule.surplus(taken);
+        surplus.extend(schedule.surplus_cuts(cut));
         let listed = known.is_some_and(|disk| disk.listing == Listing::Done);
         let held = |lsn: &&u64| known.is_some_and(|disk| disk.held.contains(lsn));
         Ok(ScheduleStatus {
@@ -213,6 +251,14 @@ impl Host {
             schedule: (!schedule.is_none()).then(|| schedule.to_string()),
             attached: served.is_some(),
             rules: rules(schedule, taken, known.and_then(|disk| disk.plan.as_ref())),
+            cadence: schedule.cadence().map(|cadence| CadenceStatus {
+                behind: cadence.behind.name().to_owned(),
+                keep: cadence.keep,
+                kept: (cut.len() as u64).min(u64::from(cadence.keep)),
+                in_log,
+                last: cut.last_key_value().map(|(_, time)| *time),
+                cutting: known.and_then(|disk| disk.pressed).unwrap_or_default().into(),
+            }),
             surplus: listed.then_some(surplus.len() as u64),
             held_by_clones: surplus.iter().filter(held).count() as u64,
             listed,

@@ -15,10 +15,11 @@ use crate::api::{Created, Origin};
 use crate::error::{Failure, Kind, Result};
 use crate::names::check_vdi_name;
 use blockstore::io::now_ms;
-use blockstore::schedule::is_automatic;
+use blockstore::schedule::{is_automatic, is_cut};
 use blockstore::snapshots::{PAGE_MAX, Page};
 use blockstore::types::Lsn;
 use blockstore::{SnapshotLabel, WhenOffline};
+use cache::{LogCut, PendingSnapshot};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,6 +30,8 @@ const DELETE_MAX: usize = 256;
 /// How long a caller waits for a snapshot if nothing was said, and at most.
 const WAIT: Duration = Duration::from_secs(30);
 const WAIT_MAX: Duration = Duration::from_secs(3600);
+/// As many snapshots of a cadence can be held in the log at once.
+const HELD_MAX: usize = 4;
 /// Snapshots in a page if nothing was said.
 const PAGE: usize = 1000;
 
@@ -69,7 +72,19 @@ impl Host {
         // One that was committed meanwhile is in both.
         let known: HashSet<u64> = stored.iter().map(|stored| stored.lsn).collect();
         let new = |snapshot: &Snapshot| !known.contains(&snapshot.lsn);
-        let pending: Vec<_> = in_log.into_iter().filter(|s| is_beyond(s.lsn) && new(s)).collect();
+        let mut pending: Vec<_> =
+            in_log.into_iter().filter(|s| is_beyond(s.lsn) && new(s)).collect();
+        let named: HashSet<u64> = pending.iter().map(|snapshot| snapshot.lsn).collect();
+        let cuts = served.iter().flat_map(|disk| self.parts.cache.pending_cuts(disk.uuid));
+        let mut cuts: Vec<LogCut> = cuts
+            .filter(|cut| is_beyond(cut.lsn.0))
+            .filter(|cut| !known.contains(&cut.lsn.0) && !named.contains(&cut.lsn.0))
+            .collect();
+        if !oldest_first {
+            cuts.reverse();
+        }
+        // There may be many, of which a page shows a few.
+        pending.extend(cuts.iter().take(limit + 1).map(|cut| in_log_only(cut.named())));
         let mut snapshots: Vec<_> = stored.into_iter().chain(pending).collect();
         snapshots.sort_unstable_by_key(|snapshot| snapshot.lsn);
         if !oldest_first {
@@ -89,15 +104,32 @@ impl Host {
 
     fn in_log(&self, disk: &Served) -> Vec<Snapshot> {
         let pending = self.parts.cache.pending_snapshots(disk.uuid).into_iter();
-        pending
-            .map(|pending| Snapshot {
-                lsn: pending.lsn.0,
-                time: pending.time_ms,
-                label: pending.label.into(),
-                place: SnapshotPlace::Log,
-                size: None,
-            })
-            .collect()
+        pending.map(in_log_only).collect()
+    }
+
+    /// Sees to it that snapshots of a cadence that are only in the log and are named here will be there, though newer ones come meanwhile.
+    /// True if the log has some that may be meant.
+    async fn hold_cuts(&self, disk: &Served, lsns: &HashSet<u64>, wanted: &[&str]) -> Result<bool> {
+        let pending = self.parts.cache.pending_cuts(disk.uuid);
+        let by_label = !pending.is_empty() && wanted.iter().any(|wanted| is_cut(wanted));
+        let named: Vec<LogCut> =
+            pending.into_iter().filter(|cut| lsns.contains(&cut.lsn.0)).collect();
+        if named.is_empty() {
+            return Ok(by_label);
+        }
+        let what =
+            format!("snapshot {} of disk '{}' is not in the store yet", named[0].lsn, disk.name);
+        self.parts.refuse_while_down(&what)?;
+        for cut in named.iter().take(HELD_MAX) {
+            self.schedules.spare(disk.uuid, cut);
+            let PendingSnapshot { lsn, label, .. } = cut.named();
+            let held = disk.snapshot_as_of(&self.parts, cache::AsOf::Lsn(lsn), label);
+            // If the store goes beyond it just now, it is in it, or no rule keeps it any more: the store says which.
+            if let Ok(Err(failure)) = tokio::time::timeout(WAIT, held).await {
+                tracing::debug!(vdi = %disk.name, %lsn, "a snapshot of the log was asked for: {failure}");
+            }
+        }
+        Ok(true)
     }
 
     /// Deletes snapshots, all or none.
@@ -218,9 +250,15 @@ impl Host {
         let is_wanted = |pending: &Snapshot| {
             lsns.contains(&pending.lsn) || wanted.contains(&pending.label.as_str())
         };
-        let Some(pending) = self.in_log(&disk).into_iter().find(is_wanted) else { return Ok(()) };
-        let what =
-            format!("snapshot {} of disk '{}' is not in the store yet", pending.lsn, disk.name);
+        let cut = self.hold_cuts(&disk, &lsns, wanted).await?;
+        let pending = self.in_log(&disk).into_iter().find(is_wanted);
+        let what = match pending {
+            Some(Snapshot { lsn, .. }) => {
+                format!("snapshot {lsn} of disk '{}' is not in the store yet", disk.name)
+            }
+            None if cut => format!("snapshots of disk '{}' are not in the store yet", disk.name),
+            None => return Ok(()),
+        };
         self.parts.refuse_while_down(&what)?;
         self.drained(&disk).await.map_err(|failure| failure.within(what))
     }
@@ -306,6 +344,16 @@ pub(super) fn label_of(label: String) -> Result<SnapshotLabel> {
         return Err(Failure::new(Kind::Usage, words));
     }
     SnapshotLabel::new(label).map_err(|words| Failure::new(Kind::Usage, words))
+}
+
+fn in_log_only(pending: PendingSnapshot) -> Snapshot {
+    Snapshot {
+        lsn: pending.lsn.0,
+        time: pending.time_ms,
+        label: pending.label.into(),
+        place: SnapshotPlace::Log,
+        size: None,
+    }
 }
 
 fn in_store(snapshot: &blockstore::format::snapshot::Snapshot) -> Snapshot {

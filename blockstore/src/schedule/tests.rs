@@ -27,6 +27,8 @@ fn what_is_written_is_read() {
         ("every 100ms keep 100000", "every 100ms keep 100000"),
         ("every 1w keep 4", "every 7d keep 4"),
         ("every 3650d keep 1", "every 3650d keep 1"),
+        ("every write keep 100000", "every write keep 100000"),
+        ("every 1h keep 24, every  batch keep 7", "every batch keep 7, every 1h keep 24"),
     ] {
         let read = schedule(text);
         assert_eq!(read.to_string(), canonical);
@@ -52,14 +54,60 @@ fn what_makes_no_sense_is_refused_in_words() {
         ("every 10s keep 100001", "may keep 1 to 100000"),
         ("every 10s keep all", "'all' in 'every 10s keep all' is no number"),
         ("every 1h keep 2, every 60m keep 3", "two rules have the interval 1h"),
+        ("every write", "'every write' is no rule"),
+        ("every writes keep 3", "'writes' in 'every writes keep 3' is no interval"),
+        ("every write keep 0", "'every write keep 0' is not possible: a rule may keep 1 to 100000"),
+        ("every batch keep 100001", "may keep 1 to 100000"),
+        ("every batch keep x", "'x' in 'every batch keep x' is no number"),
+        (
+            "every write keep 2, every batch keep 3",
+            "'every write keep 2' and 'every batch keep 3' are given",
+        ),
+        ("every write keep 2, every write keep 3", "give one of them"),
     ] {
         let said = text.parse::<Schedule>().unwrap_err();
         assert!(said.contains(words), "'{text}': {said}");
-        assert!(said.contains("every 10s keep 6, every 1h keep 24"), "'{text}': {said}");
+        assert!(said.contains("every 10s keep 6, every 1h keep 24' or"), "'{text}': {said}");
     }
     let many: Vec<String> = (1..=9).map(|n| format!("every {n}s keep 1")).collect();
     let said = many.join(",").parse::<Schedule>().unwrap_err();
     assert!(said.contains("may have 8 rules, this one has 9"), "{said}");
+    let many = format!("every write keep 1, {}", many[..8].join(","));
+    let said = many.parse::<Schedule>().unwrap_err();
+    assert!(said.contains("may have 8 rules, this one has 9"), "{said}");
+}
+
+#[test]
+fn a_cadence_stands_beside_rules_with_slots_and_neither_counts_the_others() {
+    let both = schedule("every 1h keep 24, every write keep 3");
+    assert_eq!(both.cadence(), Some(Cadence { behind: Behind::Write, keep: 3 }));
+    assert_eq!(both.rules().map(|rule| rule.every_ms).collect::<Vec<_>>(), [HOUR]);
+    let cut = Taken::from_iter((1..=5).map(|lsn| (lsn, START)));
+    assert_eq!(both.surplus_cuts(&cut).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(both.surplus(&Taken::from([(7, START)])), [0; 0]);
+    let few = Taken::from([(1, START)]);
+    assert_eq!(both.surplus_cuts(&few).count(), 0);
+    let other = schedule("every 1h keep 24");
+    assert_eq!(
+        (other.cadence(), other.surplus_cuts(&cut).count()),
+        (None, 5),
+        "as of any rule that is gone"
+    );
+    assert_eq!(Schedule::default().surplus_cuts(&cut).count(), 0, "one that ended leaves all");
+    let only = schedule("every batch keep 3");
+    assert!(!only.is_none() && only.rules().next().is_none());
+    let label = Cadence::label(Behind::Batch, START);
+    assert_eq!(label.as_str(), "auto batch 2026-11-22T08:00:00.000Z");
+    assert!(is_automatic(label.as_str()) && is_cut(label.as_str()));
+    assert!(
+        !is_cut("auto 1h 2026-11-22T08:00:00.000Z")
+            && !is_cut("auto write")
+            && !is_cut("auto write x")
+    );
+    // Former versions see rules that make no sense in its numbers, and take none.
+    assert!(
+        both.to_bits().iter().filter(|bits| **bits >> 24 < EVERY_MIN_MS && **bits > 0).count() == 1
+    );
 }
 
 #[test]

@@ -207,6 +207,7 @@ impl Cache {
             from_pool,
             status: Arc::new(Mutex::new(status)),
             snapshots: Arc::new(Mutex::new(open.snapshots)),
+            made: Arc::default(),
             progress: Arc::clone(&progress),
         };
         let handle = VdiHandle::spawn(name, progress, parts);

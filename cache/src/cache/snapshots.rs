@@ -3,9 +3,9 @@
 use super::Cache;
 use crate::error::CacheError;
 use crate::flusher::Replay;
-use crate::pending::PendingSnapshot;
+use crate::pending::{LogCut, PendingSnapshot};
 use crate::recovery::sent::{self, Point};
-use crate::vdi::{SnapshotTaken, Undrained};
+use crate::vdi::{MadeCuts, Pressed, SnapshotTaken, Undrained};
 use blockstore::SnapshotLabel;
 use blockstore::io::now_ms;
 use blockstore::types::Lsn;
@@ -102,7 +102,33 @@ impl Cache {
         })
     }
 
-    /// Snapshots in an attached disk's log that are durable and that the store does not have yet, oldest first.
+    /// Snapshots that the cadence of an attached disk's schedule has cut, that are durable in the log, which the store does not have yet, and
+    /// which the rule keeps, oldest first; of those in the segment that is open nothing is known yet.
+    #[must_use]
+    pub fn pending_cuts(&self, vdi: Uuid) -> Vec<LogCut> {
+        let handle = self.handle(vdi);
+        handle.map_or_else(Vec::new, |handle| {
+            handle.snapshots.lock().cuts().iter().copied().collect()
+        })
+    }
+
+    /// Which of them commits have made since this was last asked.
+    #[must_use]
+    pub fn take_made_cuts(&self, vdi: Uuid) -> MadeCuts {
+        let handle = self.handle(vdi);
+        handle.map_or_else(MadeCuts::default, |handle| std::mem::take(&mut *handle.made.lock()))
+    }
+
+    /// Has the cadence of an attached disk cut less than its schedule says, or as much again, from about now on.
+    ///
+    /// # Errors
+    /// [`CacheError::NotAttached`].
+    pub async fn press_cuts(&self, vdi: Uuid, pressed: Pressed) -> Result<(), CacheError> {
+        self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.press(vdi, pressed).await
+    }
+
+    /// Snapshots in an attached disk's log that are durable and that the store does not have yet, oldest first, but for those
+    /// that a cadence has cut.
     #[must_use]
     pub fn pending_snapshots(&self, vdi: Uuid) -> Vec<PendingSnapshot> {
         let handle = self.handle(vdi);

@@ -4,6 +4,7 @@
 
 mod as_of;
 mod cloning;
+mod cuts;
 mod durable;
 mod hydrate;
 mod replacing;

@@ -31,6 +31,7 @@ use crate::index::Index;
 use crate::link::{FromDisk, Grant, Link, ToDisk};
 use blockstore::SnapshotLabel;
 use blockstore::sabotage::{self, Bug};
+use blockstore::schedule::Cadence;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use hashbrown::HashMap;
 use log::Log;
@@ -251,6 +252,12 @@ impl Disk {
         self.log.refuse_snapshots(why);
     }
 
+    /// From here on a snapshot is cut behind every write, or every batch, if there is a rule that says so. That needs no answer: it is
+    /// durable when what it is behind is.
+    pub fn set_cadence(&mut self, cadence: Option<Cadence>) {
+        self.log.set_cadence(cadence);
+    }
+
     /// Write-through (guest switched the write cache off): writes complete when durable.
     pub fn set_write_through(&mut self, on: bool) {
         self.log.set_write_through(on);
@@ -365,6 +372,7 @@ impl Disk {
                 self.log.write_through_from(lsn);
             }
             ToDisk::Snapshot { id, time_ms, label } => self.snapshot(id, time_ms, label),
+            ToDisk::Cadence(cadence) => self.set_cadence(cadence),
             ToDisk::GiveUp { reason } => self.log.give_up(&reason),
             ToDisk::Tick => {
                 self.log.tick();

@@ -29,6 +29,7 @@ impl Disk {
             let wanted = end.div_ceil(SECTORS_PER_BLOCK) - first;
             let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
             let Some(room) = self.log.room(wanted) else {
+                self.log.after_request(false);
                 return Staged::Part((at - sector) as usize * SECTOR_SIZE);
             };
             let upto = end.min((first + u64::from(room.blocks)) * SECTORS_PER_BLOCK);
@@ -50,7 +51,9 @@ impl Disk {
                 }
             }
             at = upto;
+            self.log.inside_request();
         }
+        self.log.after_request(len > 0);
         self.log.note_write();
         self.finish_or_complete(tag, len > 0);
         Staged::All
@@ -70,6 +73,7 @@ impl Disk {
         let staged_any = at < end;
         while at < end {
             let Some(room) = self.log.room(0) else {
+                self.log.after_request(false);
                 return Staged::Part((at - sector) as usize * SECTOR_SIZE);
             };
             let first = at / SECTORS_PER_BLOCK;
@@ -81,7 +85,9 @@ impl Disk {
                 crate::index::apply_zero(&mut self.index, Lba(first), blocks, masks, lsn);
             }
             at = upto;
+            self.log.inside_request();
         }
+        self.log.after_request(staged_any);
         self.log.note_write();
         self.finish_or_complete(tag, staged_any);
         Staged::All

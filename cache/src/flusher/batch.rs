@@ -1,7 +1,9 @@
 //! From sealed segments to one coalesced batch. Pure: payloads come in as bytes that were read before.
 //!
 //! Snapshots cut a batch into parts. What is overwritten within a part is left out, what is overwritten in a later one is
-//! not. A block of which a part has only some sectors becomes whole over what earlier parts made of it, or, if they did not
+//! not. Of the snapshots that a schedule's cadence has cut only those cut it that their rule would keep once the log is in the store: to
+//! make the others would be to delete them at once. Which these are the log alone says, so that a batch that is made again after a
+//! crash has at most the cuts that it had, and never one with other content. A block of which a part has only some sectors becomes whole over what earlier parts made of it, or, if they did not
 //! touch it, over the store's image: so each part can be applied to the result of the one before.
 
 #[cfg(test)]
@@ -13,7 +15,7 @@ use crate::format::record::{Entries, Entry, Kind, WHOLE};
 use crate::index::{
     Content, Found, Index, Patch, PatchBase, PatchSource, Patched, Slot, apply_zero,
 };
-use crate::pending::PendingSnapshot;
+use crate::pending::{LogCut, PendingSnapshot};
 use blockstore::buf::AlignedBuf;
 use blockstore::crc::crc32c;
 use blockstore::sabotage::{self, Bug};
@@ -37,6 +39,19 @@ pub struct Source {
     pub bytes: Bytes,
     /// The bytes never left memory, so their checksums need no second look.
     pub trusted: bool,
+}
+
+/// Most snapshots of a cadence in one batch: each costs the nodes from a leaf to the root, in memory too. Of more, as a flood of
+/// discards may bring them, every second is made, or every third, and so on.
+const CUTS_MADE_MAX: usize = 8192;
+
+/// Snapshots that a batch is to have or may do without, besides those that people took in the log.
+#[derive(Clone, Debug, Default)]
+pub struct Asked {
+    /// Of what the log had gone beyond, in the order of their LSNs: those that lie in the batch are made.
+    pub cuts: Vec<PendingSnapshot>,
+    /// So many snapshots of a cadence are durable in the log behind the batch.
+    pub newer: u64,
 }
 
 /// Why a batch could not be made. Nothing of it reached the store.
@@ -70,18 +85,20 @@ struct Part {
 pub struct Draft {
     /// Snapshots, each with what changes up to it; its own changes are not filled in yet.
     cuts: Vec<(Part, Cut)>,
+    /// Those of them that a cadence has cut.
+    made: Vec<LogCut>,
     last: Part,
     wanted: Vec<Lba>,
 }
 
 impl Draft {
     /// Coalesces the entries after `committed` of the segments, which are in log order, cut at the log's snapshots and at
-    /// `cuts`, which are in the order of their LSNs.
+    /// those that are asked for.
     pub fn new(
         geometry: &Geometry,
         committed: Lsn,
         sources: &[Source],
-        cuts: &[PendingSnapshot],
+        asked: &Asked,
     ) -> Result<Self, BatchError> {
         let mut drafting = Drafting {
             geometry,
@@ -91,9 +108,15 @@ impl Draft {
             before: None,
             draft: Self::default(),
         };
-        drafting.replay(committed, sources, cuts)?;
+        let kept = kept_cuts(geometry, committed, sources, asked.newer)?;
+        drafting.replay(committed, sources, &asked.cuts, &kept)?;
         drafting.draft.last = drafting.end_part()?;
         Ok(drafting.draft)
+    }
+
+    /// Its snapshots that a cadence has cut.
+    pub fn take_made(&mut self) -> Vec<LogCut> {
+        std::mem::take(&mut self.made)
     }
 
     /// Blocks of the store's image that are needed, each once.
@@ -144,7 +167,9 @@ impl Drafting<'_> {
         committed: Lsn,
         sources: &[Source],
         cuts: &[PendingSnapshot],
+        kept: &[LogCut],
     ) -> Result<(), BatchError> {
+        let mut kept = kept.iter().peekable();
         let mut cuts = cuts.iter().skip_while(|cut| cut.lsn <= committed).peekable();
         for source in sources {
             let first_slot = self.geometry.first_block(source.id);
@@ -153,6 +178,12 @@ impl Drafting<'_> {
             for entry in Entries::new(&source.entries, blocks_held) {
                 let entry = entry.map_err(|_| BatchError::Entry { segment: source.id.0 })?;
                 lsn = lsn.plus(entry.lsns());
+                if entry.kind == Kind::Cut {
+                    if let Some(cut) = kept.next_if(|cut| cut.lsn == lsn) {
+                        self.cut_by_cadence(*cut)?;
+                    }
+                    continue;
+                }
                 if !entry.kind.takes_lsn() || lsn <= committed {
                     continue;
                 }
@@ -171,6 +202,16 @@ impl Drafting<'_> {
             }
         }
         Ok(())
+    }
+
+    fn cut_by_cadence(&mut self, cut: LogCut) -> Result<(), BatchError> {
+        if self.draft.cuts.last().is_some_and(|(_, last)| last.lsn >= cut.lsn) {
+            // Somebody asked for the same.
+            return Ok(());
+        }
+        let PendingSnapshot { lsn, time_ms, label } = cut.named();
+        self.draft.made.push(cut);
+        self.cut(lsn, time_ms, label)
     }
 
     fn cut(&mut self, lsn: Lsn, time_ms: u64, label: SnapshotLabel) -> Result<(), BatchError> {
@@ -257,6 +298,45 @@ impl Drafting<'_> {
         }
         Ok(bytes)
     }
+}
+
+/// The snapshots of a cadence that the batch is to have, in the order of their LSNs: those that their rules still keep when all that is
+/// in the log, `newer` of them behind the batch, is in the store.
+fn kept_cuts(
+    geometry: &Geometry,
+    committed: Lsn,
+    sources: &[Source],
+    newer: u64,
+) -> Result<Vec<LogCut>, BatchError> {
+    let mut cuts: Vec<LogCut> = Vec::new();
+    for source in sources {
+        let mut lsn = Lsn(source.first_lsn.0 - 1);
+        for entry in Entries::new(&source.entries, geometry.segment_blocks()) {
+            let entry = entry.map_err(|_| BatchError::Entry { segment: source.id.0 })?;
+            lsn = lsn.plus(entry.lsns());
+            let is_new = lsn > committed && cuts.last().is_none_or(|last| last.lsn < lsn);
+            if let Some(cadence) = entry.cadence().filter(|_| is_new) {
+                cuts.push(LogCut { lsn, time_ms: entry.time_ms(), cadence });
+            }
+        }
+    }
+    let count = cuts.len() as u64;
+    let beyond = (1..).map(|n| newer + count - n);
+    let mut kept: Vec<LogCut> = cuts
+        .into_iter()
+        .zip(beyond)
+        .filter(|(cut, newer)| *newer < u64::from(cut.cadence.keep))
+        .map(|(cut, _)| cut)
+        .collect();
+    let step = kept.len().div_ceil(CUTS_MADE_MAX).max(1);
+    let phase = kept.len().wrapping_sub(1) % step;
+    let mut at = 0;
+    kept.retain(|_| {
+        let stays = at % step == phase;
+        at += 1;
+        stays
+    });
+    Ok(kept)
 }
 
 /// Applies a write or a zeroing of the segment whose first block is at `first_slot`.

@@ -4,7 +4,7 @@ mod batch;
 mod pace;
 
 pub(crate) use batch::apply;
-pub use batch::{BatchError, Draft, Source};
+pub use batch::{Asked, BatchError, Draft, Source};
 pub use pace::{FlushOptions, Situation, pause_after, should_start};
 
 use crate::aside;
@@ -16,7 +16,7 @@ use crate::format::segment::SegmentHeader;
 use crate::format::summary::Summary;
 use crate::image::SegmentImage;
 use crate::local::Local;
-use crate::pending::PendingSnapshot;
+use crate::pending::LogCut;
 use crate::recovery::Found;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use futures_util::{StreamExt, TryStreamExt};
@@ -66,14 +66,23 @@ pub struct Drafted {
     draft: Draft,
 }
 
+/// A batch that the store has.
+#[derive(Debug)]
+pub struct Committed {
+    /// What its durable image has reached.
+    pub lsn: Lsn,
+    /// Snapshots that a cadence had cut and that were made.
+    pub made: Vec<LogCut>,
+}
+
 /// Reads and coalesces what comes after `committed` in `segments`, which follow each other without a gap (at least one).
-/// Besides the snapshots that the log holds it makes those of `cuts` that lie in it, which are in the order of their LSNs.
+/// Besides the snapshots that the log holds it makes those of `asked` that lie in it.
 pub async fn draft(
     local: &Local,
     vdi: Uuid,
     committed: Lsn,
     segments: Vec<Replay>,
-    cuts: Vec<PendingSnapshot>,
+    asked: Asked,
 ) -> Result<Drafted, FlushError> {
     let started = Instant::now();
     let lsn = segments.last().map_or(committed, |segment| segment.last_lsn);
@@ -86,7 +95,7 @@ pub async fn draft(
     let geometry = local.geometry;
     let read_ms = started.elapsed().as_millis() as u64;
     // Coalescing a large batch takes milliseconds of pure computing: not on the threads that serve everyone.
-    let draft = aside::run(move || Draft::new(&geometry, committed, &sources, &cuts))
+    let draft = aside::run(move || Draft::new(&geometry, committed, &sources, &asked))
         .await
         .map_err(|error| BackingError::Failed(format!("coalescing a batch: {error}")))??;
     let total_ms = started.elapsed().as_millis() as u64;
@@ -94,10 +103,15 @@ pub async fn draft(
     Ok(Drafted { lsn, draft })
 }
 
-/// Commits a draft to the store. Returns the LSN that the store's durable image has reached.
-pub async fn commit(vdi: Uuid, backing: &dyn Backing, drafted: Drafted) -> Result<Lsn, FlushError> {
+/// Commits a draft to the store.
+pub async fn commit(
+    vdi: Uuid,
+    backing: &dyn Backing,
+    drafted: Drafted,
+) -> Result<Committed, FlushError> {
     let started = Instant::now();
-    let Drafted { lsn, draft } = drafted;
+    let Drafted { lsn, mut draft } = drafted;
+    let made = draft.take_made();
     let mut bases = Vec::new();
     for &lba in draft.wanted() {
         bases.extend(backing.read(lba, 1).await?);
@@ -107,7 +121,7 @@ pub async fn commit(vdi: Uuid, backing: &dyn Backing, drafted: Drafted) -> Resul
     backing.commit(batch).await?;
     let ms = started.elapsed().as_millis() as u64;
     tracing::debug!(%vdi, lsn = lsn.0, changes, cuts, ms, "batch committed");
-    Ok(lsn)
+    Ok(Committed { lsn, made })
 }
 
 /// The blocks that a segment's entries name.
@@ -131,7 +145,7 @@ pub async fn lbas_of(
     let found = read_whole(local, vdi, &header, last_lsn).await?;
     let mut named = Named::default();
     for entry in Entries::new(&found.entries, local.geometry.segment_blocks()).flatten() {
-        if entry.kind == Kind::Snapshot {
+        if matches!(entry.kind, Kind::Snapshot | Kind::Cut) {
             continue;
         }
         if entry.payload_blocks() > 0 {

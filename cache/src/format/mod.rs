@@ -35,9 +35,9 @@ pub enum FormatError {
     Absent(&'static str),
     /// Written by a newer Ballast.
     #[error(
-        "{what} has format version {found}, this ballast knows up to {VERSION}; use the newer version"
+        "{what} has format version {found}, this ballast knows up to {known}; use the newer version"
     )]
-    Version { what: &'static str, found: u32 },
+    Version { what: &'static str, found: u32, known: u32 },
     /// The checksum does not match.
     #[error("{what} is damaged: CRC32C expected {expected:#010x}, found {found:#010x}")]
     Checksum { what: &'static str, expected: u32, found: u32 },
@@ -58,15 +58,15 @@ fn seal_block(block: &mut [u8]) {
 
 /// Checks magic, CRC and version of a block-sized structure (version at byte 12).
 fn open_block(block: &[u8], magic: [u8; 8], what: &'static str) -> Result<(), FormatError> {
-    open_block_up_to(VERSION, block, magic, what)
+    open_block_up_to(block, magic, what, VERSION)
 }
 
-/// As [`open_block`], of a structure of which there are versions up to `newest`.
+/// As [`open_block`], of a structure that has had newer versions than the rest.
 fn open_block_up_to(
-    newest: u32,
     block: &[u8],
     magic: [u8; 8],
     what: &'static str,
+    known: u32,
 ) -> Result<(), FormatError> {
     if block.len() != BLOCK_SIZE || block[..8] != magic {
         return Err(FormatError::Absent(what));
@@ -80,8 +80,8 @@ fn open_block_up_to(
         return Err(FormatError::Checksum { what, expected, found });
     }
     let version = u32::from_le_bytes(block[12..16].try_into().expect("four bytes"));
-    if version > newest || version == 0 {
-        return Err(FormatError::Version { what, found: version });
+    if version > known || version == 0 {
+        return Err(FormatError::Version { what, found: version, known });
     }
     Ok(())
 }

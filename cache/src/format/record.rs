@@ -5,23 +5,24 @@
 //! multiple of 4 bytes:
 //!
 //! ```text
-//! 0..6    LBA (48 bit); of a snapshot when it was asked for, milliseconds since 1970
+//! 0..6    LBA (48 bit); of a snapshot or cut when it was asked for, milliseconds since 1970
 //! 6       kind
 //! 7       sectors of the first block that count (bit mask)
-//! 8..12   blocks; of a snapshot 1
-//! 12..14  first payload block, counted from the segment's start; of a snapshot the bytes of its label
+//! 8..12   blocks; of a snapshot 1; of a cut how many are kept
+//! 12..14  first payload block, counted from the segment's start; of a snapshot the bytes of its label; of a cut behind what it is
 //! 14      sectors of the last block that count (bit mask; equal to byte 7 for a single block)
 //! 15      0
 //! ```
 //!
-//! Writes, zeroes and snapshots take one LSN each, in the order of the entries; fills (blocks copied from the store) and holes (ranges
-//! that the store does not have) take none.
+//! Writes, zeroes and snapshots take one LSN each, in the order of the entries; fills (blocks copied from the store), holes (ranges
+//! that the store does not have) and cuts (a snapshot at the LSN before them) take none.
 //! Header checksums are keyed with the segment's nonce (rule L3), payloads are covered by the entries' CRCs.
 
 use super::FormatError;
 use blockstore::SnapshotLabel;
 use blockstore::crc::crc32c_keyed;
 use blockstore::format::vdi::VDI_SIZE_MAX;
+use blockstore::schedule::{Behind, Cadence, KEEP_MAX};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 
 const MAGIC: [u8; 8] = *b"BLSTRECD";
@@ -56,6 +57,9 @@ pub enum Kind {
     Hole,
     /// The disk as of this LSN is to be kept: all that has a lower one, and nothing else. Names no blocks.
     Snapshot,
+    /// The disk as of the LSN of the entry before it is to be kept, that entry included, until so many newer cuts are there.
+    /// Written with that entry, in one record. Names no blocks, takes no LSN.
+    Cut,
 }
 
 impl Kind {
@@ -88,6 +92,8 @@ pub struct Entry<'a> {
     /// Sectors of the last block that count.
     pub last_mask: u8,
     time_ms: u64,
+    /// Of a cut.
+    cadence: Option<Cadence>,
     /// Checksums of the payload, or the label.
     behind: &'a [u8],
 }
@@ -100,10 +106,16 @@ impl Entry<'_> {
         u32::from_le_bytes(self.behind[at..at + 4].try_into().expect("four bytes"))
     }
 
-    /// When it was asked for, milliseconds since 1970 (of snapshots).
+    /// When it was asked for, milliseconds since 1970 (of snapshots and cuts).
     #[must_use]
     pub fn time_ms(&self) -> u64 {
         self.time_ms
+    }
+
+    /// The rule that had it made (of cuts).
+    #[must_use]
+    pub fn cadence(&self) -> Option<Cadence> {
+        self.cadence
     }
 
     /// Its label (of snapshots; else empty).
@@ -158,6 +170,16 @@ pub const fn snapshot_len(label_len: usize) -> usize {
     DESCRIPTOR_LEN + label_len.next_multiple_of(4)
 }
 
+/// Bytes that a cut's entry takes.
+pub const CUT_LEN: usize = DESCRIPTOR_LEN;
+
+/// Appends a cut's entry, behind the one that it is of.
+pub fn push_cut(out: &mut Vec<u8>, time_ms: u64, cadence: Cadence) {
+    let time = Lba(time_ms.min(TIME_MS_MAX));
+    let behind = cadence.behind.to_bits() as u16;
+    push_descriptor(out, Kind::Cut, time, cadence.keep, behind, (WHOLE, WHOLE));
+}
+
 /// Appends a snapshot's entry.
 pub fn push_snapshot(out: &mut Vec<u8>, time_ms: u64, label: &SnapshotLabel) {
     let end = out.len() + snapshot_len(label.as_str().len());
@@ -183,6 +205,7 @@ pub fn push_descriptor(
         Kind::Fill => 3,
         Kind::Hole => 4,
         Kind::Snapshot => 5,
+        Kind::Cut => 6,
     };
     out.extend_from_slice(&lba.0.to_le_bytes()[..6]);
     out.push(code);
@@ -237,6 +260,7 @@ fn decode_entry(bytes: &[u8], segment_blocks: u32) -> Result<Entry<'_>, FormatEr
         3 => Kind::Fill,
         4 => Kind::Hole,
         5 => return decode_snapshot(bytes, u64::from_le_bytes(lba)),
+        6 => return decode_cut(bytes, u64::from_le_bytes(lba)),
         _ => return Err(invalid("its kind is unknown")),
     };
     let blocks = u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes"));
@@ -261,7 +285,30 @@ fn decode_entry(bytes: &[u8], segment_blocks: u32) -> Result<Entry<'_>, FormatEr
         }
         behind = &bytes[DESCRIPTOR_LEN..DESCRIPTOR_LEN + len];
     }
-    Ok(Entry { kind, lba: Lba(lba), blocks, payload, first_mask, last_mask, time_ms: 0, behind })
+    let lba = Lba(lba);
+    let (time_ms, cadence) = (0, None);
+    Ok(Entry { kind, lba, blocks, payload, first_mask, last_mask, time_ms, cadence, behind })
+}
+
+/// Of `bytes`, which hold a whole descriptor with the kind of a cut.
+fn decode_cut(bytes: &[u8], time_ms: u64) -> Result<Entry<'_>, FormatError> {
+    let keep = u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes"));
+    let behind = Behind::from_bits(u64::from(u16_at(bytes, 12)));
+    let is_whole = bytes[7] == WHOLE && bytes[14..16] == [WHOLE, 0];
+    let behind = behind.filter(|_| is_whole && (1..=KEEP_MAX).contains(&keep));
+    let why = "it is a cut of no rule that there is";
+    let behind = behind.ok_or(FormatError::Invalid { what: "log entry", why })?;
+    Ok(Entry {
+        kind: Kind::Cut,
+        lba: Lba(0),
+        blocks: 1,
+        payload: 0,
+        first_mask: WHOLE,
+        last_mask: WHOLE,
+        time_ms,
+        cadence: Some(Cadence { behind, keep }),
+        behind: &[],
+    })
 }
 
 /// Of `bytes`, which hold a whole descriptor with the kind of a snapshot.
@@ -285,6 +332,7 @@ fn decode_snapshot(bytes: &[u8], time_ms: u64) -> Result<Entry<'_>, FormatError>
         first_mask: WHOLE,
         last_mask: WHOLE,
         time_ms,
+        cadence: None,
         behind: label,
     })
 }

@@ -17,8 +17,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 const MAGIC: [u8; 8] = *b"BLSTVDIS";
 const WHAT: &str = "VDI slot";
-/// Of a slot whose disk is not in the store yet: a program that does not know of such disks must not serve it.
-const VERSION_WITH_ORIGIN: u32 = 2;
+/// Version of a slot that former versions must refuse: its disk is not in the store yet, or its log may hold cuts.
+const VERSION_NEWEST: u32 = 2;
 const NAME_MAX: usize = 255;
 /// States of a slot that is not free.
 const ATTACHED: u32 = 1;
@@ -35,6 +35,8 @@ const TAIL: usize = BLOCK_SIZE
     - 16;
 /// The disk is pinned.
 const FLAG_PINNED: u32 = 1;
+/// The disk's log may hold cuts.
+const FLAG_CUTS: u32 = 2;
 /// Bits of a range of the boot trace that say how long it is; the first block is above them.
 const RANGE_BITS: u32 = 24;
 
@@ -140,6 +142,8 @@ pub struct SlotVdi {
     /// The disk is a clone that was made without the store, which does not know of it yet: it begins as this snapshot. What its
     /// log holds of that is kept until the store has both.
     pub origin: Option<Origin>,
+    /// The log may hold entries of a schedule's cadence ([`Kind::Cut`](super::record::Kind::Cut)), whatever the schedule is by now.
+    pub has_cuts: bool,
 }
 
 /// No leg took the log's records any more: from then on the store may be ahead of what the log says (rule L6). A log of
@@ -166,6 +170,16 @@ pub struct DiskPolicy {
 }
 
 impl SlotVdi {
+    /// Its log holds entries of a cadence, or may get some.
+    pub fn may_have_cuts(&self) -> bool {
+        self.has_cuts || self.policy.chosen.schedule.cadence().is_some()
+    }
+
+    /// Of the slot that it is in.
+    fn version(&self) -> u32 {
+        if self.may_have_cuts() || self.origin.is_some() { VERSION_NEWEST } else { VERSION }
+    }
+
     /// The store's image has reached `committed`, and so has made the snapshots up to there.
     pub fn reached(&mut self, committed: Lsn) {
         self.committed = committed;
@@ -197,9 +211,8 @@ impl VdiSlot {
     pub fn encode(&self) -> [u8; BLOCK_SIZE] {
         let mut raw = Raw::new_zeroed_slot();
         raw.magic = MAGIC;
-        let record = self.vdi.as_ref().or(self.quarantined.as_ref());
-        let has_origin = record.is_some_and(|vdi| vdi.origin.is_some());
-        raw.version = if has_origin { VERSION_WITH_ORIGIN } else { VERSION }.into();
+        let versions = [&self.vdi, &self.quarantined].into_iter().flatten().map(SlotVdi::version);
+        raw.version = versions.max().unwrap_or(VERSION).into();
         raw.sequence = self.sequence.into();
         raw.slot = self.slot.into();
         let kept = self.vdi.as_ref().map(|vdi| (ATTACHED, vdi));
@@ -222,7 +235,9 @@ impl VdiSlot {
                 raw.behind_flushed = behind.flushed.0.saturating_add(1).into();
                 raw.behind_staged = behind.staged.0.into();
             }
-            raw.flags = (if vdi.policy.pinned { FLAG_PINNED } else { 0 }).into();
+            let pinned = if vdi.policy.pinned { FLAG_PINNED } else { 0 };
+            let cuts = if vdi.may_have_cuts() { FLAG_CUTS } else { 0 };
+            raw.flags = (pinned | cuts).into();
             raw.trace_len = (vdi.boot_trace.len().min(RANGES_MAX) as u32).into();
             for (to, (lba, blocks)) in raw.trace.iter_mut().zip(&vdi.boot_trace) {
                 *to = (lba.0 << RANGE_BITS | blocks & RANGE_BLOCKS_MAX).into();
@@ -246,7 +261,7 @@ impl VdiSlot {
 
     /// Reads and checks a block that should be a copy of slot `slot`.
     pub fn decode(block: &[u8], slot: u32) -> Result<Self, FormatError> {
-        open_block_up_to(VERSION_WITH_ORIGIN, block, MAGIC, WHAT)?;
+        open_block_up_to(block, MAGIC, WHAT, VERSION_NEWEST)?;
         let raw = Raw::ref_from_bytes(block).map_err(|_| FormatError::Absent(WHAT))?;
         if raw.slot.get() != slot {
             return Err(FormatError::Invalid {
@@ -293,14 +308,16 @@ impl VdiSlot {
                     }),
                     boot_trace: decode_trace(raw),
                     cuts: decode_cuts(raw),
-                    origin: (raw.version.get() >= VERSION_WITH_ORIGIN).then(|| Origin {
+                    origin: (raw.origin_vdi != [0; 16]).then(|| Origin {
                         vdi: Uuid::from_bytes(raw.origin_vdi),
                         lsn: Lsn(raw.origin_lsn.get()),
                     }),
+                    has_cuts: raw.flags.get() & FLAG_CUTS != 0,
                 })
             }
             _ => return Err(FormatError::Invalid { what: WHAT, why: "its state is unknown" }),
         };
+        let kept = kept.map(|vdi: SlotVdi| SlotVdi { has_cuts: vdi.may_have_cuts(), ..vdi });
         let (vdi, quarantined) = if state == QUARANTINED { (None, kept) } else { (kept, None) };
         Ok(Self { sequence: raw.sequence.get(), slot, vdi, quarantined })
     }

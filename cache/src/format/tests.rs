@@ -1,7 +1,7 @@
 //! Goal: every structure reads back as written, its bytes never change unnoticed, and no bytes whatever panic.
 //! Method: round trips, one golden block each, and property tests over arbitrary and over mutated bytes.
 
-use super::record::{Entries, Kind, RecordHeader, WHOLE, push_descriptor, push_snapshot};
+use super::record::{Entries, Kind, RecordHeader, WHOLE, push_cut, push_descriptor, push_snapshot};
 use super::segment::SegmentHeader;
 use super::slot::{LeftBehind, SlotVdi, VdiSlot};
 use super::summary::{Summary, blocks_for};
@@ -11,6 +11,7 @@ use super::{FormatError, Geometry, LegSet, Membership};
 use crate::disk::plan::SegmentId;
 use crate::pending::PendingSnapshot;
 use blockstore::crc::crc32c;
+use blockstore::schedule::{Behind, Cadence};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use blockstore::{SnapshotLabel, WhenOffline};
 use proptest::prelude::*;
@@ -50,6 +51,7 @@ fn slot() -> VdiSlot {
             alone_from: None,
             cuts: Vec::new(),
             origin: None,
+            has_cuts: false,
             policy: Default::default(),
             left_behind: None,
             boot_trace: Vec::new(),
@@ -362,3 +364,42 @@ proptest! {
 const GOLDEN_SNAPSHOTS: u32 = 0x79a9_f527;
 const GOLDEN_MIRRORED: u32 = 0x79fe_8632;
 const GOLDEN: [u32; 5] = [0x5533_f898, 0x956b_1f81, 0x8bad_76c0, 0x742c_b702, 0x0768_b9d0];
+
+#[test]
+fn cuts_stand_between_other_entries_and_unsound_ones_are_refused() {
+    let rule = Cadence { behind: Behind::Batch, keep: 99_999 };
+    let mut bytes = entries();
+    push_cut(&mut bytes, 1_700_000_000_123, rule);
+    push_cut(&mut bytes, u64::MAX, Cadence { behind: Behind::Write, keep: 1 });
+    bytes.extend(entries());
+    let decoded: Vec<_> = Entries::new(&bytes, 512).map(Result::unwrap).collect();
+    assert_eq!(decoded.len(), 6);
+    let cut = &decoded[2];
+    assert_eq!((cut.kind, cut.lsns(), cut.payload_blocks()), (Kind::Cut, 0, 0));
+    assert_eq!((cut.time_ms(), cut.cadence()), (1_700_000_000_123, Some(rule)));
+    assert!(decoded.iter().filter(|entry| entry.cadence().is_some()).count() == 2);
+    let mut good = Vec::new();
+    push_cut(&mut good, 0x0102_0304_0506, rule);
+    assert_eq!(good, [6, 5, 4, 3, 2, 1, 6, 0xff, 0x9f, 0x86, 1, 0, 2, 0, 0xff, 0]);
+    for (at, byte) in [(7, 1), (12, 0), (12, 3), (13, 1), (14, 7), (15, 1), (10, 2), (11, 1)] {
+        let mut bytes = good.clone();
+        bytes[at] = byte;
+        assert!(Entries::new(&bytes, 512).next().expect("one").is_err(), "{at}");
+    }
+}
+
+#[test]
+fn former_versions_refuse_a_slot_whose_log_may_hold_cuts() {
+    let plain = slot();
+    let version = |slot: &VdiSlot| slot.encode()[12];
+    assert_eq!(version(&plain), 1);
+    let mut with = plain.clone();
+    with.vdi.as_mut().expect("a disk").has_cuts = true;
+    assert_eq!(version(&with), 2);
+    assert_eq!(VdiSlot::decode(&with.encode(), with.slot).unwrap(), with);
+    let mut ruled = plain;
+    let vdi = ruled.vdi.as_mut().expect("a disk");
+    vdi.policy.chosen.schedule = "every batch keep 3".parse().expect("a schedule");
+    assert_eq!(version(&ruled), 2, "there may be one before the slot is written again");
+    assert!(VdiSlot::decode(&ruled.encode(), ruled.slot).unwrap().vdi.expect("a disk").has_cuts);
+}

@@ -8,7 +8,7 @@ use crate::format::record::{Entries, Kind, WHOLE};
 use crate::format::segment::SegmentHeader;
 use crate::format::slot::SlotVdi;
 use crate::index::{Index, Patch, PatchSource, apply_zero};
-use crate::pending::PendingSnapshots;
+use crate::pending::{LogCut, PendingSnapshots};
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{Lba, Lsn};
 
@@ -21,6 +21,8 @@ pub struct Live {
     pub last_lsn: Lsn,
     /// Blocks in use.
     pub used_blocks: u32,
+    /// How many snapshots a cadence has cut in it.
+    pub cuts: u32,
     /// For a segment without summary: the entries that its summary must list before the disk is served.
     pub unsealed: Option<Vec<u8>>,
 }
@@ -152,13 +154,14 @@ impl Assembler {
             self.recovered.dead.push(header.segment);
             return Ok(());
         }
-        self.replay(header.segment, found)?;
+        let cuts = self.replay(header.segment, found)?;
         self.next = Some(found.last_lsn.plus(1));
         self.recovered.last_lsn = found.last_lsn;
         self.recovered.live.push(Live {
             header: header.clone(),
             last_lsn: found.last_lsn,
             used_blocks: found.used_blocks,
+            cuts,
             unsealed: (!found.sealed).then(|| found.entries.clone()),
         });
         Ok(())
@@ -188,13 +191,24 @@ impl Assembler {
         self.recovered.dead.extend(self.recovered.live.drain(..).map(|live| live.header.segment));
     }
 
-    fn replay(&mut self, segment: SegmentId, found: &Found) -> Result<(), AssembleError> {
+    /// Returns how many snapshots a cadence has cut in it.
+    fn replay(&mut self, segment: SegmentId, found: &Found) -> Result<u32, AssembleError> {
         let first_slot = self.geometry.first_block(segment);
         let index = &mut self.recovered.index;
         let mut lsn = Lsn(found.first_lsn.0 - 1);
+        let mut cuts = 0;
         for entry in Entries::new(&found.entries, self.geometry.segment_blocks()) {
             let entry = entry.map_err(|_| AssembleError::Entry { segment: segment.0 })?;
             lsn = lsn.plus(entry.lsns());
+            if let Some(cadence) = entry.cadence() {
+                cuts += 1;
+                let pending = &mut self.recovered.snapshots;
+                let is_new = pending.cuts().back().is_none_or(|last| last.lsn < lsn);
+                if lsn > self.committed && is_new {
+                    pending.push_cut(LogCut { lsn, time_ms: entry.time_ms(), cadence });
+                }
+                continue;
+            }
             let masks = (entry.first_mask, entry.last_mask);
             if entry.kind == Kind::Zero {
                 apply_zero(index, entry.lba, u64::from(entry.blocks), masks, lsn);
@@ -225,6 +239,6 @@ impl Assembler {
                 }
             }
         }
-        Ok(())
+        Ok(cuts)
     }
 }

@@ -1,5 +1,6 @@
 //! What the cache asks of a disk's task.
 
+use super::cuts::Pressed;
 use super::hydrate::{HydrateError, HydrateStatus};
 use super::pin::PinError;
 use super::task::VdiTask;
@@ -48,6 +49,8 @@ pub(crate) enum Command {
     Undrained { for_cut: bool, reply: as_of::UndrainedReply },
     /// Take a snapshot of what the disk was.
     Cut { cut: PendingSnapshot, reply: snapshots::Reply },
+    /// Cut more or less often than the schedule says.
+    Press { pressed: Pressed, reply: oneshot::Sender<()> },
     /// Fetch these ranges into the cache ahead of need; all of the disk if none are given.
     Hydrate {
         ranges: Option<Vec<(Lba, u64)>>,
@@ -135,6 +138,10 @@ impl VdiTask {
             Command::Snapshot { label, reply } => self.snapshot(label, reply),
             Command::Undrained { for_cut, reply } => self.undrained(for_cut, reply),
             Command::Cut { cut, reply } => self.cut(cut, reply).await,
+            Command::Press { pressed, reply } => {
+                self.press(pressed);
+                let _ = reply.send(());
+            }
             Command::Hydrate { ranges, reply } => self.hydrate(ranges, reply),
             Command::Stop { leave, reply } => {
                 let result = match leave {
@@ -225,6 +232,8 @@ impl VdiTask {
         (self.open_since, self.roll_under_way) = (None, None);
         self.log_failure = None;
         self.unreadable.clear();
+        // The new worker cuts as the schedule says.
+        self.send_cadence();
         self.fail_snapshots("the disk's worker was replaced");
         self.fail_looks("the disk's worker was replaced");
         *self.p.snapshots.lock() = snapshots;

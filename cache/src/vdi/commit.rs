@@ -2,7 +2,7 @@
 
 use super::task::{RETRY_AFTER, VdiTask};
 use crate::backing::BackingError;
-use crate::flusher::{self, Drafted, FlushError, Situation};
+use crate::flusher::{self, Asked, Committed, Drafted, FlushError, Situation};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +15,7 @@ const RETRY_LOCAL_AFTER_MAX: Duration = Duration::from_secs(60);
 /// A batch on its way to the store.
 #[derive(Debug)]
 pub(super) struct CommitUnderWay {
-    pub(super) task: JoinHandle<Result<Lsn, FlushError>>,
+    pub(super) task: JoinHandle<Result<Committed, FlushError>>,
     pub(super) started: Instant,
     /// Bytes of log in it.
     bytes: u64,
@@ -92,16 +92,19 @@ impl VdiTask {
         let lsn = batch.last()?.last_lsn;
         let bytes = batch.iter().map(|s| u64::from(s.used_blocks) * BLOCK_SIZE as u64).sum();
         let (local, vdi) = (Arc::clone(&self.p.ground.local), self.p.vdi);
-        let cuts = self.p.record.cuts.clone();
-        let draft = async move { flusher::draft(&local, vdi, after, batch, cuts).await };
+        // What is in memory only may be lost yet.
+        let is_durable = self.through.is_none();
+        let newer = if is_durable { self.p.segments.cuts_after(lsn) } else { 0 };
+        let asked = Asked { cuts: self.p.record.cuts.clone(), newer };
+        let draft = async move { flusher::draft(&local, vdi, after, batch, asked).await };
         let task = tokio::spawn(draft);
         Some(Drafting { task, lsn, bytes })
     }
 
-    pub(super) async fn committed(&mut self, result: Result<Lsn, FlushError>) {
+    pub(super) async fn committed(&mut self, result: Result<Committed, FlushError>) {
         let Some(CommitUnderWay { started, bytes, .. }) = self.commit.take() else { return };
-        let lsn = match result {
-            Ok(lsn) => lsn,
+        let Committed { lsn, made } = match result {
+            Ok(committed) => committed,
             Err(error) if self.is_final_without_legs(&error) => {
                 let after = self.p.record.committed;
                 let why = format!(
@@ -115,6 +118,7 @@ impl VdiTask {
         self.retry_after = RETRY_AFTER;
         let before = self.p.segments.dirty_count(self.p.record.committed);
         self.p.record.reached(lsn);
+        self.made_cuts(&made);
         let after = self.p.segments.dirty_count(lsn);
         self.admission.committed((before - after) as u64);
         if self.through.is_some() {
@@ -137,6 +141,7 @@ impl VdiTask {
     fn commit_failed(&mut self, error: &FlushError) {
         // The next batch continued this one.
         self.drafting = None;
+        self.made_unknown();
         let why = error.to_string();
         let closing = matches!(error, FlushError::Backing(BackingError::Closing));
         if !closing {
@@ -157,7 +162,7 @@ impl VdiTask {
 }
 
 /// The result of the commit under way; never if there is none.
-pub(super) async fn joined(commit: &mut Option<CommitUnderWay>) -> Result<Lsn, FlushError> {
+pub(super) async fn joined(commit: &mut Option<CommitUnderWay>) -> Result<Committed, FlushError> {
     match commit {
         Some(commit) => match (&mut commit.task).await {
             Ok(result) => result,

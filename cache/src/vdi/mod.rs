@@ -12,6 +12,7 @@ mod admission;
 mod as_of;
 mod command;
 mod commit;
+mod cuts;
 mod drain;
 mod evict;
 mod feed;
@@ -27,6 +28,7 @@ mod through;
 
 pub(crate) use as_of::Undrained;
 pub(crate) use command::{Command, Leave};
+pub use cuts::{MadeCuts, Pressed};
 pub use hydrate::{HydrateError, HydrateStatus};
 pub use pin::PinError;
 pub use snapshots::SnapshotTaken;
@@ -55,6 +57,7 @@ pub(crate) struct VdiHandle {
     pub status: Arc<Mutex<VdiStatus>>,
     pub progress: Arc<Progress>,
     pub snapshots: Arc<Mutex<PendingSnapshots>>,
+    pub made: Arc<Mutex<MadeCuts>>,
     commands: mpsc::Sender<Command>,
     task: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
@@ -63,9 +66,9 @@ impl VdiHandle {
     pub fn spawn(name: String, progress: Arc<Progress>, parts: VdiTaskParts) -> Self {
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
         let status = Arc::clone(&parts.status);
-        let snapshots = Arc::clone(&parts.snapshots);
+        let (snapshots, made) = (Arc::clone(&parts.snapshots), Arc::clone(&parts.made));
         let task = Mutex::new(Some(tokio::spawn(VdiTask::new(parts, receiver).run())));
-        Self { name, status, progress, snapshots, commands, task }
+        Self { name, status, progress, snapshots, made, commands, task }
     }
 
     pub async fn drain(&self, vdi: uuid::Uuid) -> Result<Lsn, CacheError> {
@@ -131,6 +134,10 @@ impl VdiHandle {
         cut: PendingSnapshot,
     ) -> Result<SnapshotTaken, CacheError> {
         self.ask(vdi, |reply| Command::Cut { cut, reply }).await?
+    }
+
+    pub async fn press(&self, vdi: uuid::Uuid, pressed: Pressed) -> Result<(), CacheError> {
+        self.ask(vdi, |reply| Command::Press { pressed, reply }).await
     }
 
     pub async fn hydrate(

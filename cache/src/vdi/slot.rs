@@ -73,13 +73,23 @@ impl VdiTask {
     /// Durable before it takes effect.
     pub(super) async fn set_policy(&mut self, change: PolicyChange) -> Result<Policy, CacheError> {
         let former = self.p.record.policy.chosen;
+        let (had_cuts, may_have_had) = (self.p.record.has_cuts, self.p.record.may_have_cuts());
         let policy = change.of(former);
         self.p.record.policy.chosen = policy;
-        if let Err(error) = self.write_slot().await {
+        // What it has of them, it has for as long as it is open.
+        self.p.record.has_cuts = may_have_had || policy.schedule.cadence().is_some();
+        let mut written = self.write_slot().await;
+        if written.is_ok() && self.p.record.has_cuts && !may_have_had {
+            // In both copies: a former version would go by the one that it knows.
+            written = self.write_slot().await;
+        }
+        if let Err(error) = written {
             self.p.record.policy.chosen = former;
+            self.p.record.has_cuts = had_cuts;
             return Err(error);
         }
         self.p.status.lock().policy = policy;
+        self.send_cadence();
         tracing::info!(vdi = %self.p.record.name, %policy, "policy set");
         Ok(policy)
     }

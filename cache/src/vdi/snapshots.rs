@@ -109,10 +109,10 @@ impl VdiTask {
         }
     }
 
-    /// Snapshots in the log that the store does not have.
-    pub(super) fn count_pending_snapshots(&self) -> u64 {
+    /// Snapshots in the log that the store does not have, and those of a cadence.
+    pub(super) fn count_pending_snapshots(&self) -> (u64, u64) {
         let mut pending = self.p.snapshots.lock();
         pending.retire(self.p.record.committed);
-        pending.len() as u64
+        (pending.len() as u64, pending.cuts().len() as u64)
     }
 }

@@ -46,8 +46,10 @@ pub struct VdiStatus {
     pub dirty_bytes: u64,
     /// Bytes of log that are committed and kept as read cache.
     pub clean_bytes: u64,
-    /// Snapshots that are durable in the log and not in the store yet.
+    /// Snapshots that are durable in the log and not in the store yet, but for those of a cadence.
     pub snapshots_pending: u64,
+    /// Those that a cadence has cut, as far as it keeps them.
+    pub cuts_pending: u64,
     /// Age of the oldest uncommitted data.
     pub oldest_dirty_ms: Option<u64>,
     /// Commits so far, and bytes of log in them.
@@ -95,6 +97,8 @@ pub struct Segment {
     pub last_lsn: Lsn,
     /// Blocks in use.
     pub used_blocks: u32,
+    /// Snapshots that a cadence has cut in it.
+    pub cuts: u32,
     /// Its bytes, while they are kept in memory for the flusher.
     pub image: Option<Retained>,
     /// When it was sealed (or recovered).
@@ -154,6 +158,7 @@ impl Segments {
             first_lsn: sealed.first_lsn,
             last_lsn: sealed.last_lsn,
             used_blocks: sealed.used_blocks,
+            cuts: sealed.cuts.len() as u32,
             image,
             since: now,
             offered: false,
@@ -192,6 +197,12 @@ impl Segments {
             batch.remove(0);
         }
         batch
+    }
+
+    /// Snapshots that a cadence has cut after `lsn`, which ends a segment: all of them are durable.
+    pub fn cuts_after(&self, lsn: Lsn) -> u64 {
+        let newer = self.list.iter().rev().take_while(|segment| segment.last_lsn > lsn);
+        newer.map(|segment| u64::from(segment.cuts)).sum()
     }
 
     /// Segments that are wholly committed and were not offered to the pool yet; drops their images.

@@ -5,6 +5,7 @@ use super::admission::Admission;
 use super::as_of::AsOf;
 use super::command::Command;
 use super::commit::{CommitUnderWay, Drafting, joined};
+use super::cuts::{MadeCuts, Pressed};
 use super::drain::Waiter;
 use super::evict::Evictions;
 use super::hydrate::Hydration;
@@ -67,6 +68,8 @@ pub(crate) struct VdiTaskParts {
     pub progress: Arc<Progress>,
     /// Those that are durable in the log and not in the store yet.
     pub snapshots: Arc<Mutex<PendingSnapshots>>,
+    /// Those of a cadence that commits have made.
+    pub made: Arc<Mutex<MadeCuts>>,
 }
 
 pub(crate) struct VdiTask {
@@ -112,6 +115,7 @@ pub(crate) struct VdiTask {
     pub(super) lost: Lost,
     pub(super) snapshots: Snapshots,
     pub(super) as_of: AsOf,
+    pub(super) pressed: Pressed,
     /// The last LSN of any batch that was sent to the store, whatever became of it.
     pub(super) sent: Lsn,
     /// Last LSN given out, once released.
@@ -148,6 +152,7 @@ impl VdiTask {
             lost: Lost::default(),
             snapshots: Snapshots::default(),
             as_of: AsOf::default(),
+            pressed: Pressed::default(),
             sent: Lsn(0),
             device_failed: false,
             refusals: 0,
@@ -212,6 +217,7 @@ impl VdiTask {
             FromDisk::Sealed(sealed) => {
                 // The next one may have been opened before this one was sealed: it has an age of its own.
                 self.open_since = self.open_since.filter(|(open, _)| *open != sealed.id);
+                self.learn_cuts(&sealed);
                 let (held, most) = (&self.p.images_held, self.p.images_max);
                 self.p.segments.push_sealed(sealed, Instant::now(), held, most);
                 // Segments without uncommitted records are clean at once.
@@ -346,10 +352,11 @@ impl VdiTask {
         let (dirty, clean) = self.p.segments.bytes(committed);
         let oldest = self.p.segments.oldest_dirty(committed);
         let oldest = oldest.or(self.open_since.map(|(_, since)| since));
-        let snapshots_pending = self.count_pending_snapshots();
+        let (snapshots_pending, cuts_pending) = self.count_pending_snapshots();
         let mut status = self.p.status.lock();
         status.committed_lsn = committed.0;
         status.snapshots_pending = snapshots_pending;
+        status.cuts_pending = cuts_pending;
         status.write_through = self.through.is_some();
         status.origin = self.p.record.origin;
         let last = self.p.segments.last_lsn().unwrap_or(committed).max(committed).0;

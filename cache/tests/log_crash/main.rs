@@ -1,13 +1,14 @@
 //! Goal: whatever a guest did and whenever the power or the agent failed, the recovered disk is a prefix of the log that
 //! holds everything a completed flush covered (P1, P2), and, if only the agent died, everything acknowledged (rule L1); the
 //! image that the flusher commits is at every LSN, and at every snapshot, exactly the disk as it was then; a snapshot that was
-//! answered is in the recovered log (P5). On two legs all of this holds although
+//! answered is in the recovered log (P5), and so is one that the schedule's cadence has cut if what it is behind is. On two legs all of this holds although
 //! one of them is lost, damaged or left behind at any moment (rule L5, `legs.rs`), and while another takes its place
 //! (`replacing.rs`).
 //! Method: the real `Disk`, recovery and flusher on simulated devices whose unflushed writes get lost, torn and
 //! reordered at a crash; a seeded guest; a model that keeps the log of what the guest did. `CACHE_SEEDS=N` runs more.
 
 mod content;
+mod cuts;
 mod legs;
 mod replacing;
 mod restart;
@@ -83,6 +84,7 @@ struct Rig {
     stalled: u32,
     evicting: BTreeSet<SegmentId>,
     snapshots: snapshots::Snapshots,
+    cuts: cuts::Cuts,
 }
 
 impl Rig {
@@ -108,6 +110,7 @@ impl Rig {
             alone_from: None,
             cuts: Vec::new(),
             origin: None,
+            has_cuts: false,
             policy: Default::default(),
             left_behind: None,
             boot_trace: Vec::new(),
@@ -146,6 +149,7 @@ impl Rig {
             stalled: 0,
             evicting: BTreeSet::new(),
             snapshots: snapshots::Snapshots::default(),
+            cuts: cuts::Cuts::new(seed),
         };
         rig.feed();
         rig
@@ -163,6 +167,7 @@ impl Rig {
     }
 
     fn guest(&mut self) {
+        self.change_cadence();
         let tag = self.next_tag;
         self.staged_snapshots(0);
         let before = self.disk.staged_lsn().0;
@@ -241,6 +246,7 @@ impl Rig {
         assert_eq!(after - before, parts.len() as u64, "INV-LOG-1: one LSN for each part");
         self.log.extend(parts.into_iter().map(|sectors| Done { sectors, stamp }));
         if staged == Staged::All {
+            self.staged_whole(after);
             self.open.insert(tag, (after, false));
         } else {
             self.stalled += 1;
@@ -294,6 +300,7 @@ impl Rig {
             }
             FromDisk::Sealed(sealed) => {
                 assert!(sealed.last_lsn <= self.disk.flushed_lsn(), "INV-LOG-3");
+                self.check_sealed_cuts(&sealed);
                 self.sealed.push_back(sealed);
             }
             FromDisk::Evicted { segment } => {
@@ -367,9 +374,13 @@ impl Rig {
             return;
         }
         let backing = StoreHandle(Arc::clone(&self.store));
-        let drafted = flusher::draft(&self.local, VDI, Lsn(committed), batch, Vec::new());
+        let asked = batch.last().map(|last| self.asked(last.last_lsn.0)).unwrap_or_default();
+        let drafted = flusher::draft(&self.local, VDI, Lsn(committed), batch, asked);
         let drafted = drafted.await.unwrap();
-        let lsn = flusher::commit(VDI, &backing, drafted).await.unwrap();
+        let flusher::Committed { lsn, made } =
+            flusher::commit(VDI, &backing, drafted).await.unwrap();
+        let made: Vec<u64> = made.iter().rev().map(|cut| cut.lsn.0).collect();
+        assert_eq!(made, self.kept_cuts(committed + 1..=lsn.0));
         let image = self.store.image.lock().unwrap().0.clone();
         assert_eq!(image, self.image_at(lsn.0), "P2: the store's image is the disk at LSN {lsn}");
         self.check_cuts(committed, lsn.0, &self.store.snapshots.lock().unwrap());

@@ -48,6 +48,7 @@ impl Rig {
         assert!(power || last >= self.acked, "L1: LSN {last} recovered, {} was acked", self.acked);
         self.log.truncate(last as usize);
         self.check_recovered_snapshots(&recovered);
+        self.check_recovered_cuts(&recovered);
         self.slot.epoch += 1;
         self.slot.first_lsn = Lsn(last + 1);
         self.slot.durable = Lsn(last);
@@ -71,6 +72,7 @@ impl Rig {
                 first_lsn: live.header.first_lsn,
                 last_lsn: live.last_lsn,
                 used_blocks: live.used_blocks,
+                cuts: self.cuts_of(live.header.first_lsn, live.last_lsn),
                 image: None,
             })
             .collect();

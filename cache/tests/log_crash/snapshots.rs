@@ -61,7 +61,10 @@ impl Rig {
     /// The store has exactly these snapshots more, each as the disk was.
     pub fn check_cuts(&self, before: u64, lsn: u64, cuts: &BTreeMap<u64, Image>) {
         let of = |lsns: std::ops::RangeInclusive<u64>| {
-            self.snapshots.taken.range(lsns).map(|(lsn, _)| *lsn).collect::<Vec<_>>()
+            let mut all = self.kept_cuts(lsns.clone());
+            all.extend(self.snapshots.taken.range(lsns).map(|(lsn, _)| *lsn));
+            all.sort_unstable();
+            all
         };
         let committed: Vec<u64> = cuts.range(before + 1..).map(|(lsn, _)| *lsn).collect();
         assert_eq!(committed, of(before + 1..=lsn), "P5: the snapshots of a batch");

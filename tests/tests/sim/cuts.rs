@@ -1,23 +1,28 @@
-//! Snapshots: taken and deleted while the agent runs; found in the store, each the disk as of its LSN (P5).
+//! Snapshots: taken and deleted while the agent runs, also by schedules that have one behind every write or batch; found in the
+//! store, each the disk as of its LSN (P5).
 
 use crate::host::{Agent, few};
 use crate::model::Model;
 use crate::worker::Orders;
 use crate::world::{name, read_out};
+use blockstore::schedule::is_cut;
 use blockstore::snapshots::{PAGE_MAX, Page};
 use blockstore::types::Lsn;
-use blockstore::{SnapshotLabel, Store, Vdi};
+use blockstore::{PolicyChange, SnapshotLabel, Store, Vdi};
 use cache::AsOf;
 use futures_util::future::join_all;
 use parking_lot::Mutex;
-use rand::Rng;
 use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 use std::sync::Arc;
 use std::time::Duration;
 
 impl Agent {
     /// Takes snapshots, some of them at once, and deletes some.
     pub async fn cut(&self, rng: &mut SmallRng, orders: &Orders) {
+        // Apart, so that the others come as they would without.
+        let mut rules = SmallRng::seed_from_u64(rng.clone().random::<u64>() ^ 0xcade);
+        let has_rules = rules.random_bool(0.3);
         // A day's outage needs no ten thousand.
         for round in 0_u32.. {
             if orders.wind_down.get() {
@@ -33,6 +38,9 @@ impl Agent {
                 let at = rng.random_range(0..vdis.len());
                 (Arc::clone(&vdis[at]), &self.models[at])
             };
+            if has_rules {
+                self.change_rule(&vdi, model, &mut rules).await;
+            }
             let taken = (0..few(rng, 12)).map(|_| async {
                 let label = SnapshotLabel::default();
                 if let Ok(taken) = self.cache.snapshot(vdi.uuid(), label).await {
@@ -48,6 +56,29 @@ impl Agent {
             }
         }
         std::future::pending().await
+    }
+
+    /// Has a schedule cut snapshots behind writes, or not, and thins what it made.
+    async fn change_rule(&self, vdi: &Vdi, model: &Mutex<Model>, rng: &mut SmallRng) {
+        if rng.random_bool(0.3) {
+            let keep = rng.random_range(1..12);
+            let rules = match rng.random_range(0..3) {
+                0 => format!("every write keep {keep}"),
+                1 => format!("every batch keep {keep}"),
+                _ => "none".into(),
+            };
+            model.lock().has_rules = true;
+            let schedule = Some(rules.parse().expect("a schedule"));
+            let change = PolicyChange { schedule, ..PolicyChange::default() };
+            // Refused without a device: then it is as it was.
+            let _ = self.cache.set_policy(vdi.uuid(), change).await;
+        }
+        let mut made: Vec<Lsn> =
+            self.cache.take_made_cuts(vdi.uuid()).cuts.iter().map(|(lsn, _)| *lsn).collect();
+        made.truncate(made.len().saturating_sub(3));
+        if !made.is_empty() {
+            let _ = self.store().thin_snapshots(vdi.uuid(), made).await;
+        }
     }
 
     /// Takes one of what a disk was.
@@ -98,7 +129,7 @@ pub async fn check_snapshots(
     picks: usize,
     store_harmed: bool,
 ) {
-    let mut lsns: Vec<u64> = Vec::new();
+    let (mut lsns, mut asked): (Vec<u64>, Vec<u64>) = (Vec::new(), Vec::new());
     loop {
         let beyond = lsns.last().copied().map(Lsn);
         let page = Page { newest_first: false, beyond, limit: PAGE_MAX };
@@ -107,11 +138,14 @@ pub async fn check_snapshots(
             listed => listed.expect("P5: the list of snapshots is read"),
         };
         lsns.extend(listed.iter().map(|snapshot| snapshot.lsn.0));
+        // Those of rules come and go; each is what it should be, as the others.
+        let others = listed.iter().filter(|snapshot| !is_cut(snapshot.label.as_str()));
+        asked.extend(others.map(|snapshot| snapshot.lsn.0));
         if listed.len() < PAGE_MAX {
             break;
         }
     }
-    model.lock().check_listed(lsn, &lsns);
+    model.lock().check_listed(lsn, &asked);
     for lsn in lsns.iter().skip(picks).step_by(7).chain(lsns.last()) {
         match read_out(store, disk, Some(*lsn), model).await {
             Err(_) if store_harmed => {}

@@ -5,6 +5,7 @@
 
 use blockstore::commit::{Batch, Change};
 use blockstore::crc::crc32c;
+use blockstore::schedule::is_cut;
 use blockstore::types::{BLOCK_SIZE, SECTOR_SIZE};
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -54,6 +55,8 @@ pub struct Model {
     /// taken.
     pub as_of: BTreeSet<u64>,
     pub maybe_as_of: BTreeSet<u64>,
+    /// A schedule had snapshots cut behind its writes at some time.
+    pub has_rules: bool,
     /// The first broken promise that was found where nobody could be told.
     pub broken: Option<String>,
 }
@@ -77,6 +80,7 @@ impl Model {
             maybe_deleted: BTreeSet::new(),
             as_of: BTreeSet::new(),
             maybe_as_of: BTreeSet::new(),
+            has_rules: false,
             broken: None,
         }
     }
@@ -268,8 +272,13 @@ impl Model {
                 .breaks(format!("a commit from LSN {base} to {lsn}, the log ends at {last}"));
         }
         // A snapshot that the store has already is not made again.
-        let cuts: Vec<u64> =
-            batch.cuts.iter().map(|cut| cut.lsn.0).filter(|lsn| *lsn > base).collect();
+        let cuts = batch.cuts.iter().filter(|cut| cut.lsn.0 > base);
+        // Those of a cadence are where a batch makes them: what they hold is looked at below.
+        let (of_rules, cuts): (Vec<_>, Vec<_>) = cuts.partition(|cut| is_cut(cut.label.as_str()));
+        let cuts: Vec<u64> = cuts.iter().map(|cut| cut.lsn.0).collect();
+        if !of_rules.is_empty() && !self.has_rules {
+            return self.breaks(format!("P5: the commit to LSN {lsn} has snapshots of no rule"));
+        }
         let [must, may] = self.wanted(&self.log, base, lsn);
         let sure: BTreeSet<u64> =
             cuts.iter().copied().filter(|lsn| must.contains(lsn) || !may.contains(lsn)).collect();

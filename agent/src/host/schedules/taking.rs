@@ -41,7 +41,7 @@ impl Host {
         let served: Vec<_> = self.served.lock().values().cloned().collect();
         let store_answers = self.parts.store.health().reachable;
         let now = self.now();
-        let (mut wait, mut wanted) = (TICK, Vec::new());
+        let (mut wait, mut wanted, mut pressed) = (TICK, Vec::new(), Vec::new());
         let mut disks = self.schedules.disks.lock();
         disks.retain(|_, disk| served.iter().any(|served| disk.is_of(served)));
         for served in served {
@@ -59,12 +59,18 @@ impl Host {
             if std::mem::take(&mut disk.unsure) {
                 disk.learn(self.parts.cache.pending_snapshots(served.uuid));
             }
+            disk.learn_made(&self.parts.cache, served.uuid);
+            let told = disk.press(status.policy.schedule.cadence());
+            pressed.extend(told.map(|told| (served.uuid, told)));
             wait = wait.min(disk.plan(&status, store_answers, now));
             if let Some(label) = disk.take(&status, now) {
                 wanted.push((served, label));
             }
         }
         drop(disks);
+        for (vdi, told) in pressed {
+            self.tell_pressed(vdi, told);
+        }
         for (served, label) in wanted {
             self.ask(served, label);
         }

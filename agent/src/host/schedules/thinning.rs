@@ -9,7 +9,7 @@ use super::{Disk, Listing};
 use crate::api::VdiState;
 use crate::error::{Failure, Kind, Result};
 use blockstore::Store;
-use blockstore::schedule::is_automatic;
+use blockstore::schedule::{is_automatic, is_cut};
 use blockstore::snapshots::Page;
 use blockstore::types::Lsn;
 use std::sync::{Arc, Weak};
@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_secs(1);
 /// Most snapshots of one request.
 const BATCH_MAX: usize = 256;
+/// As many of a cadence, which lie side by side: few leaves of the list are read for them.
+const CUTS_MAX: usize = 2048;
 /// The pause after a request is so many times as long as that took.
 const PAUSE_FACTOR: u32 = 4;
 /// Pause after one that failed, for its disk.
@@ -102,12 +104,16 @@ impl Host {
             if disk.held_until <= now {
                 disk.held.clear();
             }
+            disk.learn_made(&self.parts.cache, served.uuid);
+            disk.forget_spared();
             // What is in the log only cannot be deleted yet.
-            let surplus = status.policy.schedule.surplus(&disk.taken).into_iter();
-            let surplus = surplus
-                .filter(|lsn| *lsn <= status.committed_lsn && !disk.held.contains(lsn))
-                .take(BATCH_MAX);
-            let surplus: Vec<Lsn> = surplus.map(Lsn).collect();
+            let may_go = |lsn: &u64| {
+                *lsn <= status.committed_lsn && !disk.held.contains(lsn) && !disk.is_spared(*lsn)
+            };
+            let schedule = status.policy.schedule;
+            let taken = schedule.surplus(&disk.taken).into_iter().filter(may_go).take(BATCH_MAX);
+            let cut = schedule.surplus_cuts(&disk.cut).filter(may_go).take(CUTS_MAX);
+            let surplus: Vec<Lsn> = taken.chain(cut).map(Lsn).collect();
             if surplus.is_empty() {
                 disk.thin_failure = None;
                 return None;
@@ -130,6 +136,7 @@ impl Host {
         // What was neither deleted nor is held is no longer the schedule's.
         for lsn in lsns.iter().filter(|lsn| !thinned.held.contains(lsn)) {
             disk.taken.remove(&lsn.0);
+            disk.cut.remove(&lsn.0);
         }
         Ok(())
     }
@@ -137,18 +144,22 @@ impl Host {
     /// Learns which snapshots the store has. One that goes from the log to the store meanwhile was known from the log.
     async fn list_schedule(&self, store: &Arc<Store>, served: &Arc<Served>) -> Result<()> {
         let vdi = served.uuid.to_string();
-        let mut found = Vec::new();
+        let (mut taken, mut cut) = (Vec::new(), Vec::new());
         let mut page = Page { newest_first: true, beyond: None, limit: PAGE };
         loop {
             let list = store.snapshots(&vdi, page).await.map_err(Failure::from)?;
             let Some(last) = list.last() else { break };
             page.beyond = Some(last.lsn);
             let ours = list.iter().filter(|snapshot| is_automatic(snapshot.label.as_str()));
-            found.extend(ours.map(|snapshot| (snapshot.lsn.0, snapshot.time_ms)));
+            for snapshot in ours {
+                let of = if is_cut(snapshot.label.as_str()) { &mut cut } else { &mut taken };
+                of.push((snapshot.lsn.0, snapshot.time_ms));
+            }
         }
         let mut disks = self.schedules.disks.lock();
         if let Some(disk) = disks.get_mut(&served.uuid).filter(|disk| disk.is_of(served)) {
-            disk.taken.extend(found);
+            disk.taken.extend(taken);
+            disk.cut.extend(cut);
             disk.listing = Listing::Done;
         }
         drop(disks);

@@ -36,6 +36,7 @@ impl Log {
 
     /// As [`Self::room`], for an entry that takes `bytes` bytes without its checksums.
     pub(super) fn room_for(&mut self, bytes: usize, wanted: u32) -> Option<Room> {
+        let bytes = bytes + self.cuts.reserve();
         let entry_len = |blocks: u32| bytes + entry_len(blocks) - DESCRIPTOR_LEN;
         loop {
             if self.open.is_none() {
@@ -102,6 +103,7 @@ impl Log {
     ) -> Lsn {
         if kind.takes_lsn() {
             self.staged_lsn = self.staged_lsn.plus(1);
+            self.cuts.note_change();
         }
         let open = self.open.as_mut().expect("room was found in the open segment");
         let payload = if !kind.has_payload() { 0 } else { room.position as u16 };
@@ -141,6 +143,7 @@ impl Log {
 
     /// Closes the batch that is being gathered and hands its write out.
     pub(super) fn send_batch(&mut self) {
+        self.cut_behind_batch();
         let Some(open) = &mut self.open else { return };
         let Some(gathering) = open.gathering.take() else { return };
         let image = &open.image;
@@ -205,6 +208,7 @@ impl Log {
             last_lsn: self.staged_lsn,
             used_blocks: open.position,
             entries: open.entries,
+            cuts: open.cuts,
             last_batch: self.sent,
             summary: SummaryState::Due,
         });
@@ -225,6 +229,7 @@ impl Log {
             first_lsn: self.staged_lsn.plus(1),
             position: 1,
             entries: Vec::new(),
+            cuts: Vec::new(),
             gathering: None,
             header_due: true,
         });

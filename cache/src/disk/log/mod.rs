@@ -16,8 +16,10 @@
 //! * INV-LOG-7: with no leg left, a request is done when the store durably has it, and none is before it is known that the
 //!   store has all that was done before (rule L6); see `through.rs`.
 //! * INV-LOG-8: a snapshot is answered only when it is durable (rule C4); it holds what has a lower LSN; see `snapshots.rs`.
+//! * INV-LOG-9: a cut stands in the record of the entry that it is behind, and holds that; see `cuts.rs`.
 
 mod append;
+mod cuts;
 mod durable;
 mod legs;
 mod seal;
@@ -33,6 +35,7 @@ use crate::disk::plan::SegmentId;
 use crate::format::{Geometry, LegSet};
 use crate::image::{ImagePool, SegmentImage};
 use crate::link::{FromDisk, Grant};
+use crate::pending::LogCut;
 use blockstore::types::Lsn;
 use hashbrown::HashMap;
 use smallvec::SmallVec;
@@ -58,6 +61,8 @@ struct Open {
     position: u32,
     /// All entries so far: becomes the summary.
     entries: Vec<u8>,
+    /// The cuts among them.
+    cuts: Vec<LogCut>,
     /// The batch being gathered.
     gathering: Option<Gathering>,
     /// The segment header goes out with the first batch.
@@ -94,6 +99,7 @@ struct Closing {
     last_lsn: Lsn,
     used_blocks: u32,
     entries: Vec<u8>,
+    cuts: Vec<LogCut>,
     /// Number of its last batch.
     last_batch: u64,
     summary: SummaryState,
@@ -190,6 +196,7 @@ pub struct Log {
     marker_due: bool,
     rolls: VecDeque<Roll>,
     snapshots: snapshots::Snapshots,
+    cuts: cuts::Cuts,
     /// Writes that `poll` has not handed out yet.
     writes: Vec<Action>,
     /// Legs in the durable set of members.
@@ -247,6 +254,7 @@ impl Log {
             marker_due: false,
             rolls: VecDeque::new(),
             snapshots: snapshots::Snapshots::default(),
+            cuts: cuts::Cuts::default(),
             writes: Vec::new(),
             members,
             failing: LegSet::NONE,

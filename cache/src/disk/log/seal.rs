@@ -30,6 +30,7 @@ impl Log {
                 first_lsn: closing.first_lsn,
                 last_lsn: closing.last_lsn,
                 used_blocks: closing.used_blocks,
+                cuts: closing.cuts,
                 image: Some(closing.image),
             }));
         }

@@ -62,6 +62,7 @@ impl Log {
             self.staged_lsn = self.staged_lsn.plus(1);
             let open = self.open.as_mut().expect("room was found in the open segment");
             push_snapshot(&mut open.entries, time_ms, &label);
+            self.cuts.note_snapshot();
             if sabotage::on(Bug::AckBeforeFlush) || sabotage::on(Bug::AckSnapshotEarly) {
                 self.answer_snapshot(id, Ok(self.staged_lsn));
             } else {

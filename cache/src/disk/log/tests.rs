@@ -1,6 +1,7 @@
 //! Goal: INV-LOG-5: what is acknowledged is on every leg of the set that is durable, whatever fails when. Method: a disk on
 //! two legs whose answers are given by hand. Random schedules with real recovery are in tests/log_crash.
 
+mod cuts;
 mod snapshots;
 
 use crate::disk::plan::SegmentId;

@@ -187,6 +187,7 @@ fn in_memory(closing: &Closing) -> SealedSegment {
         first_lsn: closing.first_lsn,
         last_lsn: closing.last_lsn,
         used_blocks: closing.used_blocks,
+        cuts: closing.cuts.clone(),
         image: Some(closing.image.clone()),
     }
 }

@@ -2,14 +2,15 @@
 //! and at the end, whatever was written between; nothing at or below the committed LSN counts. Method: random entries in
 //! hand-made segments against a model that keeps each image.
 
-use super::{Draft, Source};
+use super::{Asked, Draft, Source};
 use crate::backing::Change;
 use crate::disk::plan::SegmentId;
 use crate::format::Geometry;
-use crate::format::record::{Kind, WHOLE, push_descriptor, push_snapshot};
+use crate::format::record::{Kind, WHOLE, push_cut, push_descriptor, push_snapshot};
 use crate::pending::PendingSnapshot;
 use blockstore::SnapshotLabel;
 use blockstore::crc::crc32c;
+use blockstore::schedule::{Behind, Cadence};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn, SECTOR_SIZE};
 use bytes::Bytes;
 use proptest::prelude::*;
@@ -24,10 +25,24 @@ type Image = Vec<u8>;
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
-    Write { lba: u64, blocks: u32, masks: (u8, u8) },
-    Zero { lba: u64, blocks: u32, masks: (u8, u8) },
-    Fill { lba: u64 },
+    Write {
+        lba: u64,
+        blocks: u32,
+        masks: (u8, u8),
+    },
+    Zero {
+        lba: u64,
+        blocks: u32,
+        masks: (u8, u8),
+    },
+    Fill {
+        lba: u64,
+    },
     Snapshot,
+    /// Behind the operation before it, and kept beside so many newer ones less one.
+    Cut {
+        keep: u32,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -43,6 +58,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => range().prop_map(|(lba, blocks, masks)| Op::Zero { lba, blocks, masks }),
         1 => (0..BLOCKS).prop_map(|lba| Op::Fill { lba }),
         3 => Just(Op::Snapshot),
+        4 => (1..6u32).prop_map(|keep| Op::Cut { keep }),
     ]
 }
 
@@ -67,7 +83,7 @@ fn apply(image: &mut Image, op: Op, stamp: u8) {
         Op::Zero { lba, blocks, masks } => {
             covered(lba, blocks, masks).into_iter().for_each(|sector| image[sector] = 0);
         }
-        Op::Fill { .. } | Op::Snapshot => {}
+        Op::Fill { .. } | Op::Snapshot | Op::Cut { .. } => {}
     }
 }
 
@@ -101,6 +117,11 @@ fn source(id: u32, first_lsn: u64, ops: &[Op]) -> Source {
                 continue;
             }
             Op::Snapshot => push_snapshot(&mut entries, lsn * 10, &label(lsn)),
+            Op::Cut { keep } => {
+                let cadence = Cadence { behind: Behind::Write, keep };
+                push_cut(&mut entries, (lsn - 1) * 10, cadence);
+                continue;
+            }
         }
         lsn += 1;
     }
@@ -141,14 +162,20 @@ fn block(image: &Image, lba: Lba) -> Option<Bytes> {
     (!is_hole).then(|| sectors.iter().flat_map(|&stamp| [stamp; SECTOR_SIZE]).collect())
 }
 
-fn check(ops: &[Op], committed: u64, bounds: [usize; 2], asked: &BTreeSet<u64>) {
+fn check(ops: &[Op], committed: u64, bounds: [usize; 2], asked: &BTreeSet<u64>, newer: u64) {
     let mut image = vec![0; BLOCKS as usize * 8];
     let mut images = BTreeMap::from([(0, image.clone())]);
-    let mut snapshots = Vec::new();
+    let (mut snapshots, mut cuts) = (Vec::new(), BTreeMap::new());
     let (mut lsn, mut first_lsns) = (0, Vec::new());
     for &op in ops {
         first_lsns.push(lsn + 1);
-        if matches!(op, Op::Fill { .. }) {
+        if let Op::Cut { keep } = op
+            && lsn > committed
+        {
+            // Two behind one operation are one.
+            cuts.entry(lsn).or_insert(keep);
+        }
+        if matches!(op, Op::Fill { .. } | Op::Cut { .. }) {
             continue;
         }
         lsn += 1;
@@ -159,6 +186,14 @@ fn check(ops: &[Op], committed: u64, bounds: [usize; 2], asked: &BTreeSet<u64>) 
         }
     }
     first_lsns.push(lsn + 1);
+    let newest_first = (newer..).zip(cuts.iter().rev());
+    let kept: Vec<u64> = newest_first
+        .filter(|(n, (_, keep))| *n < u64::from(**keep))
+        .map(|(_, (lsn, _))| *lsn)
+        .collect();
+    let mut expected: BTreeSet<u64> = snapshots.iter().copied().collect();
+    let made: Vec<u64> = kept.into_iter().rev().filter(|lsn| expected.insert(*lsn)).collect();
+    let snapshots: Vec<u64> = expected.into_iter().collect();
     let committed = committed.min(lsn);
     let (from, to) = (bounds[0].min(bounds[1]), bounds[0].max(bounds[1]));
     let parts = [(0, from), (from, to), (to, ops.len())];
@@ -168,7 +203,9 @@ fn check(ops: &[Op], committed: u64, bounds: [usize; 2], asked: &BTreeSet<u64>) 
     let geometry = Geometry::for_size(16 << 20).unwrap();
     let cut = |&lsn| PendingSnapshot { lsn: Lsn(lsn), time_ms: lsn * 10, label: label(lsn) };
     let cuts: Vec<_> = asked.iter().map(cut).collect();
-    let draft = Draft::new(&geometry, Lsn(committed), &sources, &cuts).unwrap();
+    let asked = Asked { cuts, newer };
+    let mut draft = Draft::new(&geometry, Lsn(committed), &sources, &asked).unwrap();
+    assert_eq!(draft.take_made().iter().map(|cut| cut.lsn.0).collect::<Vec<_>>(), made);
     let mut store = images[&committed].clone();
     let mut wanted = draft.wanted().to_vec();
     let bases: Vec<_> = wanted.iter().map(|lba| block(&store, *lba)).collect();
@@ -179,7 +216,9 @@ fn check(ops: &[Op], committed: u64, bounds: [usize; 2], asked: &BTreeSet<u64>) 
     for cut in &batch.cuts {
         commit(&mut store, &cut.changes);
         assert_eq!(store, images[&cut.lsn.0], "the disk at LSN {}", cut.lsn);
-        assert_eq!((cut.time_ms, &cut.label), (cut.lsn.0 * 10, &label(cut.lsn.0)));
+        let by_cadence = Cadence::label(Behind::Write, cut.lsn.0 * 10);
+        let named = if made.contains(&cut.lsn.0) { by_cadence } else { label(cut.lsn.0) };
+        assert_eq!((cut.time_ms, &cut.label), (cut.lsn.0 * 10, &named));
     }
     commit(&mut store, &batch.changes);
     assert_eq!(store, image, "the disk at the end");
@@ -193,8 +232,9 @@ proptest! {
         committed in 0..20u64,
         bounds in prop::array::uniform2(0..40usize),
         asked in prop::collection::btree_set(1..45u64, 0..5),
+        newer in 0..4u64,
     ) {
-        check(&ops, committed, bounds.map(|bound| bound.min(ops.len())), &asked);
+        check(&ops, committed, bounds.map(|bound| bound.min(ops.len())), &asked, newer);
     }
 }
 
@@ -204,10 +244,30 @@ fn snapshots_without_writes_between_them_are_cuts_without_changes() {
     let mut ops = vec![Op::Write { lba: 1, blocks: 2, masks: (0x0f, WHOLE) }];
     ops.extend(vec![Op::Snapshot; many]);
     let geometry = Geometry::for_size(16 << 20).unwrap();
-    let draft = Draft::new(&geometry, Lsn(0), &[source(0, 1, &ops)], &[]).unwrap();
+    let asked = Asked::default();
+    let draft = Draft::new(&geometry, Lsn(0), &[source(0, 1, &ops)], &asked).unwrap();
     assert_eq!(draft.wanted(), [Lba(1)]);
     let batch = draft.finish(Lsn(many as u64 + 1), &[None]);
     assert_eq!((batch.cuts.len(), batch.changes.len()), (many, 0));
     let changed: usize = batch.cuts.iter().map(|cut| cut.changes.len()).sum();
     assert_eq!(changed, 2);
+}
+
+#[test]
+fn of_a_flood_of_cuts_every_second_is_made_and_the_last() {
+    let many = 2 * super::CUTS_MADE_MAX as u64 + 5;
+    let ops: Vec<Op> = (0..many)
+        .flat_map(|_| {
+            [Op::Zero { lba: 1, blocks: 1, masks: (WHOLE, WHOLE) }, Op::Cut { keep: 100_000 }]
+        })
+        .collect();
+    let geometry = Geometry::for_size(16 << 20).unwrap();
+    let sources = [source(0, 1, &ops)];
+    let mut draft = Draft::new(&geometry, Lsn(0), &sources, &Asked::default()).unwrap();
+    let made: Vec<u64> = draft.take_made().iter().map(|cut| cut.lsn.0).collect();
+    assert!(made.len() <= super::CUTS_MADE_MAX && made.len() >= super::CUTS_MADE_MAX / 2);
+    assert_eq!(made.last(), Some(&many));
+    assert!(made.windows(2).all(|pair| pair[1] - pair[0] == 3));
+    let batch = draft.finish(Lsn(many), &[]);
+    assert_eq!(batch.cuts.len(), made.len());
 }

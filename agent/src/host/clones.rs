@@ -76,7 +76,7 @@ impl Host {
             served.insert(uuid, Arc::clone(&disk));
             Ok(())
         };
-        let begun = disk.begin(parts, enter, parent.clone_pending(parts, &new)).await;
+        let begun = Box::pin(disk.begin(parts, enter, parent.clone_pending(parts, &new))).await;
         let made = parts.cache.origin_of(uuid).await.is_some();
         if !made {
             self.remove(&disk);

@@ -201,7 +201,7 @@ impl Host {
                 Err(failure)
             }
             None | Some(Err(_)) => {
-                self.clone_without_store(name, &parent, &from.snapshot, policy).await
+                Box::pin(self.clone_without_store(name, &parent, &from.snapshot, policy)).await
             }
             Some(Ok(_)) => self.clone_stored(name, from, policy).await,
         }

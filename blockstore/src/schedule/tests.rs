@@ -275,7 +275,7 @@ fn rules() -> impl Strategy<Value = Schedule> {
     let rule = (1u64..40, 1u32..6).prop_map(|(tenths, keep)| (tenths * 100, keep));
     proptest::collection::vec(rule, 1..4).prop_map(|rules| {
         let rules = rules.into_iter().map(|(every_ms, keep)| (every_ms, Rule { every_ms, keep }));
-        Schedule::of(rules.collect())
+        Schedule::of(None, rules.collect())
     })
 }
 

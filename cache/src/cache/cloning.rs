@@ -77,6 +77,7 @@ impl Cache {
             alone_from: Some(Lsn(0)),
             cuts: Vec::new(),
             origin: Some(new.origin),
+            has_cuts: false,
             policy: DiskPolicy { chosen: new.policy, pinned: false },
             left_behind: None,
             boot_trace: Vec::new(),
@@ -116,7 +117,7 @@ impl Cache {
         if needed <= room {
             return Ok(());
         }
-        let bytes = |segments: u64| segments * of_segment * BLOCK_SIZE as u64 >> 20;
+        let bytes = |segments: u64| (segments * of_segment * BLOCK_SIZE as u64) >> 20;
         Err(CacheError::Clone {
             vdi: origin.vdi,
             lsn: origin.lsn,

@@ -25,7 +25,7 @@ pub struct Cuts {
 
 impl Cuts {
     pub fn new(seed: u64) -> Self {
-        let rng = SmallRng::seed_from_u64(seed ^ 0xc0de_ce);
+        let rng = SmallRng::seed_from_u64(seed ^ 0x00c0_dece);
         Self { rng, rule: None, all: BTreeMap::new() }
     }
 

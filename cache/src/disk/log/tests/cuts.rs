@@ -8,8 +8,11 @@ use blockstore::schedule::{Behind, Cadence};
 const WRITE: Cadence = Cadence { behind: Behind::Write, keep: 7 };
 const BATCH: Cadence = Cadence { behind: Behind::Batch, keep: 7 };
 
+/// Each entry of a record, with the LSN that it ends at.
+type Record = Vec<(Kind, u64)>;
+
 /// Does everything that the disk wants; the entries of each record, and how often the legs were flushed.
-fn work(disk: &mut Disk) -> (Vec<Vec<(Kind, u64)>>, usize, Vec<FromDisk>) {
+fn work(disk: &mut Disk) -> (Vec<Record>, usize, Vec<FromDisk>) {
     let (mut records, mut flushes, mut said) = (Vec::new(), 0, Vec::new());
     loop {
         let mut actions = Vec::new();

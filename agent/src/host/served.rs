@@ -682,7 +682,7 @@ impl Served {
         Ok(())
     }
 
-    fn set(&self, state: VdiState, error: Option<String>) {
+    pub(super) fn set(&self, state: VdiState, error: Option<String>) {
         let mut view = self.view.lock();
         view.state = state;
         view.error = error;

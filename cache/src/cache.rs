@@ -247,7 +247,7 @@ impl Cache {
             name: vdi.name.clone(),
             log_id: vdi.log_id,
             size_bytes: vdi.size_bytes,
-            origin: vdi.origin,
+            origin: vdi.origin.map(|origin| origin.snapshot),
             was_served: vdi.epoch > 0 && matches!(self.ground.left_behind(vdi), Ok(None)),
         })
         .collect()

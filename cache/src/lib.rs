@@ -44,7 +44,7 @@ pub use cache::{
 };
 pub use check::{CheckReport, VdiReport, check};
 pub use error::CacheError;
-pub use format::slot::LeftBehind;
+pub use format::slot::{CloneOrigin, LeftBehind};
 pub use local::LegState;
 pub use pending::{LogCut, PendingSnapshot, PendingSnapshots};
 pub use vdi::{

@@ -8,6 +8,7 @@
 use super::Host;
 use super::served::{RETRY_PAUSE, Served, Way};
 use crate::api::Created;
+use crate::api::VdiState;
 use crate::error::{Failure, Kind, Result};
 use crate::names::check_vdi_name;
 use blockstore::format::vdi::Origin;
@@ -103,6 +104,7 @@ impl Host {
         let name = &disk.name;
         parts.refuse_while_down(format_args!("clone '{name}' waits"))?;
         let store = parts.store.get()?;
+        let cache::CloneOrigin { snapshot: origin, time_ms: snapshot_ms } = origin;
         let is_it = |pending: &cache::PendingSnapshot| pending.lsn == origin.lsn;
         if parts.cache.pending_snapshots(origin.vdi).iter().any(is_it) {
             // Not for longer than until the next attempt: the store may go away again.
@@ -125,6 +127,7 @@ impl Host {
             uuid,
             name: name.clone(),
             origin,
+            snapshot_ms,
             when_offline: policy.when_offline,
             log_id: Uuid::from_u128(log_id),
         };
@@ -197,7 +200,11 @@ impl Host {
             ));
         }
         disk.stop_server(parts).await?;
-        parts.cache.give_up_clone(disk.uuid).await?;
+        if let Err(error) = parts.cache.give_up_clone(disk.uuid).await {
+            // It has no server by now.
+            disk.set(VdiState::Failed, Some(error.to_string()));
+            return Err(error.into());
+        }
         disk.mark_gone();
         self.remove(disk);
         tracing::warn!(vdi = %name, "a clone that the store does not know of was given up");

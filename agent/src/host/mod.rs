@@ -40,6 +40,7 @@ use crate::config::AgentConfig;
 use crate::error::{Failure, Kind, Result};
 use crate::machine::{host_name, this_machine};
 use crate::notify;
+use blockstore::format::vdi::Origin;
 use blockstore::{OpenOptions, StoreErrorKind};
 use cache::local::Terms;
 use cache::{AttachedRecord, Cache, CacheIdentity, CacheOptions};
@@ -198,15 +199,19 @@ impl Host {
 
     /// Opens the sockets of all disks that were attached, then recovers them side by side.
     async fn bring_back(self: &Arc<Self>) {
-        for record in self.parts.cache.attached().await {
-            let AttachedRecord { vdi, name, size_bytes, was_served, origin, .. } = record;
+        let attached = self.parts.cache.attached().await;
+        // All before any disk comes up: a parent's snapshots may be thinned from then on.
+        let hold = |origin: Origin| self.parts.holds.hold(origin.vdi, origin.lsn);
+        let holds: Vec<_> = attached.iter().map(|record| record.origin.map(hold)).collect();
+        for (record, hold) in attached.into_iter().zip(holds) {
+            let AttachedRecord { vdi, name, size_bytes, was_served, .. } = record;
             let served = Arc::new(Served::new(&self.parts.run_dir, vdi, &name, size_bytes));
             self.served.lock().insert(vdi, Arc::clone(&served));
             // Should this fail, coming up tries again, and says why.
             let listening = served.listen(&self.parts).await.ok();
             let parts = Arc::clone(&self.parts);
-            if let Some(origin) = origin {
-                served.keep_origin(self.parts.holds.hold(origin.vdi, origin.lsn), false);
+            if let Some(hold) = hold {
+                served.keep_origin(hold, false);
                 let host = Arc::downgrade(self);
                 self.spawn(async move {
                     // Whether the store knows of it shows later.

@@ -194,7 +194,8 @@ impl Host {
         let options =
             ScrubOptions { rate: Some(self.parts.config.scrub_rate).filter(|rate| *rate > 0) };
         self.spawn(async move {
-            let pass = async move { scrub(&store, options, &progress).await };
+            let read = Arc::clone(&store);
+            let pass = async move { scrub(&read, options, &progress).await };
             // A task of its own, so that a panic in it is one failed pass.
             let mut pass = AbortOnDrop(tokio::spawn(pass));
             let outcome = tokio::select! {
@@ -205,8 +206,8 @@ impl Host {
             };
             let outcome = match outcome {
                 Ok(Ok(_)) => Ok(()),
-                // The agent stops: the next one goes on.
-                Ok(Err(error)) if error.kind == blockstore::StoreErrorKind::Closing => return,
+                // The agent stops: the next one goes on. A read that panicked says `Closing`, too.
+                Ok(Err(_)) if store.is_closing() => return,
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(panic) => Err(format!("the agent failed inside: {panic}")),
             };

@@ -638,6 +638,18 @@ impl Served {
         });
     }
 
+    /// Returns once a clone that the store does not know of has failed to get there for a while.
+    async fn stays_provisional(&self) -> Failure {
+        loop {
+            tokio::time::sleep(3 * RETRY_PAUSE).await;
+            let why = self.view().error.filter(|_| self.origin().is_some());
+            if let Some(why) = why {
+                let words = format!("the clone is not in the store yet: {why}");
+                return Failure::new(Kind::Unavailable, words);
+            }
+        }
+    }
+
     /// Commits everything acknowledged so far; waits for a transition under way.
     pub async fn drain(&self, parts: &Parts) -> Result<Lsn> {
         drop(self.handle.lock().await);
@@ -645,7 +657,11 @@ impl Served {
             self.refuse_gone()?;
             return Err(self.log_not_open());
         }
-        match parts.cache.drain(self.uuid).await {
+        let drained = tokio::select! {
+            drained = parts.cache.drain(self.uuid) => drained,
+            failure = self.stays_provisional() => return Err(failure),
+        };
+        match drained {
             Ok(lsn) => Ok(lsn),
             Err(CacheError::NotAttached { .. }) => {
                 let words = "the agent stopped, or the disk was detached, before the end; \
@@ -682,7 +698,7 @@ impl Served {
         Ok(())
     }
 
-    fn set(&self, state: VdiState, error: Option<String>) {
+    pub(super) fn set(&self, state: VdiState, error: Option<String>) {
         let mut view = self.view.lock();
         view.state = state;
         view.error = error;

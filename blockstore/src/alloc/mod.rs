@@ -430,7 +430,9 @@ impl Allocator {
 
     fn refresh_owned(&self, pages: &Pages) {
         let mut owned = self.owned.write();
-        if owned.len() != pages.owned_count() {
+        // One extent may have been given up and another claimed since.
+        let known = |(number, kind)| owned.get(&number) == Some(&kind);
+        if owned.len() != pages.owned_count() || !pages.owned_extents().all(known) {
             *owned = pages.owned_extents().collect();
         }
     }

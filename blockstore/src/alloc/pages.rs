@@ -205,6 +205,9 @@ impl Pages {
             return Ok(0);
         }
         let refused = self.write_pages(bad.io(), territory, changed, true).await?;
+        if refused.len() < changed.len() {
+            bad.note_answer();
+        }
         refused.iter().for_each(|_| bad.note_refusal());
         // A claim's run lies in one page.
         let is_refused = |run: &Run| {
@@ -241,7 +244,10 @@ impl Pages {
                 if total >= wanted || changed.len() >= LOADED_MAX / 2 {
                     break;
                 }
-                if !self.load_or_avoid(&mut bad, territory, (extent, page)).await? {
+                // The extent's record may have been refused a moment ago, and with it all of its pages.
+                if self.bad.is_avoided((extent, page))
+                    || !self.load_or_avoid(&mut bad, territory, (extent, page)).await?
+                {
                     continue;
                 }
                 let runs = self.mark(territory, extent, page, wanted - total, run_min);
@@ -443,7 +449,7 @@ impl Pages {
             };
             let slot = Slot { first: territory.geometry.extent_slot(number), paired: false };
             let view: View<ExtentRecord> = match territory.records.read(bad.io(), slot).await {
-                Err(error) if bad.is_refusal(&error) => {
+                Err(error) if bad::is_of_blocks(&error) => {
                     self.avoid(bad, number, &error);
                     continue;
                 }

@@ -138,6 +138,12 @@ impl Store {
         self.core.io.health()
     }
 
+    /// True once it closes for good: whatever is still asked of it fails with `Closing`.
+    #[must_use]
+    pub fn is_closing(&self) -> bool {
+        self.core.io.is_closing()
+    }
+
     /// Reads checked blocks and nodes, for tools: it gives up when the device does not answer.
     #[must_use]
     pub fn reader(&self) -> Reader {

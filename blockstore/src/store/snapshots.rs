@@ -54,6 +54,8 @@ pub struct RegisteredClone {
     pub name: String,
     /// The snapshot that it began as.
     pub origin: Origin,
+    /// When that was taken, milliseconds since 1970. Another log of its disk may have had another snapshot at that LSN.
+    pub snapshot_ms: u64,
     /// What was chosen for it.
     pub when_offline: WhenOffline,
     /// The log in the host's cache.
@@ -361,7 +363,8 @@ impl Store {
     }
 
     async fn register_now(&self, clone: &RegisteredClone) -> Result<()> {
-        let known = self.directory().await?.origin_of(clone.uuid);
+        // One that was left in creation is none: it is made anew.
+        let known = self.settled_directory(None).await?.origin_of(clone.uuid);
         if let Some(origin) = known {
             if origin == Some(clone.origin) {
                 return Ok(());
@@ -372,7 +375,7 @@ impl Store {
             return Err(StoreError::new(StoreErrorKind::Changed, object, problem));
         }
         let source = clone.origin.vdi.to_string();
-        let own = Some((clone.uuid, clone.log_id));
+        let own = Some(clone);
         self.clone_now(&clone.name, &source, clone.origin.lsn, clone.when_offline, own)
             .await
             .map(drop)
@@ -385,7 +388,7 @@ impl Store {
         source: &str,
         lsn: Lsn,
         when_offline: WhenOffline,
-        own: Option<(Uuid, Uuid)>,
+        own: Option<&RegisteredClone>,
     ) -> Result<VdiInfo> {
         let writer = self.core.writer()?;
         self.refuse_known_name(name).await?;
@@ -394,6 +397,13 @@ impl Store {
         let Some(snapshot) = snapshots.into_iter().flatten().next() else {
             return Err(no_snapshot(&found.object(), lsn));
         };
+        if own.is_some_and(|clone| clone.snapshot_ms != snapshot.time_ms) {
+            let problem = format!(
+                "its snapshot {lsn} is not the one that was cloned, but one that it took after its log was given up: copy what the \
+                 clone holds to a new disk, then 'ballast vdi delete' the clone"
+            );
+            return Err(StoreError::new(StoreErrorKind::Changed, found.object(), problem));
+        }
         let origin = Origin { vdi: found.head.uuid, lsn };
         let birth = found.head.birth.max(snapshot.birth);
         let head = VdiHead {
@@ -405,11 +415,11 @@ impl Store {
             ..VdiHead::new_disk(snapshot.size_bytes)
         };
         let head = match own {
-            Some((uuid, log_id)) => VdiHead {
-                uuid,
+            Some(clone) => VdiHead {
+                uuid: clone.uuid,
                 owner: Some(Owner { host: writer.host, generation: writer.generation }),
                 attached_ms: now_ms(),
-                log_id: Some(log_id),
+                log_id: Some(clone.log_id),
                 ..head
             },
             None => head,

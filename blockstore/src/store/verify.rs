@@ -54,6 +54,9 @@ impl TableProblem {
 
 const ANOTHER_VERSION: &str =
     "use the version of Ballast that wrote it, and check again; this one leaves it alone";
+const DEVICE_ADVICE: &str = "the device reports an error there: look into its own log, and copy the store's disks out in time";
+/// Records of extents that the device does not give, after which the others are not asked for.
+const UNREADABLE_MAX: u32 = 64;
 const HOST_ADVICE: &str = "nothing is lost with it: its host takes another place in the table when its agent starts. Make \
      sure that no agent runs there before the store is repaired";
 const EXTENT_ADVICE: &str = "disks are read from the extent as before, but nothing in it is given out or freed any more: \
@@ -61,17 +64,35 @@ const EXTENT_ADVICE: &str = "disks are read from the extent as before, but nothi
 const GAP_ADVICE: &str = "those disks cannot be reached, and nothing is collected: put the record of the empty slot back from \
      a copy of the device";
 
+/// What the device does not give is a problem like others: the rest is looked at all the same. The words are the same each time.
+fn readable<T>(
+    outcome: Result<T>,
+    problems: &mut Vec<TableProblem>,
+    what: impl FnOnce() -> String,
+) -> Result<Option<T>> {
+    match outcome {
+        Err(error) if error.kind == StoreErrorKind::Device => {
+            let what = format!("{} cannot be read.", what());
+            problems.push(TableProblem::new(what, Cure::Advice(DEVICE_ADVICE)));
+            Ok(None)
+        }
+        outcome => outcome.map(Some),
+    }
+}
+
 impl Store {
     /// Checks both superblocks, the GC record, the host table, the extent catalogue with the
     /// extents' headers, and that the registry has no gap.
     ///
     /// # Errors
-    /// The device's.
+    /// The device's, but for lasting ones: what it does not give is a problem.
     pub async fn verify_tables(&self) -> Result<Vec<TableProblem>> {
         let mut problems = Vec::new();
         self.verify_superblocks(&mut problems).await?;
         self.verify_gc(&mut problems).await?;
-        for view in self.scan_hosts().await? {
+        let hosts = self.scan_hosts().await;
+        let hosts = readable(hosts, &mut problems, || "The host table".to_owned())?;
+        for view in hosts.unwrap_or_default() {
             if let Content::Damaged(damage) = view.content {
                 let at = view.slot.first;
                 let what = format!("The host record at block {at} is damaged: {damage}.");
@@ -79,7 +100,12 @@ impl Store {
             }
         }
         self.verify_extents(&mut problems).await?;
-        self.verify_registry(&mut problems).await?;
+        let outcome = self.verify_registry(&mut problems).await;
+        if readable(outcome, &mut problems, || "A part of the VDI registry".to_owned())?.is_none()
+            && let Some(problem) = problems.last_mut()
+        {
+            problem.hides_disks = true;
+        }
         Ok(problems)
     }
 
@@ -98,7 +124,10 @@ impl Store {
     /// The first one counts, as long as it is whole.
     async fn verify_superblocks(&self, problems: &mut Vec<TableProblem>) -> Result<()> {
         let [first, second] = self.core.superblock.geometry.superblocks();
-        let (a, b) = (self.superblock_at(first).await?, self.superblock_at(second).await?);
+        let (a, b) = (self.superblock_at(first).await, self.superblock_at(second).await);
+        let a = readable(a, problems, || format!("The superblock at block {first}"))?;
+        let b = readable(b, problems, || format!("The superblock at block {second}"))?;
+        let (Some(a), Some(b)) = (a, b) else { return Ok(()) };
         let rewrite = |address, good: &Head<Superblock>| {
             let what = format!("write the superblock at block {address} anew, from its copy");
             self.fix(address, good.sequence, good.record.clone(), what)
@@ -127,7 +156,9 @@ impl Store {
 
     async fn verify_gc(&self, problems: &mut Vec<TableProblem>) -> Result<()> {
         let slot = Slot { first: Gba(self.core.geometry().gc_start), paired: true };
-        let view: View<GcRecord> = self.core.records.read(&self.control_io, slot).await?;
+        let view = self.core.records.read::<GcRecord>(&self.control_io, slot).await;
+        let view = readable(view, problems, || format!("The GC record at block {}", slot.first))?;
+        let Some(view) = view else { return Ok(()) };
         let what = match view.content {
             Content::Valid(_) => return Ok(()),
             Content::Unused => "The GC record is missing.".to_owned(),
@@ -142,7 +173,13 @@ impl Store {
         };
         // All that matters of it is that no cycle has an epoch that one before it had. One may have been begun that only the
         // record knew of.
-        let epoch = self.epoch_seen().await? + 2;
+        let epoch = match self.epoch_seen().await {
+            Err(error) if error.kind == StoreErrorKind::Device => {
+                problems.push(TableProblem::new(what, Cure::Advice(DEVICE_ADVICE)));
+                return Ok(());
+            }
+            seen => seen? + 2,
+        };
         // A cycle changes the record four times.
         let sequence = 4 * epoch + 2;
         let place = slot.first.plus(if self.core.records.single_host { sequence % 2 } else { 0 });
@@ -173,7 +210,7 @@ impl Store {
     }
 
     async fn verify_extents(&self, problems: &mut Vec<TableProblem>) -> Result<()> {
-        for (number, view) in (0..).zip(self.scan_extents().await?) {
+        for (number, view) in self.extents_readable(problems).await? {
             if number == 0 {
                 self.verify_system_extent(&view, problems);
                 continue;
@@ -192,6 +229,34 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// The catalogue, without the records that the device does not give.
+    async fn extents_readable(
+        &self,
+        problems: &mut Vec<TableProblem>,
+    ) -> Result<Vec<(u32, View<ExtentRecord>)>> {
+        match self.scan_extents().await {
+            Err(error) if error.kind == StoreErrorKind::Device => {}
+            views => return Ok((0..).zip(views?).collect()),
+        }
+        let g = self.core.geometry();
+        let (mut views, mut bad) = (Vec::new(), 0);
+        for number in 0..g.extent_count {
+            let slot = Slot { first: g.extent_slot(number), paired: false };
+            let view = self.core.records.read::<ExtentRecord>(&self.control_io, slot).await;
+            let what = || format!("The record of extent {number} (block {})", slot.first);
+            match readable(view, problems, what)? {
+                Some(view) => views.push((number, view)),
+                None => bad += 1,
+            }
+            if bad == UNREADABLE_MAX {
+                let what = format!("Records of extents behind {number} were not looked at.");
+                problems.push(TableProblem::new(what, Cure::Advice(DEVICE_ADVICE)));
+                break;
+            }
+        }
+        Ok(views)
     }
 
     /// Its record never changes.
@@ -224,7 +289,9 @@ impl Store {
         }
         let g = self.core.geometry();
         let base = g.extent_base(number);
-        let block = self.control_io.read(base, 1).await?;
+        let block = self.control_io.read(base, 1).await;
+        let what = || format!("The header of extent {number} (block {base})");
+        let Some(block) = readable(block, problems, what)? else { return Ok(()) };
         let header: Result<Head<ExtentHeader>, Damage> =
             Head::decode(&block, base).and_then(|head| head.of_store(self.uuid()));
         let right = ExtentHeader::of(g, number, record.kind);

@@ -14,6 +14,7 @@ fn clone_of(vdi: Uuid) -> RegisteredClone {
         uuid: Uuid::from_u128(0xc10e),
         name: "c".to_owned(),
         origin: Origin { vdi, lsn: Lsn(1) },
+        snapshot_ms: 1001,
         when_offline: WhenOffline::default(),
         log_id: LOG,
     }
@@ -90,6 +91,9 @@ async fn what_is_not_what_was_asked_for_is_refused() {
         kind(&RegisteredClone { name: "d".into(), ..clone.clone() }).await,
         StoreErrorKind::AlreadyExists
     );
+    // The disk's log was given up, and its next one took a snapshot at the same LSN.
+    let of_former_log = RegisteredClone { snapshot_ms: 1002, ..clone.clone() };
+    assert_eq!(kind(&of_former_log).await, StoreErrorKind::Changed);
     store.register_clone(clone.clone()).await.expect("made");
     let other = Origin { lsn: Lsn(2), ..clone.origin };
     assert_eq!(

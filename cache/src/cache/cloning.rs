@@ -8,7 +8,7 @@ use super::{Cache, VdiIdentity};
 use crate::clone::{self, CLONE_EPOCH, Content};
 use crate::disk::Identity;
 use crate::error::CacheError;
-use crate::format::slot::{DiskPolicy, SlotVdi};
+use crate::format::slot::{CloneOrigin, DiskPolicy, SlotVdi};
 use crate::vdi::Leave;
 use blockstore::Policy;
 use blockstore::format::vdi::Origin;
@@ -43,9 +43,10 @@ impl Cache {
             return Err(refuse("it is itself a clone that is not in the store yet".into()));
         }
         let log = handle.undrained(parent, false).await?;
-        if handle.snapshots.lock().find(lsn).is_none() || lsn <= log.committed {
+        let snapshot = handle.snapshots.lock().find(lsn).filter(|_| lsn > log.committed);
+        let Some(snapshot) = snapshot else {
             return Err(refuse("its log holds no snapshot of that LSN".into()));
-        }
+        };
         // Whoever adds a leg waits until all of the new log is written, or none of it.
         let _opening = self.ground.logs_opening.read().await;
         let content = Content::as_of(&self.ground.local, parent, &log, lsn).await?;
@@ -76,7 +77,7 @@ impl Cache {
             durable: written.last_lsn,
             alone_from: Some(Lsn(0)),
             cuts: Vec::new(),
-            origin: Some(new.origin),
+            origin: Some(CloneOrigin { snapshot: new.origin, time_ms: snapshot.time_ms }),
             has_cuts: false,
             policy: DiskPolicy { chosen: new.policy, pinned: false },
             left_behind: None,
@@ -131,7 +132,7 @@ impl Cache {
     }
 
     /// What a disk is a clone of that the store may not know of yet; none for any other.
-    pub async fn origin_of(&self, vdi: Uuid) -> Option<Origin> {
+    pub async fn origin_of(&self, vdi: Uuid) -> Option<CloneOrigin> {
         if let Some(handle) = self.handle(vdi) {
             return handle.status.lock().origin;
         }
@@ -144,7 +145,8 @@ impl Cache {
     pub async fn waiting_clone_of(&self, parent: Uuid) -> Option<String> {
         let inner = self.inner.lock().await;
         let records = inner.slots.iter().filter_map(|slot| slot.vdi.as_ref());
-        let of_parent = |origin: Option<Origin>| origin.is_some_and(|origin| origin.vdi == parent);
+        let of_parent =
+            |origin: Option<CloneOrigin>| origin.is_some_and(|of| of.snapshot.vdi == parent);
         let mut clones = records.filter(|record| of_parent(record.origin));
         // A slot here may be as it was before the disk joined.
         let waits = |record: &&SlotVdi| {

@@ -31,7 +31,7 @@ const TAIL: usize = BLOCK_SIZE
     - 16
     - 8 * RULES_MAX
     - size_of::<[RawCut; CUTS_MAX]>()
-    - 24
+    - 32
     - 16;
 /// The disk is pinned.
 const FLAG_PINNED: u32 = 1;
@@ -73,6 +73,7 @@ struct Raw {
     /// Of a disk that is not in the store yet: what it is a clone of. Zeros: it is there.
     origin_vdi: [u8; 16],
     origin_lsn: U64,
+    origin_ms: U64,
     reserved: [u8; TAIL],
     /// One more than what was flushed when the log was left behind; zero: it was not.
     behind_flushed: U64,
@@ -101,6 +102,15 @@ pub struct VdiSlot {
     pub vdi: Option<SlotVdi>,
     /// A damaged log that was given up: its segments are kept, and it is never opened again.
     pub quarantined: Option<SlotVdi>,
+}
+
+/// The snapshot as which a clone begins that the store does not know of yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CloneOrigin {
+    /// Of which disk, and its point in the guest's write order.
+    pub snapshot: Origin,
+    /// When it was asked for, milliseconds since 1970: what another log of the disk may have at that LSN is not it.
+    pub time_ms: u64,
 }
 
 /// An attached disk.
@@ -141,7 +151,7 @@ pub struct SlotVdi {
     pub cuts: Vec<PendingSnapshot>,
     /// The disk is a clone that was made without the store, which does not know of it yet: it begins as this snapshot. What its
     /// log holds of that is kept until the store has both.
-    pub origin: Option<Origin>,
+    pub origin: Option<CloneOrigin>,
     /// The log may hold entries of a schedule's cadence ([`Kind::Cut`](super::record::Kind::Cut)), whatever the schedule is by now.
     pub has_cuts: bool,
 }
@@ -246,8 +256,9 @@ impl VdiSlot {
                 *to = RawCut::of(cut);
             }
             if let Some(origin) = &vdi.origin {
-                raw.origin_vdi = origin.vdi.into_bytes();
-                raw.origin_lsn = origin.lsn.0.into();
+                raw.origin_vdi = origin.snapshot.vdi.into_bytes();
+                raw.origin_lsn = origin.snapshot.lsn.0.into();
+                raw.origin_ms = origin.time_ms.into();
             }
             let len = fitting(&vdi.name);
             raw.name[..len].copy_from_slice(&vdi.name.as_bytes()[..len]);
@@ -308,9 +319,12 @@ impl VdiSlot {
                     }),
                     boot_trace: decode_trace(raw),
                     cuts: decode_cuts(raw),
-                    origin: (raw.origin_vdi != [0; 16]).then(|| Origin {
-                        vdi: Uuid::from_bytes(raw.origin_vdi),
-                        lsn: Lsn(raw.origin_lsn.get()),
+                    origin: (raw.origin_vdi != [0; 16]).then(|| CloneOrigin {
+                        snapshot: Origin {
+                            vdi: Uuid::from_bytes(raw.origin_vdi),
+                            lsn: Lsn(raw.origin_lsn.get()),
+                        },
+                        time_ms: raw.origin_ms.get(),
                     }),
                     has_cuts: raw.flags.get() & FLAG_CUTS != 0,
                 })

@@ -4,10 +4,10 @@ use super::hydrate::HydrateStatus;
 use crate::disk::plan::SegmentId;
 use crate::disk::trace::Ranges;
 use crate::flusher::Replay;
+use crate::format::slot::CloneOrigin;
 use crate::image::SegmentImage;
 use crate::link::SealedSegment;
 use blockstore::Policy;
-use blockstore::format::vdi::Origin;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use serde::Serialize;
@@ -69,7 +69,7 @@ pub struct VdiStatus {
     pub write_through: bool,
     /// It is a clone of this that the store does not know of yet.
     #[serde(skip)]
-    pub origin: Option<Origin>,
+    pub origin: Option<CloneOrigin>,
     /// What is held of it is not evicted while anything else could be.
     pub pinned: bool,
     /// The hydration that goes on, or the last one since the disk was opened.

@@ -11,24 +11,27 @@
 //! The place of a tree that was the disk's own when it was read is looked for in the oldest snapshot that was made since, and without
 //! one in the disk as it is: what was reachable by the former tree is reachable there, or not at all.
 
-use super::damage::Damage;
+use super::damage::{Damage, Part};
 use super::order::Disk;
 use super::progress::{ScrubProgress, Start};
-use crate::check::is_root;
+use crate::check::{VDI_ADVICE, is_root};
 use crate::fetch::Pace;
 use blockstore::format::node::{NODE_SHIFT, Node, entry_span, tree_span};
 use blockstore::format::pointer::Pointer;
 use blockstore::format::snapshot::Snapshot;
 use blockstore::format::vdi::VdiHead;
-use blockstore::slot::View;
+use blockstore::slot::{Content, View};
 use blockstore::snapshots::Page;
 use blockstore::tree::Reader;
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use blockstore::{Result, Store, StoreError, StoreErrorKind, TableProblem};
 use bytes::Bytes;
+use parking_lot::Mutex;
+use std::collections::HashSet;
 use std::future::Future;
 use std::time::Duration;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 /// Blocks read at once: 1 MiB, one request where they lie together.
 pub(super) const BATCH: usize = 256;
@@ -41,6 +44,12 @@ const STRIKES: u32 = 3;
 /// How often it is tried to find out about a block that keeps changing its place.
 const LOOKS: u32 = 8;
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
+
+/// Between two looks at a record that is damaged, or not given: what is being written is whole the next time.
+const RECORD_PAUSE: Duration = Duration::from_secs(1);
+const RECORD_LOOKS: u32 = 3;
+/// Records one after the other that are not given, after which the rest of the registry is given up.
+const BAD_RECORDS: u32 = 16;
 
 /// Blocks that were not verified of which the log tells.
 const SAID_MAX: u64 = 100;
@@ -117,12 +126,15 @@ pub(super) struct Looking<'a> {
     rate: Option<u64>,
     pace: Pace,
     progress: &'a ScrubProgress,
+    /// Disks whose records were damaged when they were needed.
+    lost: Mutex<HashSet<Uuid>>,
 }
 
 impl<'a> Looking<'a> {
     pub(super) fn new(store: &'a Store, rate: Option<u64>, progress: &'a ScrubProgress) -> Self {
         let (reader, rate) = (store.reader(), rate.filter(|rate| *rate > 0));
-        Self { store, reader, rate, pace: Pace::new(rate), progress }
+        let lost = Mutex::default();
+        Self { store, reader, rate, pace: Pace::new(rate), progress, lost }
     }
 
     pub(super) fn progress(&self) -> &'a ScrubProgress {
@@ -174,16 +186,76 @@ impl<'a> Looking<'a> {
     }
 
     pub(super) async fn registry(&self) -> Result<Vec<(u32, View<VdiHead>)>> {
-        self.patiently(|| self.store.scan_vdis()).await
+        match self.patiently(|| self.store.scan_vdis()).await {
+            Err(error) if error.kind == StoreErrorKind::Device => self.slot_by_slot().await,
+            found => found,
+        }
     }
 
-    pub(super) async fn slot(&self, slot: u32) -> Result<View<VdiHead>> {
-        self.patiently(|| self.store.read_vdi_slot(slot)).await
+    /// The registry, without the records that the device does not give.
+    async fn slot_by_slot(&self) -> Result<Vec<(u32, View<VdiHead>)>> {
+        let (mut found, mut bad) = (Vec::new(), 0);
+        for slot in 0..self.store.superblock().geometry.vdi_slots {
+            match self.record(slot).await? {
+                Some(view) if matches!(view.content, Content::Unused) => break,
+                Some(view) => {
+                    bad = 0;
+                    found.push((slot, view));
+                }
+                None => bad += 1,
+            }
+            if bad == BAD_RECORDS {
+                self.unverified(format!("the disks of the VDI registry behind slot {slot}"));
+                break;
+            }
+        }
+        Ok(found)
     }
 
-    /// A disk as the device has it now; none if it is gone. A record that is damaged by now is the next pass's.
+    /// A record of the registry; none if it is damaged, or the device does not give it: that is told.
+    pub(super) async fn record(&self, slot: u32) -> Result<Option<View<VdiHead>>> {
+        let mut looks = 0;
+        let why = loop {
+            let why = match self.patiently(|| self.store.read_vdi_slot(slot)).await {
+                Ok(view) => {
+                    let Content::Damaged(damage) = &view.content else { return Ok(Some(view)) };
+                    format!("is damaged: {damage}")
+                }
+                Err(error) if error.kind == StoreErrorKind::Device => {
+                    "cannot be read: the device reports an error there".to_owned()
+                }
+                Err(error) => return Err(error),
+            };
+            looks += 1;
+            if looks == RECORD_LOOKS {
+                break why;
+            }
+            tokio::time::sleep(RECORD_PAUSE).await;
+        };
+        let at = self.store.superblock().geometry.vdi_slot(slot);
+        self.found(Damage {
+            part: Part::Record,
+            vdi: None,
+            name: None,
+            snapshot: None,
+            offset: None,
+            bytes: None,
+            block: Some(at.0),
+            what: format!("the VDI record in slot {slot} (block {at}) {why}"),
+            advice: VDI_ADVICE.into(),
+        });
+        Ok(None)
+    }
+
+    /// A disk as the device has it now; none if it is gone, or its record is damaged by now: then it counts as not verified, once.
     pub(super) async fn head(&self, disk: &Disk) -> Result<Option<VdiHead>> {
-        let view = self.slot(disk.slot).await?;
+        let Some(view) = self.record(disk.slot).await? else {
+            if self.lost.lock().insert(disk.uuid) {
+                let Disk { uuid, slot, .. } = disk;
+                self.unverified(format!("disk {uuid}: its record in slot {slot} is damaged"));
+            }
+            return Ok(None);
+        };
         let head = view.record().filter(|head| head.uuid == disk.uuid && is_root(head));
         Ok(head.cloned())
     }
@@ -226,7 +298,9 @@ impl<'a> Looking<'a> {
                 return Err(error);
             }
             // Is it the store that is away, or something with these blocks?
-            if self.store.read_vdi_slot(0).await.is_ok() {
+            let probe = self.store.read_vdi_slot(0).await;
+            // An error of its own is an answer, too.
+            if !probe.is_err_and(|error| error.kind == StoreErrorKind::Unreachable) {
                 strikes += 1;
             }
             if strikes < STRIKES {

@@ -24,7 +24,10 @@ pub(super) async fn verify(looking: &mut Looking<'_>) -> Result<()> {
             return Ok(());
         }
         tokio::time::sleep(PAUSE).await;
-        let now = looking.tables().await?;
+        let now = match looking.tables().await {
+            Err(error) if error.kind == StoreErrorKind::Device => continue,
+            now => now?,
+        };
         problems.retain(|problem| now.iter().any(|other| other.what == problem.what));
     }
     for TableProblem { what, cure, .. } in problems {

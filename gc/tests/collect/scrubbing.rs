@@ -3,7 +3,7 @@
 //! store away. What it should find is computed by walks that share nothing with it.
 
 use crate::world::{MIB, World, cycle, head_of, settle, unmap, with_snapshot, write};
-use blockstore::device::sim::{FaultRates, SimDevice};
+use blockstore::device::sim::{FaultRates, OpKind, SimDevice};
 use blockstore::format::geometry::Geometry;
 use blockstore::format::pointer::Pointer;
 use blockstore::format::vdi::{SnapshotIndex, VdiState};
@@ -341,6 +341,47 @@ async fn faults_on_the_way_are_no_damage() {
         assert_eq!(blocks, [Some(gba.0)].into(), "seed {seed}: {found:#?}");
         assert_eq!(found.unverified, 0, "seed {seed}: {found:#?}");
     }
+}
+
+/// Sectors of tables and of the registry that cannot be read are damage, and hide nothing but what they lead to.
+#[tokio::test(start_paused = true)]
+async fn bad_sectors_of_tables_hide_no_other_damage() {
+    let mut world = World::new(7).await;
+    let mut blocks = Vec::new();
+    for _ in 0..2 {
+        let name = world.create().await;
+        let vdi = world.disks[&name].vdi.clone();
+        let all = (0..300).map(|lba| write(lba, 1)).collect();
+        vdi.commit(with_snapshot(1, all)).await.expect("commit");
+        blocks.push(vdi.resolve(blockstore::types::Lba(5), 1).await.expect("resolve")[0].gba);
+    }
+    let g: Geometry = world.store.superblock().geometry.clone();
+    let extent = g.extent_of(blocks[1]);
+    let bad = [g.vdi_slot(0), g.extent_slot(extent), g.superblocks()[1], blocks[1]];
+    for block in bad {
+        world.sim.set_bad(block.byte_offset(), 4096, &[OpKind::Read]);
+    }
+    rot(&world.sim, Gba(g.gc_start));
+    let progress = ScrubProgress::default();
+    let pass = scrub(&world.store, ScrubOptions::default(), &progress);
+    let ended = tokio::time::timeout(Duration::from_secs(3600), pass).await;
+    let found = ended.expect("it comes to its end").expect("scrub");
+    let has = |part, words: &str| {
+        let said = |d: &&Damage| d.part == part && d.what.contains(words);
+        assert_eq!(found.damage.iter().filter(said).count(), 1, "{words}: {found:#?}");
+    };
+    has(Part::Record, "slot 0");
+    has(Part::Table, &format!("record of extent {extent}"));
+    has(Part::Table, "superblock");
+    has(Part::Table, "GC record");
+    // Its disk's slot is the second one: the first, which tells an outage from a bad block, is bad itself.
+    has(Part::Data, "media error");
+    assert!(found.data_blocks >= 299, "{found:#?}");
+    rot(&world.sim, Gba(g.gc_start));
+    for block in bad {
+        world.sim.set_bad(block.byte_offset(), 4096, &[]);
+    }
+    assert_eq!(full(&world.store).await.damage, [], "all is whole again");
 }
 
 /// A closed store ends it.

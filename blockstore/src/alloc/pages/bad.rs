@@ -11,7 +11,7 @@ use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::io::{Io, Write};
 use std::collections::BTreeMap;
 
-/// A claim that was refused so often meets a device that refuses everything, not bad sectors: it waits for that to end.
+/// A claim that was refused so often in a row meets a device that refuses everything, not bad sectors: it waits for that to end.
 const REFUSALS_MAX: u32 = 8;
 
 /// True if an error says something of the blocks in question, not of the device or the store as a whole.
@@ -87,6 +87,11 @@ impl Search {
         is_of_blocks(error) && self.io.gives_up()
     }
 
+    /// The device reads and writes elsewhere: what it refused are bad sectors, however many.
+    pub(super) fn note_answer(&mut self) {
+        self.refusals = 0;
+    }
+
     pub(super) fn note_refusal(&mut self) {
         self.refusals += 1;
         if self.refusals > REFUSALS_MAX {
@@ -103,13 +108,21 @@ impl Pages {
         territory: &Territory,
         place: (u32, u32),
     ) -> Result<bool> {
+        let was_loaded = self.loaded.contains_key(&place);
         match self.load(&search.io, territory, place.0, place.1).await {
-            Err(error) if search.is_refusal(&error) => {
+            // A read that is insisted on is no less of a refusal.
+            Err(error) if is_of_blocks(&error) => {
                 search.note_refusal();
                 self.bad.note(place, &error);
                 Ok(false)
             }
-            outcome => outcome.map(|()| true),
+            outcome => {
+                outcome?;
+                if !was_loaded {
+                    search.note_answer();
+                }
+                Ok(true)
+            }
         }
     }
 

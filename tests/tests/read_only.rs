@@ -124,7 +124,8 @@ fn it_reads_as_the_disk_was_and_is_not_deleted_meanwhile() -> Result<()> {
     ensure!(metrics.contains("ballast_read_only_up"), "{metrics}");
 
     // What it reads is not deleted; all else is, and is collected.
-    let attached = format!("its snapshot {lsn} is attached read-only; 'ballast vdi detach {name}'");
+    let attached =
+        format!("its snapshot {lsn} is attached read-only ('ballast vdi detach {name}' first)");
     let later = taken(&rig, "later")?;
     refused(&rig, "snap delete db base", &attached)?;
     refused(&rig, &format!("snap delete db {later} {lsn}"), &attached)?;

@@ -9,6 +9,9 @@
 //! disk that the next start brings back, drained or not: an attach or detach that a crash cut off is simply
 //! asked for again. One transition at a time; each runs to its end.
 
+mod provisional;
+
+use self::provisional::Provisional;
 use super::drill::{Switch, Switched};
 use super::parts::Parts;
 use crate::api::VdiState;
@@ -16,11 +19,10 @@ use crate::config::AgentConfig;
 use crate::error::{Failure, Kind, Result};
 use crate::names::socket_path;
 use ballast_vhost::{DiskServer, Listening, NotServed, ServerOptions, Stats};
-use blockstore::format::vdi::Origin;
 use blockstore::types::Lsn;
-use blockstore::{AttachOptions, Policy, PolicyChange, SnapshotHold, SnapshotLabel, Vdi};
+use blockstore::{AttachOptions, Policy, PolicyChange, SnapshotLabel, Vdi};
 use cache::disk::AttachedDisk;
-use cache::{CacheError, NewClone, SnapshotTaken, VdiIdentity};
+use cache::{CacheError, SnapshotTaken, VdiIdentity};
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -48,15 +50,6 @@ pub struct Served {
     /// Held during a transition; the handle in the store while attached.
     handle: tokio::sync::Mutex<Option<Arc<Vdi>>>,
     provisional: Mutex<Provisional>,
-}
-
-/// Of a disk that was made as a clone while the store was away.
-#[derive(Debug, Default)]
-struct Provisional {
-    /// Keeps the snapshot that it began as, until the store knows of the clone.
-    origin: Option<SnapshotHold>,
-    /// This process made it, and has not told the store of it.
-    is_known_here_only: bool,
 }
 
 /// Why a disk comes up.
@@ -105,32 +98,6 @@ impl Served {
         }
     }
 
-    /// A clone that the store does not know of, as far as is known; `is_new`: nobody has told it.
-    pub fn keep_origin(&self, hold: SnapshotHold, is_new: bool) {
-        *self.provisional.lock() = Provisional { origin: Some(hold), is_known_here_only: is_new };
-    }
-
-    /// The snapshot that it is a clone of which the store may not know of.
-    pub fn origin(&self) -> Option<Origin> {
-        let provisional = self.provisional.lock();
-        provisional.origin.as_ref().map(|held| Origin { vdi: held.vdi(), lsn: held.lsn() })
-    }
-
-    /// The store knows of it: what it hangs on is not deleted.
-    pub fn let_go_of_origin(&self) {
-        self.provisional.lock().origin = None;
-    }
-
-    /// The store is about to be told of it.
-    pub fn note_attempt(&self) {
-        self.provisional.lock().is_known_here_only = false;
-    }
-
-    /// The store may have been told of it.
-    pub fn may_be_registered(&self) -> bool {
-        !self.provisional.lock().is_known_here_only
-    }
-
     /// For what must not meet a transition.
     pub async fn lock(&self) -> tokio::sync::MutexGuard<'_, Option<Arc<Vdi>>> {
         self.handle.lock().await
@@ -139,87 +106,6 @@ impl Served {
     /// It left this host.
     pub fn mark_gone(&self) {
         self.view.lock().gone = true;
-    }
-
-    /// The same disk under another name, on its socket, as a new object; this one is gone. Between transitions only.
-    #[must_use]
-    pub fn renamed(&self, name: &str) -> Self {
-        let mut view = self.view();
-        view.error = Some(format!(
-            "its name '{}' was taken in the store when it came there: it is '{name}' now; its socket keeps the former name \
-             until the agent starts anew",
-            self.name
-        ));
-        let new = Self {
-            uuid: self.uuid,
-            name: name.to_owned(),
-            socket: self.socket.clone(),
-            drill: Arc::clone(&self.drill),
-            view: Mutex::new(view),
-            server: Mutex::new(self.server.lock().take()),
-            unserved: Mutex::new(self.unserved.lock().take()),
-            handle: tokio::sync::Mutex::new(None),
-            provisional: Mutex::new(std::mem::take(&mut *self.provisional.lock())),
-        };
-        self.mark_gone();
-        new
-    }
-
-    /// It is not in the store yet, and cannot be brought there now.
-    pub fn waits_for_store(&self, failure: &Failure) {
-        let mut view = self.view.lock();
-        if view.state == VdiState::Running && view.error.as_ref() != Some(&failure.message) {
-            tracing::warn!(vdi = %self.name, "the clone is not in the store yet: {failure}");
-            view.error = Some(failure.message.clone());
-        }
-    }
-
-    /// Comes to be: `enter` makes it known to others, who wait for the rest; `make` makes its log.
-    pub async fn begin(
-        &self,
-        parts: &Parts,
-        enter: impl FnOnce() -> Result<()>,
-        make: impl Future<Output = Result<()>>,
-    ) -> Result<()> {
-        let mut handle = self.handle.lock().await;
-        let mut made = enter();
-        if made.is_ok() {
-            made = make.await;
-        }
-        if made.is_err() {
-            self.mark_gone();
-            return made;
-        }
-        self.rise(parts, None, Way::Alone, &mut handle).await
-    }
-
-    /// Has a clone made of a snapshot in its log, without the store.
-    pub async fn clone_pending(&self, parts: &Parts, new: &NewClone) -> Result<()> {
-        let _handle = self.handle.lock().await;
-        self.refuse_gone()?;
-        if parts.cache.vdi_status(self.uuid).is_none() || self.unserved.lock().is_some() {
-            return Err(self.log_not_open());
-        }
-        Ok(parts.cache.clone_pending(new).await?)
-    }
-
-    /// Refuses to take down what the store does not know of, or what such a disk hangs on.
-    async fn refuse_clones(&self, parts: &Parts) -> Result<()> {
-        let name = &self.name;
-        let refuse = |words: String| Err(Failure::new(Kind::Conflict, words));
-        if parts.cache.origin_of(self.uuid).await.is_some() {
-            return refuse(format!(
-                "disk '{name}' is a clone that is not in the store yet: it gets there by itself when the store is back, then \
-                 it can be detached; 'ballast vdi delete {name}' gives it up, with all that was written to it"
-            ));
-        }
-        match parts.cache.waiting_clone_of(self.uuid).await {
-            Some(clone) => refuse(format!(
-                "disk '{clone}', a clone of '{name}', is not in the store yet: it gets there by itself when the store has the \
-                 snapshot; detach '{name}' then"
-            )),
-            None => Ok(()),
-        }
     }
 
     /// A disk that stays closed because its log is not here.
@@ -636,18 +522,6 @@ impl Served {
                 );
             }
         });
-    }
-
-    /// Returns once a clone that the store does not know of has failed to get there for a while.
-    async fn stays_provisional(&self) -> Failure {
-        loop {
-            tokio::time::sleep(3 * RETRY_PAUSE).await;
-            let why = self.view().error.filter(|_| self.origin().is_some());
-            if let Some(why) = why {
-                let words = format!("the clone is not in the store yet: {why}");
-                return Failure::new(Kind::Unavailable, words);
-            }
-        }
     }
 
     /// Commits everything acknowledged so far; waits for a transition under way.

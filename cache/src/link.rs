@@ -26,6 +26,9 @@ pub enum ToDisk {
     Fetched { id: u64, result: Result<Vec<Option<Bytes>>, FetchError> },
     /// A segment for the disk to append to.
     Segment(Grant),
+    /// How much guests may fill of the segment with this sequence number, which may not have been granted yet: its first
+    /// `blocks` blocks, or all of it. Segments of which nothing was said are theirs whole.
+    Ration { seq: u64, blocks: Option<u32> },
     /// The store's durable image reaches `lsn`; everything up to it may be dropped from the dirty state.
     Committed { lsn: Lsn },
     /// Forget these blocks where they still lie in `segment`, then answer [`FromDisk::Evicted`].

@@ -8,6 +8,7 @@ mod cuts;
 mod durable;
 mod hydrate;
 mod replacing;
+mod slowing;
 mod snapshots;
 mod through;
 

@@ -341,6 +341,7 @@ impl Disk {
             // About requests, which the driver has; one that has none any more passes it on.
             ToDisk::FailWaiting { .. } => {}
             ToDisk::Segment(grant) => self.log.grant(grant),
+            ToDisk::Ration { seq, blocks } => self.log.ration(seq, blocks),
             ToDisk::Committed { lsn } => {
                 self.committed = self.committed.max(lsn);
                 if self.index.committed(lsn) {

@@ -86,7 +86,7 @@ impl VdiTask {
                 let sealed = release::seal(*disk, &self.p.ground.local).await;
                 self.released = true;
                 self.end_hydration();
-                self.starving = false;
+                (self.starving, self.ration) = (false, None);
                 self.p.ground.pool.leave_queue(self.p.vdi);
                 let result = match sealed {
                     Ok(sealed) => {
@@ -227,7 +227,7 @@ impl VdiTask {
         for id in owned.iter().filter(|id| headers.iter().all(|h| h.segment != **id)) {
             self.p.ground.pool.release(*id, false);
         }
-        (self.released, self.starving) = (false, false);
+        (self.released, self.starving, self.ration) = (false, false, None);
         self.p.ground.pool.leave_queue(self.p.vdi);
         (self.open_since, self.roll_under_way) = (None, None);
         self.log_failure = None;

@@ -19,6 +19,7 @@ mod feed;
 mod hydrate;
 mod offline;
 mod pin;
+mod ration;
 mod slope;
 mod slot;
 mod snapshots;

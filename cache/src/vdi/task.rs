@@ -11,6 +11,7 @@ use super::evict::Evictions;
 use super::hydrate::Hydration;
 use super::offline::Offline;
 use super::pin::Lost;
+use super::ration::Ration;
 use super::slope::Slope;
 use super::snapshots::Snapshots;
 use super::state::{Phase, Segments, VdiStatus};
@@ -89,7 +90,9 @@ pub(crate) struct VdiTask {
     pub(super) starving: bool,
     pub(super) admission: Admission,
     pub(super) slope: Slope,
-    /// When a writer that is slowed down gets its next segment.
+    /// The newest segment, if a writer that is slowed down has it in parts.
+    pub(super) ration: Option<Ration>,
+    /// When there is more of it.
     pub(super) feed_at: Option<Instant>,
     pub(super) started: Instant,
     /// The slot on the device does not say yet what was committed: nothing may turn clean (rule L2).
@@ -139,6 +142,7 @@ impl VdiTask {
             starving: false,
             admission: Admission::default(),
             slope: Slope::default(),
+            ration: None,
             feed_at: None,
             started: Instant::now(),
             checkpoint_due: false,
@@ -218,10 +222,12 @@ impl VdiTask {
                 // The next one may have been opened before this one was sealed: it has an age of its own.
                 self.open_since = self.open_since.filter(|(open, _)| *open != sealed.id);
                 self.learn_cuts(&sealed);
+                let seq = sealed.seq;
                 let (held, most) = (&self.p.images_held, self.p.images_max);
                 self.p.segments.push_sealed(sealed, Instant::now(), held, most);
                 // Segments without uncommitted records are clean at once.
                 self.offer_clean();
+                self.ration_sealed(seq);
             }
             FromDisk::Rolled { id, lsn } => {
                 self.roll_under_way = self.roll_under_way.filter(|roll| *roll != id);

@@ -60,6 +60,7 @@ impl VdiTask {
             fetches: std::mem::take(&mut self.unreadable),
         });
         (self.open_since, self.checkpoint_due, self.starving) = (None, false, false);
+        self.ration = None;
         self.join_unnoted = false;
         self.p.ground.pool.leave_queue(self.p.vdi);
         self.p.ground.pool.withdraw(self.p.vdi);

@@ -16,6 +16,9 @@ use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
+/// Blocks of headers before a segment's first entry: its own and that of its first batch.
+const HEADERS: u32 = 2;
+
 impl Log {
     /// Counts a guest write for the flush-ahead heuristic.
     pub fn note_write(&mut self) {
@@ -26,20 +29,31 @@ impl Log {
     }
 
     /// Finds room for an entry with up to `wanted` payload blocks (0 for none); opens batches and segments as needed.
-    /// None if there is no segment to go on in, or snapshots that were asked for before wait for one.
+    /// None if there is no segment to go on in, no more of the open one is to be filled for now, or snapshots that were asked
+    /// for before wait for a segment.
     pub fn room(&mut self, wanted: u32) -> Option<Room> {
         if self.snapshots_wait() && !self.stage_snapshots() {
             return None;
         }
-        self.room_for(DESCRIPTOR_LEN, wanted)
+        self.room_for(DESCRIPTOR_LEN, wanted, true)
     }
 
-    /// As [`Self::room`], for an entry that takes `bytes` bytes without its checksums.
-    pub(super) fn room_for(&mut self, bytes: usize, wanted: u32) -> Option<Room> {
+    /// As [`Self::room`], for an entry that takes `bytes` bytes without its checksums, within what guests may fill or not.
+    pub(super) fn room_for(
+        &mut self,
+        bytes: usize,
+        wanted: u32,
+        is_rationed: bool,
+    ) -> Option<Room> {
         let bytes = bytes + self.cuts.reserve();
         let entry_len = |blocks: u32| bytes + entry_len(blocks) - DESCRIPTOR_LEN;
         loop {
             if self.open.is_none() {
+                // One that guests may not use yet is not opened: an open segment has entries.
+                let next = self.spare.front().map(|grant| grant.seq);
+                if is_rationed && self.allowed(next) <= HEADERS {
+                    return None;
+                }
                 self.open_next()?;
             }
             let segment_blocks = self.geometry.segment_blocks();
@@ -63,11 +77,25 @@ impl Log {
                 self.close_segment();
                 continue;
             }
+            let mut blocks = blocks;
+            if is_rationed {
+                let allowed = self.allowed(Some(open.grant.seq));
+                blocks = blocks.min(allowed.checked_sub(open.position + header)?);
+                if wanted > 0 && blocks == 0 {
+                    return None;
+                }
+            }
             if open.gathering.is_none() {
                 self.start_batch();
             }
             return Some(Room { position: self.open.as_ref()?.position, blocks });
         }
+    }
+
+    /// How much of a segment guests may fill.
+    fn allowed(&self, seq: Option<u64>) -> u32 {
+        let ration = self.ration.filter(|(rationed, _)| Some(*rationed) == seq);
+        ration.map_or(u32::MAX, |(_, blocks)| blocks)
     }
 
     /// A whole segment is at hand beside the open one, and there are plenty more.

@@ -174,6 +174,8 @@ pub struct Log {
     images: Arc<ImagePool>,
     open: Option<Open>,
     spare: VecDeque<Grant>,
+    /// A segment of which guests may fill only so many blocks for now.
+    ration: Option<(u64, u32)>,
     want_sent: bool,
     closing: VecDeque<Closing>,
     newly_sealed: Vec<(SegmentId, Lsn)>,
@@ -234,6 +236,7 @@ impl Log {
             images,
             open: None,
             spare: grants.into(),
+            ration: None,
             want_sent: false,
             closing: VecDeque::new(),
             newly_sealed: Vec::new(),
@@ -291,6 +294,12 @@ impl Log {
         self.want_sent = false;
         self.spare.push_back(grant);
         self.stage_snapshots();
+    }
+
+    /// How much guests may fill of a segment, which may not be here yet; none: all of it.
+    pub fn ration(&mut self, seq: u64, blocks: Option<u32>) {
+        // Segments in memory have sequence numbers of their own.
+        self.ration = blocks.filter(|_| self.through.is_none()).map(|blocks| (seq, blocks));
     }
 
     /// Lets the open segment be sealed, if anything is in it.

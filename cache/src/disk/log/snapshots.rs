@@ -53,7 +53,7 @@ impl Log {
     pub(super) fn stage_snapshots(&mut self) -> bool {
         while let Some(next) = self.snapshots.asked.front() {
             let len = snapshot_len(next.label.as_str().len());
-            if self.room_for(len, 0).is_none() {
+            if self.room_for(len, 0, false).is_none() {
                 return false;
             }
             let Some(Asked { id, time_ms, label }) = self.snapshots.asked.pop_front() else {

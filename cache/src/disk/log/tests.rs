@@ -2,6 +2,7 @@
 //! two legs whose answers are given by hand. Random schedules with real recovery are in tests/log_crash.
 
 mod cuts;
+mod rations;
 mod snapshots;
 
 use crate::disk::plan::SegmentId;

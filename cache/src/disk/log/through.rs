@@ -44,7 +44,7 @@ impl Log {
         waiters.extend(self.flush_waiters.drain(..));
         // A stable sort: a write comes before the flush that waits for it.
         waiters.sort_by_key(|(lsn, _)| *lsn);
-        self.flush_under_way = None;
+        (self.flush_under_way, self.ration) = (None, None);
         self.writes.clear();
         self.ops.clear();
         let next_seq = self.closing.back().map_or(0, |closing| closing.grant.seq);

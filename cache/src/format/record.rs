@@ -99,6 +99,21 @@ pub struct Entry<'a> {
 }
 
 impl Entry<'_> {
+    /// One that has neither blocks nor a rule, nor anything behind it.
+    fn of_no_blocks(kind: Kind, time_ms: u64) -> Self {
+        Self {
+            kind,
+            lba: Lba(0),
+            blocks: 1,
+            payload: 0,
+            first_mask: WHOLE,
+            last_mask: WHOLE,
+            time_ms,
+            cadence: None,
+            behind: &[],
+        }
+    }
+
     /// CRC32C of payload block `index` (of writes and fills).
     #[must_use]
     pub fn crc(&self, index: u32) -> u32 {
@@ -298,17 +313,8 @@ fn decode_cut(bytes: &[u8], time_ms: u64) -> Result<Entry<'_>, FormatError> {
     let behind = behind.filter(|_| is_whole && (1..=KEEP_MAX).contains(&keep));
     let why = "it is a cut of no rule that there is";
     let behind = behind.ok_or(FormatError::Invalid { what: "log entry", why })?;
-    Ok(Entry {
-        kind: Kind::Cut,
-        lba: Lba(0),
-        blocks: 1,
-        payload: 0,
-        first_mask: WHOLE,
-        last_mask: WHOLE,
-        time_ms,
-        cadence: Some(Cadence { behind, keep }),
-        behind: &[],
-    })
+    let cadence = Some(Cadence { behind, keep });
+    Ok(Entry { cadence, ..Entry::of_no_blocks(Kind::Cut, time_ms) })
 }
 
 /// Of `bytes`, which hold a whole descriptor with the kind of a snapshot.
@@ -324,17 +330,7 @@ fn decode_snapshot(bytes: &[u8], time_ms: u64) -> Result<Entry<'_>, FormatError>
     if label_of(label).is_none() || padding.iter().any(|&byte| byte != 0) {
         return Err(invalid("its label makes no sense"));
     }
-    Ok(Entry {
-        kind: Kind::Snapshot,
-        lba: Lba(0),
-        blocks: 1,
-        payload: 0,
-        first_mask: WHOLE,
-        last_mask: WHOLE,
-        time_ms,
-        cadence: None,
-        behind: label,
-    })
+    Ok(Entry { behind: label, ..Entry::of_no_blocks(Kind::Snapshot, time_ms) })
 }
 
 fn label_of(bytes: &[u8]) -> Option<SnapshotLabel> {

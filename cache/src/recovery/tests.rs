@@ -254,24 +254,36 @@ pub(super) fn two_records() -> (SegmentHeader, Vec<u8>) {
     };
     let mut segment = vec![0u8; 16 * BLOCK_SIZE];
     for (n, flushed) in [(0u16, 0), (1, 1)] {
-        let position = 1 + 2 * n;
-        let mut entries = Vec::new();
-        push_descriptor(&mut entries, Kind::Write, Lba(5), 1, position + 1, (WHOLE, WHOLE));
-        entries.extend(crc32c(&[0; BLOCK_SIZE]).to_le_bytes());
-        let record = RecordHeader {
-            seq: header.seq,
-            first_lsn: Lsn(1 + u64::from(n)),
-            flushed: Lsn(flushed),
-            position,
-            payload_blocks: 1,
-            epoch: header.epoch,
-            entries_len: entries.len() as u16,
-            time_ms: 0,
-        };
-        let at = usize::from(position) * BLOCK_SIZE;
-        record.encode_into(&mut segment[at..at + BLOCK_SIZE], &entries, header.nonce);
+        let lsns = (Lsn(1 + u64::from(n)), Lsn(flushed));
+        write_of_zeros(&mut segment, &header, 1 + 2 * n, lsns, header.nonce);
     }
     (header, segment)
+}
+
+/// Puts the header of a record at a block of a segment: one write of the block behind it, which is of zeros. `lsns`: its own, and
+/// what it says was flushed.
+fn write_of_zeros(
+    segment: &mut [u8],
+    header: &SegmentHeader,
+    position: u16,
+    lsns: (Lsn, Lsn),
+    nonce: u64,
+) {
+    let mut entries = Vec::new();
+    push_descriptor(&mut entries, Kind::Write, Lba(5), 1, position + 1, (WHOLE, WHOLE));
+    entries.extend(crc32c(&[0; BLOCK_SIZE]).to_le_bytes());
+    let record = RecordHeader {
+        seq: header.seq,
+        first_lsn: lsns.0,
+        flushed: lsns.1,
+        position,
+        payload_blocks: 1,
+        epoch: header.epoch,
+        entries_len: entries.len() as u16,
+        time_ms: 0,
+    };
+    let at = usize::from(position) * BLOCK_SIZE;
+    record.encode_into(&mut segment[at..at + BLOCK_SIZE], &entries, nonce);
 }
 
 #[test]
@@ -307,24 +319,10 @@ fn a_torn_record_says_what_was_flushed_before_it() {
 fn what_a_guest_wrote_is_not_taken_for_a_record() {
     let (header, segment) = two_records();
     let honest = scan(&segment, &header);
-    let mut entries = Vec::new();
-    push_descriptor(&mut entries, Kind::Write, Lba(5), 1, 6, (WHOLE, WHOLE));
-    entries.extend(crc32c(&[0; BLOCK_SIZE]).to_le_bytes());
     let forged = |nonce: u64| {
         let mut segment = segment.clone();
-        for (position, first_lsn) in [(5, 3), (7, 4)] {
-            let record = RecordHeader {
-                seq: header.seq,
-                first_lsn: Lsn(first_lsn),
-                flushed: Lsn(first_lsn),
-                position,
-                payload_blocks: 1,
-                epoch: header.epoch,
-                entries_len: entries.len() as u16,
-                time_ms: 0,
-            };
-            let at = usize::from(position) * BLOCK_SIZE;
-            record.encode_into(&mut segment[at..at + BLOCK_SIZE], &entries, nonce);
+        for (position, lsn) in [(5, Lsn(3)), (7, Lsn(4))] {
+            write_of_zeros(&mut segment, &header, position, (lsn, lsn), nonce);
         }
         scan(&segment, &header)
     };

@@ -321,6 +321,22 @@ async fn a_clone_is_what_the_snapshot_was_whatever_its_parent_does_and_becomes_t
     }
 }
 
+/// The first of them writes as much as a segment takes; all of them go on meanwhile.
+async fn fill_a_segment(mut disks: [&mut Disk; 3]) {
+    for lba in 0..250 {
+        for turn in 0.. {
+            if disks[0].guest.stage(lba, 9) == Staged::All {
+                break;
+            }
+            assert!(turn < TURNS_MAX, "a writer waits for ever");
+            for disk in &mut disks {
+                disk.guest.turn();
+            }
+            pause().await;
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn nothing_of_a_clone_is_evicted_before_the_store_has_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -342,18 +358,7 @@ async fn nothing_of_a_clone_is_evicted_before_the_store_has_it() {
     parent.until(cache.drain(vdi_1)).await.unwrap();
     let mut other = Disk::new(&cache, 3, 5).await;
     for _ in 0..20 {
-        for lba in 0..250 {
-            for turn in 0.. {
-                if other.guest.stage(lba, 9) == Staged::All {
-                    break;
-                }
-                assert!(turn < TURNS_MAX, "a writer waits for ever");
-                for disk in [&mut other, &mut parent, &mut clone_disk] {
-                    disk.guest.turn();
-                }
-                pause().await;
-            }
-        }
+        fill_a_segment([&mut other, &mut parent, &mut clone_disk]).await;
     }
     assert!(parent.content(&cache, &Model::new()).await.1.len() > 300, "others gave way");
     let (content, _) = clone_disk.content(&cache, &model).await;
@@ -369,18 +374,7 @@ async fn nothing_of_a_clone_is_evicted_before_the_store_has_it() {
             break;
         }
         assert!(round < 100, "it never gives way");
-        for lba in 0..250 {
-            for turn in 0.. {
-                if other.guest.stage(lba, 9) == Staged::All {
-                    break;
-                }
-                assert!(turn < TURNS_MAX, "a writer waits for ever");
-                for disk in [&mut other, &mut parent, &mut clone_disk] {
-                    disk.guest.turn();
-                }
-                pause().await;
-            }
-        }
+        fill_a_segment([&mut other, &mut parent, &mut clone_disk]).await;
     }
     assert!(clone_disk.full.image.lock().1 == model);
 }

@@ -101,7 +101,7 @@ fn a_clone_made_in_an_outage_is_its_snapshot_and_gets_into_the_store_once() -> R
     refused(&rig, "vdi create web --from db@golden", "choose another name")?;
     control(&rig, &format!("vdi create idle --from db@{lsn}"))?;
     control(&rig, &format!("vdi create off --from db@{lsn}"))?;
-    control(&rig, "vdi create taken --from db@golden")?;
+    let taken_socket = socket_of(&control(&rig, "vdi create taken --from db@golden")?)?;
     for chunk in 50..70 {
         db.write(chunk, 5)?;
     }
@@ -171,10 +171,63 @@ fn a_clone_made_in_an_outage_is_its_snapshot_and_gets_into_the_store_once() -> R
     refused(&rig, "snap delete db golden", "was cloned from its snapshot")?;
     let tree = control(&rig, "vdi tree")?.to_string();
     ensure!(tree.contains("taken-2"), "{tree}");
+    // Its guest finds it where it was, whatever it is called; nobody else is found there.
+    drop(web);
+    rig.kill()?;
+    rig.start()?;
+    let mut taken = connect(&mut rig, &taken_socket, &golden)?;
+    taken.ensure_reads(0..CHUNKS)?;
+    refused(&rig, "vdi attach taken", "disk 'taken-2' has that socket")?;
+    drop(taken);
+    control(&rig, "vdi detach taken-2")?;
+    let attached = rig.agent()?.attach("taken")?;
+    ensure!(attached == taken_socket, "{attached:?}");
     // They are disks like any other now.
     control(&rig, "vdi detach idle")?;
     control(&rig, "vdi delete idle")?;
-    drop(web);
+    rig.shut_down()?;
+    rig.check_store()
+}
+
+#[test]
+fn a_clone_that_could_not_be_served_joins_the_store_once_it_can() -> Result<()> {
+    let san = San::new()?;
+    let mut rig = san.rig(64 * MIB)?;
+    rig.start()?;
+    control(&rig, "vdi create db --size 8MiB")?;
+    let db_socket = rig.agent()?.attach("db")?;
+    let mut db = connect(&mut rig, &db_socket, &Content::new())?;
+    db.write(0, 1)?;
+    rig.agent()?.drain()?;
+    san.cut();
+    db.write(1, 2)?;
+    until(&rig, "away", |status| status["store"]["reachable"] == false)?;
+    control(&rig, "snap create db --label golden")?;
+    let golden = db.now.clone();
+    let in_the_way = db_socket.with_file_name("web.sock");
+    std::fs::create_dir(&in_the_way)?;
+    refused(&rig, "vdi create web --from db@golden", "was made, and is not served")?;
+    san.restore();
+    until(&rig, "registered", |_| {
+        let list = control(&rig, "vdi list").unwrap_or_default();
+        list.as_array().is_some_and(|vdis| {
+            vdis.iter().any(|vdi| vdi["name"] == "web" && vdi["provisional_clone_of"].is_null())
+        })
+    })?;
+    // It is tried once more then, in vain.
+    sleep(Duration::from_secs(1));
+    std::fs::remove_dir(&in_the_way)?;
+    let socket = rig.agent()?.attach("web")?;
+    let mut web = connect(&mut rig, &socket, &golden)?;
+    web.write(2, 3)?;
+    web.disk.flush()?;
+    until(&rig, "committed", |status| {
+        let vdis = status["vdis"].as_array().map_or(&[][..], Vec::as_slice);
+        vdis.iter().all(|vdi| vdi["dirty_bytes"] == 0)
+    })?;
+    rig.agent()?.drain()?;
+    ensure_same(&in_the_store(&rig, "web")?, DISK, &web.now, "web")?;
+    control(&rig, "vdi detach db --force")?;
     rig.shut_down()?;
     rig.check_store()
 }

@@ -12,14 +12,18 @@ use crate::api::VdiState;
 use crate::error::{Failure, Kind, Result};
 use crate::names::check_vdi_name;
 use blockstore::format::vdi::Origin;
+use blockstore::types::Lsn;
 use blockstore::{Policy, RegisteredClone, StoreErrorKind, WhenOffline};
-use cache::{NewClone, VdiIdentity};
+use cache::{CacheError, NewClone, VdiIdentity};
+use std::pin::Pin;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use uuid::Uuid;
 
 /// Names that are tried for a clone whose own is taken in the store.
 const NAMES_MAX: u32 = 1000;
+/// A drain of the parent's log, under way.
+type Draining = Pin<Box<dyn Future<Output = std::result::Result<Lsn, CacheError>> + Send>>;
 /// How often somebody who waits for the store asks whether that is away.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -68,14 +72,14 @@ impl Host {
             policy: Policy { when_offline, ..Policy::default() },
         };
         let enter = || {
-            let mut served = self.served.lock();
+            let served = self.served.lock();
             if served.values().any(|known| known.name == name) {
                 let words =
                     format!("a disk '{name}' is attached to this host: choose another name");
                 return Err(Failure::new(Kind::Conflict, words));
             }
-            served.insert(uuid, Arc::clone(&disk));
-            Ok(())
+            drop(served);
+            self.enter(Arc::clone(&disk)).map(drop)
         };
         let begun = Box::pin(disk.begin(parts, enter, parent.clone_pending(parts, &new))).await;
         let made = parts.cache.origin_of(uuid).await.is_some();
@@ -98,7 +102,11 @@ impl Host {
 
     /// Makes a clone in the store, if that does not know of it yet. Its name may be taken there: then it gets another, and is
     /// another object from then on.
-    async fn register(&self, disk: &Arc<Served>) -> Result<Arc<Served>> {
+    async fn register(
+        &self,
+        disk: &Arc<Served>,
+        draining: &mut Option<Draining>,
+    ) -> Result<Arc<Served>> {
         let (parts, uuid) = (&self.parts, disk.uuid);
         let Some(origin) = parts.cache.origin_of(uuid).await else { return Ok(Arc::clone(disk)) };
         let name = &disk.name;
@@ -107,12 +115,18 @@ impl Host {
         let cache::CloneOrigin { snapshot: origin, time_ms: snapshot_ms } = origin;
         let is_it = |pending: &cache::PendingSnapshot| pending.lsn == origin.lsn;
         if parts.cache.pending_snapshots(origin.vdi).iter().any(is_it) {
+            // One for all attempts: each seals what the parent's log has, and a parent that cannot commit has to make do with its ring.
+            let drain = draining.get_or_insert_with(|| {
+                let cache = Arc::clone(&parts.cache);
+                Box::pin(async move { cache.drain(origin.vdi).await })
+            });
             // Not for longer than until the next attempt: the store may go away again.
-            let drained = tokio::time::timeout(RETRY_PAUSE, parts.cache.drain(origin.vdi)).await;
-            drained.map_err(|_| {
+            let Ok(drained) = tokio::time::timeout(RETRY_PAUSE, drain).await else {
                 let words = "its snapshot is on its way to the store";
-                Failure::new(Kind::Unavailable, words)
-            })??;
+                return Err(Failure::new(Kind::Unavailable, words));
+            };
+            *draining = None;
+            drained?;
         }
         let handle = disk.lock().await;
         if disk.is_gone() {
@@ -152,6 +166,8 @@ impl Host {
             return Ok(Arc::clone(disk));
         }
         tracing::warn!(vdi = %name, now = %found.name, "the clone's name was taken in the store: it has another one");
+        // First the socket: once the slot has the new name, nothing else tells it.
+        self.socket_names.keep(uuid, name)?;
         if parts.cache.vdi_status(uuid).is_some() {
             parts.cache.rename(uuid, &found.name).await?;
         }
@@ -228,12 +244,13 @@ pub(super) async fn follow(host: Weak<Host>, disk: Arc<Served>) {
     let Some(parts) = host.upgrade().map(|host| Arc::clone(&host.parts)) else { return };
     let mut disk = disk;
     parts.store.wait().await;
+    let mut draining = None;
     loop {
         if disk.is_gone() {
             return;
         }
         let Some(host) = host.upgrade() else { return };
-        match host.register(&disk).await {
+        match host.register(&disk, &mut draining).await {
             Ok(found) => {
                 disk = found;
                 break;
@@ -244,11 +261,13 @@ pub(super) async fn follow(host: Weak<Host>, disk: Arc<Served>) {
         tokio::time::sleep(RETRY_PAUSE).await;
     }
     disk.let_go_of_origin();
-    if parts.cache.vdi_status(disk.uuid).is_some() {
-        disk.join(&parts).await;
-    } else {
+    if parts.cache.vdi_status(disk.uuid).is_none() {
         // Its state tells how it went.
         let _ = disk.bring_up(&parts, None, Way::Back).await;
+    }
+    if parts.cache.vdi_status(disk.uuid).is_some() {
+        // Also if somebody else brought it up meanwhile, who may have taken it for one that the store does not know of.
+        disk.join(&parts).await;
     }
 }
 

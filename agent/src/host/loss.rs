@@ -110,6 +110,7 @@ impl Host {
             .give_up_log(&self.parts, Box::pin(self.roll_back_closed(info, accept_loss)))
             .await?;
         self.notes.forget(disk.uuid);
+        self.socket_names.forget(disk.uuid);
         if let Some(log) = receipt.log_id {
             self.left_behind.forget(log.as_u128());
         }

@@ -2,7 +2,7 @@
 //!
 //! `store` opens a store, `opening` this host's, `seat` is where it is found, `parts` is what all disks share, `served` is one disk, `requests` and `report` are
 //! what the control API does and shows, `meters` what the counters foretell, `drill` cuts a disk off
-//! on purpose, `clones` makes clones while the store is away, `collecting` collects garbage, `scrubbing` verifies what the store holds, `sizing` computes sizes, `watermarks` warns of a store that fills, `schedules` takes and thins snapshots, `read_only` serves them, `quiesce` freezes guests for snapshots and sees to it that they are thawed, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
+//! on purpose, `clones` makes clones while the store is away, `socket_names` has the sockets of those that got another name, `collecting` collects garbage, `scrubbing` verifies what the store holds, `sizing` computes sizes, `watermarks` warns of a store that fills, `schedules` takes and thins snapshots, `read_only` serves them, `quiesce` freezes guests for snapshots and sees to it that they are thawed, `replacing` fills a new leg of the cache, `errors` translates. All use of the other crates' APIs is in this folder.
 //!
 //! A disk that does not come back at the start, or whose worker fails, is shown as failed; all others go on.
 
@@ -32,6 +32,7 @@ mod seat;
 mod served;
 mod sizing;
 mod snapshots;
+mod socket_names;
 pub mod store;
 mod watch;
 mod watermarks;
@@ -72,6 +73,7 @@ pub struct Host {
     meters: Mutex<meters::Meters>,
     /// How far disks were, for when their log is lost.
     notes: notes::Notes,
+    socket_names: socket_names::SocketNames,
     /// Garbage collection.
     collecting: collecting::Collecting,
     /// Verifying what the store holds.
@@ -167,6 +169,7 @@ impl Host {
             served: Mutex::default(),
             meters: Mutex::default(),
             notes: notes::Notes::open(run_dir),
+            socket_names: socket_names::SocketNames::open(run_dir),
             collecting: collecting::Collecting::default(),
             scrubbing: scrubbing::Scrubbing::default(),
             sizing: Arc::default(),
@@ -205,7 +208,7 @@ impl Host {
         let holds: Vec<_> = attached.iter().map(|record| record.origin.map(hold)).collect();
         for (record, hold) in attached.into_iter().zip(holds) {
             let AttachedRecord { vdi, name, size_bytes, was_served, .. } = record;
-            let served = Arc::new(Served::new(&self.parts.run_dir, vdi, &name, size_bytes));
+            let served = Arc::new(self.new_served(vdi, &name, size_bytes));
             self.served.lock().insert(vdi, Arc::clone(&served));
             // Should this fail, coming up tries again, and says why.
             let listening = served.listen(&self.parts).await.ok();
@@ -236,6 +239,38 @@ impl Host {
                 }
             });
         }
+    }
+
+    /// A disk that is about to come up, on the socket that it had here before.
+    fn new_served(&self, uuid: Uuid, name: &str, size: u64) -> Served {
+        let disk = Served::new(&self.parts.run_dir, uuid, name, size);
+        match self.socket_names.of(uuid) {
+            Some(kept) => disk.on_socket_of(&self.parts.run_dir, &kept),
+            None => disk,
+        }
+    }
+
+    /// Makes a disk known that comes to this host.
+    ///
+    /// # Errors
+    /// Another disk has its socket; nothing was changed.
+    fn enter(&self, disk: Arc<Served>) -> Result<Arc<Served>> {
+        let mut served = self.served.lock();
+        if let Some(known) = served.get(&disk.uuid) {
+            // Another request was faster.
+            return Ok(Arc::clone(known));
+        }
+        let socket = |other: &&Arc<Served>| other.socket.is_some() && other.socket == disk.socket;
+        if let Some(other) = served.values().find(socket) {
+            let words = format!(
+                "disk '{}' cannot be served at {}: disk '{1}' has that socket, as it had that name when its machine was given it, for as \
+                 long as it is attached here: 'ballast vdi detach {1}' first",
+                disk.name, other.name,
+            );
+            return Err(Failure::new(Kind::Conflict, words));
+        }
+        served.insert(disk.uuid, Arc::clone(&disk));
+        Ok(disk)
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {

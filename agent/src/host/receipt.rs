@@ -3,8 +3,7 @@
 use crate::api::loss::LossReceipt;
 use crate::error::{Failure, Kind, Result};
 use crate::names::percent_escape;
-use std::fs::File;
-use std::io::Write;
+use crate::run_dir::replace;
 use std::path::{Path, PathBuf};
 
 const FOLDER: &str = "receipts";
@@ -25,22 +24,12 @@ pub fn path(run_dir: &Path, disk: &str, at: u64) -> PathBuf {
 /// The file that failed.
 pub fn write(receipt: &LossReceipt) -> Result<()> {
     let path = &receipt.file;
-    put(path, receipt).map_err(|error| {
+    let text = serde_json::to_vec_pretty(receipt).unwrap_or_default();
+    replace(path, &text).map_err(|error| {
         let words = format!(
             "cannot keep the loss receipt {}: {error}; make room, then try again",
             path.display()
         );
         Failure::new(Kind::Failed, words)
     })
-}
-
-fn put(path: &Path, receipt: &LossReceipt) -> std::io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    std::fs::create_dir_all(folder)?;
-    let beside = path.with_extension("json.new");
-    let mut file = File::create(&beside)?;
-    file.write_all(&serde_json::to_vec_pretty(receipt)?)?;
-    file.sync_all()?;
-    std::fs::rename(&beside, path)?;
-    File::open(folder)?.sync_all()
 }

@@ -79,7 +79,7 @@ impl Host {
         loop {
             let (disk, is_new) = match self.find_served(name) {
                 Some(disk) => (disk, false),
-                None => (self.enter(name).await?, true),
+                None => (self.enter_from_store(name).await?, true),
             };
             match disk.bring_up(&self.parts, None, Way::Asked).await {
                 Ok(()) => {
@@ -114,7 +114,7 @@ impl Host {
     }
 
     /// Notes a disk of the store as one of this host.
-    async fn enter(&self, name: &str) -> Result<Arc<Served>> {
+    async fn enter_from_store(&self, name: &str) -> Result<Arc<Served>> {
         let info = self.parts.store.get()?.lookup_vdi(name).await?;
         if self.is_lost(&info).await {
             return Ok(self.show_lost(&info));
@@ -126,10 +126,7 @@ impl Host {
                 format!("disk '{name}' is attached to host '{host}': detach it there first"),
             ));
         }
-        let new = Served::new(&self.parts.run_dir, info.uuid, &info.name, info.size_bytes);
-        let mut served = self.served.lock();
-        // Another request may have been faster.
-        Ok(Arc::clone(served.entry(info.uuid).or_insert_with(|| Arc::new(new))))
+        self.enter(Arc::new(self.new_served(info.uuid, &info.name, info.size_bytes)))
     }
 
     /// Takes a disk off the list again if its attach failed before it took hold in the store. One of which the store's
@@ -172,6 +169,7 @@ impl Host {
         }
         disk.take_down(&self.parts, force).await?;
         self.notes.forget(disk.uuid);
+        self.socket_names.forget(disk.uuid);
         self.remove(&disk);
         Ok(Done { name: disk.name.clone(), uuid: disk.uuid })
     }

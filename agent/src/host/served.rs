@@ -26,6 +26,7 @@ use cache::{CacheError, SnapshotTaken, VdiIdentity};
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -41,6 +42,10 @@ pub struct Served {
     pub name: String,
     /// Where it is served, unless the run directory's path leaves no room for a socket.
     pub socket: Option<PathBuf>,
+    /// The name that its socket has; its own, unless it got another one since it has been here.
+    socket_name: String,
+    /// Clones of it that are being made.
+    being_cloned: AtomicUsize,
     /// Between its log and the store.
     pub drill: Arc<Switch>,
     view: Mutex<View>,
@@ -89,6 +94,8 @@ impl Served {
             uuid,
             name: name.to_owned(),
             socket: socket_path(run_dir, name, uuid).ok(),
+            socket_name: name.to_owned(),
+            being_cloned: AtomicUsize::new(0),
             drill: Arc::new(Switch::new()),
             view: Mutex::new(View { size, state, error: None, gone: false, lost: None }),
             server: Mutex::new(None),
@@ -96,6 +103,14 @@ impl Served {
             handle: tokio::sync::Mutex::new(None),
             provisional: Mutex::default(),
         }
+    }
+
+    /// Its socket has this name in place of its own.
+    #[must_use]
+    pub fn on_socket_of(mut self, run_dir: &Path, name: &str) -> Self {
+        self.socket = socket_path(run_dir, name, self.uuid).ok();
+        self.socket_name = name.to_owned();
+        self
     }
 
     /// For what must not meet a transition.
@@ -139,7 +154,7 @@ impl Served {
 
     /// Opens its socket, before its log is recovered, so that front ends find it early.
     pub async fn listen(&self, parts: &Parts) -> Result<Listening> {
-        let socket = socket_path(&parts.run_dir, &self.name, self.uuid);
+        let socket = socket_path(&parts.run_dir, &self.socket_name, self.uuid);
         let socket = socket.map_err(|words| Failure::new(Kind::Usage, words))?;
         let options = server_options(&parts.config, socket, serial(self.uuid));
         blocking(move || DiskServer::listen(options)).await
@@ -229,8 +244,8 @@ impl Served {
         }
         let (cache, uuid) = (Arc::clone(&parts.cache), self.uuid);
         let runtime = tokio::runtime::Handle::current();
-        // One that the store may not know of joins it when it does.
-        let is_provisional = cache.origin_of(uuid).await.is_some();
+        // One that the store may not know of joins it when it does. What the slot says of it is older.
+        let is_provisional = self.origin().is_some();
         if cache.vdi_status(uuid).is_some() {
             if handle.is_none() && way != Way::Again && !is_provisional {
                 self.join_now(parts, handle).await?;
@@ -379,6 +394,7 @@ impl Served {
     ) -> Result<T> {
         let mut handle = self.handle.lock().await;
         self.refuse_gone()?;
+        self.refuse_being_cloned()?;
         if self.server.lock().is_some() || self.unserved.lock().is_some() {
             let words = format!(
                 "disk '{}' is being served from its log in this host's cache {}: nothing is lost and nothing is to be given \

@@ -8,6 +8,7 @@ use super::served::{Served, Way};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
+use tokio::task::{AbortHandle, JoinSet};
 use uuid::Uuid;
 
 /// How often workers are looked at.
@@ -20,6 +21,8 @@ const WINDOW: Duration = Duration::from_secs(600);
 pub async fn workers(host: Weak<Host>) {
     let mut deaths: BTreeMap<Uuid, Deaths> = BTreeMap::new();
     let mut of_snapshots: BTreeMap<(Uuid, u64), Deaths> = BTreeMap::new();
+    // One that waits for a transition of its disk holds up no other disk.
+    let (mut revivals, mut under_way) = (JoinSet::new(), BTreeMap::<Uuid, AbortHandle>::new());
     let mut tick = tokio::time::interval(PERIOD);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -27,12 +30,21 @@ pub async fn workers(host: Weak<Host>) {
         let Some(host) = host.upgrade() else { return };
         let disks: Vec<_> = host.served.lock().values().cloned().collect();
         deaths.retain(|uuid, _| disks.iter().any(|disk| disk.uuid == *uuid));
+        while revivals.try_join_next().is_some() {}
+        under_way.retain(|_, revival| !revival.is_finished());
         for disk in disks.into_iter().filter(|disk| has_died(disk)) {
+            if under_way.contains_key(&disk.uuid) {
+                continue;
+            }
             if deaths.entry(disk.uuid).or_default().may_come_back(Instant::now()) {
                 tracing::warn!(vdi = %disk.name, "its worker died: bringing the disk back");
                 let parts = Arc::clone(&host.parts);
-                // Its state tells how it went.
-                let _ = disk.bring_up(&parts, None, Way::Again).await;
+                let uuid = disk.uuid;
+                let revival = revivals.spawn(async move {
+                    // Its state tells how it went.
+                    let _ = disk.bring_up(&parts, None, Way::Again).await;
+                });
+                under_way.insert(uuid, revival);
             }
         }
         for snapshot in host.dead_snapshots() {

@@ -47,6 +47,9 @@ impl Cache {
         let Some(snapshot) = snapshot else {
             return Err(refuse("its log holds no snapshot of that LSN".into()));
         };
+        if log.segments.last().is_none_or(|segment| segment.last_lsn < lsn) {
+            return Err(refuse("its log was not sealed that far: try again".into()));
+        }
         // Whoever adds a leg waits until all of the new log is written, or none of it.
         let _opening = self.ground.logs_opening.read().await;
         let content = Content::as_of(&self.ground.local, parent, &log, lsn).await?;

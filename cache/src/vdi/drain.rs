@@ -32,6 +32,8 @@ impl VdiTask {
         }
         let (roll, lsn) =
             if self.released { (0, Some(self.last_staged)) } else { (self.roll(), None) };
+        // Those who do not wait any more.
+        self.waiters.retain(|waiter| !waiter.reply.is_closed());
         self.waiters.push(Waiter { lsn, roll, reply });
         self.answer_waiters();
     }

@@ -188,7 +188,7 @@ impl VdiTask {
         slot.sequence += 1;
         slot.vdi = None;
         if let Err(error) = self.p.ground.local.write_slot(&slot).await {
-            if self.through.is_none() {
+            if self.through.is_none() || self.keeps_origin() {
                 return Err(error);
             }
             // Should it be there again one day: the store's head says that this log was drained, so it is no danger.

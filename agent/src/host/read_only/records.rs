@@ -4,9 +4,9 @@
 //! outlive a boot of the host takes the list with it, as it does the sockets.
 
 use crate::error::{Failure, Kind, Result};
+use crate::run_dir::replace;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
@@ -58,12 +58,8 @@ impl Records {
     /// # Errors
     /// Names the file; the former list stands.
     pub fn write(&self, records: &[Record]) -> Result<()> {
-        let beside = self.0.with_extension("json.new");
         let text = serde_json::to_vec_pretty(records).unwrap_or_default();
-        let replaced = File::create(&beside)
-            .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()))
-            .and_then(|()| std::fs::rename(&beside, &self.0));
-        replaced.map_err(|error| {
+        replace(&self.0, &text).map_err(|error| {
             let words = format!(
                 "cannot note in {} which snapshots are attached: {error}; see to the run directory, then try again",
                 self.0.display()

@@ -9,6 +9,7 @@ use blockstore::format::vdi::Origin;
 use cache::NewClone;
 use parking_lot::Mutex;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Of a disk that was made as a clone while the store was away.
 #[derive(Debug, Default)]
@@ -17,6 +18,22 @@ pub(super) struct Provisional {
     origin: Option<SnapshotHold>,
     /// This process made it, and has not told the store of it.
     is_known_here_only: bool,
+}
+
+/// While a clone is made.
+struct BeingCloned<'a>(&'a AtomicUsize);
+
+impl<'a> BeingCloned<'a> {
+    fn begin(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for BeingCloned<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Served {
@@ -52,13 +69,16 @@ impl Served {
         let mut view = self.view();
         view.error = Some(format!(
             "its name '{}' was taken in the store when it came there: it is '{name}' now; its socket keeps the former name \
-             until the agent starts anew",
+             until it is detached",
             self.name
         ));
         let new = Self {
             uuid: self.uuid,
             name: name.to_owned(),
             socket: self.socket.clone(),
+            socket_name: self.socket_name.clone(),
+            // None is made of what is itself one.
+            being_cloned: AtomicUsize::new(0),
             drill: Arc::clone(&self.drill),
             view: Mutex::new(view),
             server: Mutex::new(self.server.lock().take()),
@@ -98,21 +118,37 @@ impl Served {
         self.rise(parts, None, Way::Alone, &mut handle).await
     }
 
-    /// Has a clone made of a snapshot in its log, without the store.
+    /// Has a clone made of a snapshot in its log, without the store. That may take minutes, so nothing is held up by it but the disk's
+    /// leaving this host.
     pub async fn clone_pending(&self, parts: &Parts, new: &NewClone) -> Result<()> {
-        let _handle = self.handle.lock().await;
+        let handle = self.handle.lock().await;
         self.refuse_gone()?;
         if parts.cache.vdi_status(self.uuid).is_none() || self.unserved.lock().is_some() {
             return Err(self.log_not_open());
         }
+        let _being_cloned = BeingCloned::begin(&self.being_cloned);
+        drop(handle);
         Ok(parts.cache.clone_pending(new).await?)
+    }
+
+    /// Refuses what takes its log away while a clone is made of that.
+    pub(super) fn refuse_being_cloned(&self) -> Result<()> {
+        if self.being_cloned.load(Ordering::Relaxed) == 0 {
+            return Ok(());
+        }
+        let words = format!(
+            "a clone of disk '{}' is being made out of its log, without the store: try again when it is there",
+            self.name
+        );
+        Err(Failure::new(Kind::Conflict, words))
     }
 
     /// Refuses to take down what the store does not know of, or what such a disk hangs on.
     pub(super) async fn refuse_clones(&self, parts: &Parts) -> Result<()> {
         let name = &self.name;
         let refuse = |words: String| Err(Failure::new(Kind::Conflict, words));
-        if parts.cache.origin_of(self.uuid).await.is_some() {
+        self.refuse_being_cloned()?;
+        if self.origin().is_some() {
             return refuse(format!(
                 "disk '{name}' is a clone that is not in the store yet: it gets there by itself when the store is back, then \
                  it can be detached; 'ballast vdi delete {name}' gives it up, with all that was written to it"

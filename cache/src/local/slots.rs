@@ -6,6 +6,7 @@ use crate::format::legs::LegSet;
 use crate::format::slot::VdiSlot;
 use crate::format::{FormatError, Geometry};
 use blockstore::buf::AlignedBuf;
+use blockstore::device::{DeviceError, DeviceErrorKind};
 use blockstore::types::BLOCK_SIZE;
 
 /// Bytes of the two copies of a slot.
@@ -19,6 +20,8 @@ impl Local {
         let slots = self.geometry.slots;
         let first = Geometry::slot_offset(0, 0);
         let tables = self.read_each(first, slots as usize * SLOT_LEN).await?;
+        let read = tables.iter().fold(LegSet::NONE, |read, (leg, _)| read.with(*leg));
+        let unread = self.members().minus(read);
         let mut found = Vec::new();
         let mut whole = AlignedBuf::zeroed(slots as usize * SLOT_LEN);
         for slot in 0..slots {
@@ -34,6 +37,9 @@ impl Local {
             let Some((leg, best)) = good.max_by_key(|(_, copy)| copy.sequence) else {
                 let source = copies.into_iter().find_map(|(_, copy)| copy.err());
                 let why = source.map(|source| source.to_string()).unwrap_or_default();
+                if let Some(leg) = unread.iter().next() {
+                    return Err(self.unread_slot(leg, slot, &why).into());
+                }
                 return Err(CacheError::Unsupported {
                     path: self.path.clone(),
                     what: format!(
@@ -51,11 +57,25 @@ impl Local {
             }
             found.push(best);
         }
-        let read = tables.iter().fold(LegSet::NONE, |read, (leg, _)| read.with(*leg));
-        for leg in self.members().minus(read).iter() {
+        for leg in unread.iter() {
             self.repair(leg, first, AlignedBuf::copy_of(&whole)).await?;
         }
         Ok(found)
+    }
+
+    /// A slot is damaged wherever it can be read; a leg that gives nothing now may have it.
+    fn unread_slot(&self, leg: u8, slot: u32, why: &str) -> DeviceError {
+        DeviceError {
+            kind: DeviceErrorKind::Io,
+            device: self.leg_path(leg).display().to_string(),
+            operation: "read",
+            offset: Geometry::slot_offset(slot, 0),
+            len: SLOT_LEN as u64,
+            message: format!(
+                "the other leg's copies of this slot are damaged ({why}), so it is needed; see to this leg, then try again: \
+                 nothing was changed"
+            ),
+        }
     }
 
     /// Writes a slot durably to the copy that its sequence selects.
@@ -116,6 +136,25 @@ mod tests {
         sims[0].set_rates(FaultRates::default());
         let alone = open(&sims[..1], true).await;
         assert_eq!(alone.read_slots().await.unwrap()[0], named(5));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slot_is_not_given_up_while_a_leg_that_may_have_it_cannot_be_read() {
+        let sims = [1, 2].map(|seed| SimDevice::new(16 << 20, seed));
+        let devices = sims.iter().map(|sim| ("/leg".into(), sim.device())).collect();
+        let local = Local::make_legs(devices).await.unwrap();
+        local.write_slot(&named(5)).await.unwrap();
+        for copy in [0, 1] {
+            sims[0].misplace(Geometry::slot_offset(0, copy), &[7; BLOCK_SIZE]);
+        }
+        sims[1].set_rates(FaultRates { read_io: 1.0, ..FaultRates::default() });
+        let refused = local.read_slots().await.unwrap_err();
+        assert!(matches!(refused, CacheError::Device(_)), "{refused}");
+        assert_eq!(local.members().len(), 2);
+        sims[1].set_rates(FaultRates::default());
+        assert_eq!(local.read_slots().await.unwrap()[0], named(5));
+        sims[1].set_rates(FaultRates { read_io: 1.0, ..FaultRates::default() });
+        assert_eq!(local.read_slots().await.unwrap()[0], named(5), "the first leg was given it");
     }
 
     #[tokio::test(start_paused = true)]

@@ -264,6 +264,48 @@ impl Io {
         }
     }
 
+    /// Writes, and flushes if asked to, as [`write_durable`](Self::write_durable) does, but for what the device lastingly refuses, which
+    /// is returned, by its place in `writes`. All else is written. Nothing is refused unless this [gives up](Self::giving_up).
+    ///
+    /// # Errors
+    /// What does not concern single blocks; a flush that is refused until patience ends, too.
+    pub async fn write_taken(
+        &self,
+        writes: &[Write],
+        durably: bool,
+    ) -> Result<Vec<(usize, StoreError)>> {
+        let mut left: Vec<(usize, Write)> = writes.iter().cloned().enumerate().collect();
+        let mut refused = Vec::new();
+        // What was refused slowly does not take from the patience with flushes.
+        let mut attempts = None;
+        loop {
+            let epoch = self.device.epoch();
+            let all: Vec<Write> = left.iter().map(|(_, write)| write.clone()).collect();
+            if let Err(error) = self.write_all(&all).await {
+                if !error.is_of_blocks() {
+                    return Err(error);
+                }
+                // Which of them it was is found out one by one.
+                let mut taken = Vec::new();
+                for (index, write) in left {
+                    match self.write_all(std::slice::from_ref(&write)).await {
+                        Ok(()) => taken.push((index, write)),
+                        Err(error) if error.is_of_blocks() => refused.push((index, error)),
+                        Err(error) => return Err(error),
+                    }
+                }
+                left = taken;
+            }
+            if !durably || left.is_empty() {
+                return Ok(refused);
+            }
+            let attempts = attempts.get_or_insert_with(|| self.attempts());
+            if self.flush_since(epoch, attempts).await? {
+                return Ok(refused);
+            }
+        }
+    }
+
     /// Flushes; false if what was written since `epoch` was taken may be lost and must be written
     /// again.
     ///

@@ -159,6 +159,55 @@ async fn a_bad_extent_holds_nothing_up_whoever_meets_it_first() {
     }
 }
 
+/// A disk that overwrote all that a snapshot held which is gone now, just opened: garbage in many extents. The first of these that is
+/// collected, and its bitmaps: (that of the owner, that of the leader).
+async fn with_garbage(seed: u64) -> (World, u32, [Gba; 2]) {
+    let (mut world, name, data) = with_free_space(seed).await;
+    let vdi = world.disks[&name].vdi.clone();
+    let all = |version| (0..3000).map(|lba| write(lba, version)).collect::<Vec<_>>();
+    vdi.commit(with_snapshot(3, all(3))).await.expect("commit");
+    overwrite(&mut world, &name, 4, 0..3000).await;
+    world.store.delete_snapshots(&name, vec![Lsn(3)]).await.expect("delete");
+    world.reopen(true).await;
+    let g = &world.store.superblock().geometry;
+    let bitmaps = [g.bmap_page(data[1], 0), g.reclaim_page(data[1], 0)];
+    (world, data[1], bitmaps)
+}
+
+/// Step 3 of a cycle leaves out an extent whose reclaim bitmap cannot be written; step 4 one of which either bitmap cannot be read. All
+/// others are collected, and nobody is told of an outage.
+#[tokio::test(start_paused = true)]
+async fn a_cycle_leaves_out_a_bad_extent() {
+    let cases = [(1, OpKind::Write), (1, OpKind::Read), (0, OpKind::Read)];
+    for (seed, (bitmap, kind)) in (20..).zip(cases) {
+        let (world, bad, bitmaps) = with_garbage(seed).await;
+        let when = format!("{kind:?} of bitmap {bitmap} of extent {bad}");
+        world.sim.set_bad(bitmaps[bitmap].byte_offset(), 4096, &[kind]);
+        let before = world.verify(&when).await.blocks_leaked;
+        let outcome = soon(&when, cycle(&world.store)).await;
+        if kind == OpKind::Write {
+            let collected = outcome.expect("a cycle");
+            assert!(collected.reclaimed.data > 2000, "{when}: {collected:?}");
+        } else {
+            // It names the sector.
+            let error = outcome.expect_err(&when).to_string();
+            assert!(error.contains("media error"), "{when}: {error}");
+        }
+        let health = world.store.health();
+        assert!(health.reachable && health.last_error.is_none(), "{when}: {health:?}");
+        settle().await;
+        world.sim.set_bad(bitmaps[bitmap].byte_offset(), 4096, &[]);
+        let left = world.verify(&when).await.blocks_leaked;
+        assert!(before > left + 2000, "{when}: {before} blocks, then {left}");
+        let again = cycle(&world.store).await.expect("cycle");
+        assert!(again.reclaimed.data > 50, "{when}: {again:?}");
+        settle().await;
+        let report = world.verify(&when).await;
+        let (of_data, of_metadata) = world.store.pooled();
+        assert_eq!(report.blocks_leaked, of_data + of_metadata, "{when}: blocks are lost");
+    }
+}
+
 /// A device that takes no writes at all for a while is waited for, as ever: its sectors are not bad.
 #[tokio::test(start_paused = true)]
 async fn a_device_that_refuses_everything_is_waited_for() {

@@ -3,7 +3,8 @@
 //! A step from one root of a tree to the next takes a [`Stay`] before the new root can be seen by anyone, and keeps it until
 //! no reader of the old one is left and what the step replaced was freed. So when all stays of an era are over, nothing that
 //! was cut off in it is read by this host, or freed by it later: only then may collection take back what it found unreachable
-//! at the era's end. Stays are never waited for by anything that gives room, so a full store cannot keep one from ending.
+//! at the era's end. What gives room for a block waits for no stay, so a full store cannot keep one from ending; but for an extent that
+//! changes from data to metadata or back: that waits for a cycle's step 4, and so for stays, ten minutes at most.
 
 use parking_lot::Mutex;
 use std::collections::BTreeMap;

@@ -67,6 +67,12 @@ impl StoreError {
         Self { kind, object: object.into(), message: message.into(), source: None }
     }
 
+    /// True if it says something of the blocks in question (a bad sector; no space for them on a thin device), not of the device or
+    /// the store as a whole.
+    pub(crate) fn is_of_blocks(&self) -> bool {
+        matches!(self.kind, StoreErrorKind::Device | StoreErrorKind::NoSpace)
+    }
+
     /// The same error, named after a more telling object.
     #[must_use]
     pub fn about(mut self, object: impl Into<String>) -> Self {

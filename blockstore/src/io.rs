@@ -16,6 +16,7 @@ use crate::types::{BLOCK_SIZE, Gba};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use serde::Serialize;
+use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -103,18 +104,6 @@ impl Io {
     #[must_use]
     pub fn giving_up(&self) -> Self {
         Self { gives_up: true, ..self.clone() }
-    }
-
-    /// The same device, as it is without [`giving_up`](Self::giving_up).
-    #[must_use]
-    pub fn insisting(&self) -> Self {
-        Self { gives_up: false, ..self.clone() }
-    }
-
-    /// True after [`giving_up`](Self::giving_up).
-    #[must_use]
-    pub fn gives_up(&self) -> bool {
-        self.gives_up
     }
 
     /// Which errors end a write or a compare-and-write.
@@ -264,6 +253,48 @@ impl Io {
         }
     }
 
+    /// Writes, and flushes if asked to, as [`write_durable`](Self::write_durable) does, but for what the device lastingly refuses, which
+    /// is returned, by its place in `writes`. All else is written. Nothing is refused unless this [gives up](Self::giving_up).
+    ///
+    /// # Errors
+    /// What does not concern single blocks; a flush that is refused until patience ends, too.
+    pub async fn write_taken(
+        &self,
+        writes: &[Write],
+        durably: bool,
+    ) -> Result<Vec<(usize, StoreError)>> {
+        let mut left: Vec<(usize, Write)> = writes.iter().cloned().enumerate().collect();
+        let mut refused = Vec::new();
+        // What was refused slowly does not take from the patience with flushes.
+        let mut attempts = None;
+        loop {
+            let epoch = self.device.epoch();
+            let all: Vec<Write> = left.iter().map(|(_, write)| write.clone()).collect();
+            if let Err(error) = self.write_all(&all).await {
+                if !error.is_of_blocks() {
+                    return Err(error);
+                }
+                // Which of them it was is found out one by one.
+                let mut taken = Vec::new();
+                for (index, write) in left {
+                    match self.write_all(std::slice::from_ref(&write)).await {
+                        Ok(()) => taken.push((index, write)),
+                        Err(error) if error.is_of_blocks() => refused.push((index, error)),
+                        Err(error) => return Err(error),
+                    }
+                }
+                left = taken;
+            }
+            if !durably || left.is_empty() {
+                return Ok(refused);
+            }
+            let attempts = attempts.get_or_insert_with(|| self.attempts());
+            if self.flush_since(epoch, attempts).await? {
+                return Ok(refused);
+            }
+        }
+    }
+
     /// Flushes; false if what was written since `epoch` was taken may be lost and must be written
     /// again.
     ///
@@ -320,11 +351,12 @@ impl Io {
         }
     }
 
-    fn note_failure(&self, error: &DeviceError) {
+    /// A lack of space on the device is an error, and no outage.
+    fn note_failure(&self, error: &dyn fmt::Display, lacks_space: bool) {
         let mut health = self.shared.health.lock();
         health.last_error = Some(error.to_string());
         health.last_error_ms = Some(now_ms());
-        if health.reachable && error.kind != DeviceErrorKind::NoSpace {
+        if health.reachable && !lacks_space {
             health.reachable = false;
             health.since_ms = now_ms();
             tracing::warn!(%error, "the store's device does not answer; retrying");
@@ -402,13 +434,23 @@ impl Attempts<'_> {
         if error.kind == DeviceErrorKind::Io {
             self.lasting += 1;
         }
-        self.io.note_failure(&error);
+        self.io.note_failure(&error, error.kind == DeviceErrorKind::NoSpace);
         self.pause(error).await?;
         Ok(None)
     }
 
+    /// The device refused every one of several things of which any would have done: notes that, as of an operation that is retried,
+    /// and waits before the next attempt.
+    ///
+    /// # Errors
+    /// `Closing`, or `error` when patience ended.
+    pub(crate) async fn refused(&mut self, error: StoreError) -> Result<()> {
+        self.io.note_failure(&error, error.kind == StoreErrorKind::NoSpace);
+        self.pause(error).await
+    }
+
     /// Waits before the next attempt.
-    async fn pause(&mut self, error: DeviceError) -> Result<()> {
+    async fn pause(&mut self, error: impl Into<StoreError>) -> Result<()> {
         if let Patience::Limited(limit) = self.io.patience
             && self.started.elapsed() + self.backoff > limit
         {

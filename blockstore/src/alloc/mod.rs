@@ -68,8 +68,21 @@ const RUN_WANTED: u64 = 16;
 enum Claim {
     /// What the pool lacks for an allocation, wherever it is.
     Missing(Purpose),
+    /// The same for allocations to come: not from pages that the device has refused.
+    Ahead,
     /// As much as asked for, from emptier places only; nothing if there are none.
     Roomy,
+}
+
+/// What became of a claim.
+#[derive(Debug)]
+enum Refill {
+    /// The pool holds what was asked for.
+    Enough,
+    /// There is no more, as far as the device tells.
+    Full,
+    /// The device refuses every page of a bitmap that was tried. What it said last.
+    Refused(StoreError),
 }
 
 /// What an allocation is for.
@@ -180,6 +193,8 @@ impl Allocator {
     /// Allocates `blocks` blocks, contiguous where possible, sorted by address. Waits for space as long
     /// as `io` is patient.
     ///
+    /// A device that takes no bitmap at all is waited for, too, without the lock of these.
+    ///
     /// # Errors
     /// `NoSpace` when patience ends, `Closing`, the device's.
     pub async fn allocate(
@@ -191,6 +206,7 @@ impl Allocator {
     ) -> Result<Vec<Run>> {
         let started = tokio::time::Instant::now();
         let mut waiting = None;
+        let mut refusals = None;
         if self.wants_fresh(kind, blocks) {
             self.refill(io, kind, blocks, Claim::Roomy).await?;
         }
@@ -199,11 +215,20 @@ impl Allocator {
             if let Some(runs) = self.try_take(kind, blocks, purpose) {
                 return Ok(runs);
             }
-            if self.refill(io, kind, blocks, Claim::Missing(purpose)).await? {
+            let refill = self.refill(io, kind, blocks, Claim::Missing(purpose)).await?;
+            let wanted = blocks + self.reserve(kind, purpose);
+            if matches!(refill, Refill::Enough) || self.draw(kind, wanted) {
                 continue;
             }
-            let wanted = blocks + self.reserve(kind, purpose);
-            if self.draw(kind, wanted) || self.withdraw(kind, wanted) {
+            if let Refill::Refused(error) = refill {
+                // That there is no room is not known.
+                waiting = None;
+                let refusals = refusals.get_or_insert_with(|| io.attempts());
+                refusals.refused(refused(io, error)).await?;
+                continue;
+            }
+            refusals = None;
+            if self.withdraw(kind, wanted) {
                 continue;
             }
             if let Patience::Limited(limit) = io.patience()
@@ -257,7 +282,7 @@ impl Allocator {
         Some(runs)
     }
 
-    /// Claims what an allocation lacks; true if the pool then holds enough, false if there is none.
+    /// Claims what an allocation lacks.
     ///
     /// In a task of its own: BMap pages are written in place, so a write that a caller stopped waiting
     /// for must end before the next one of the same page starts, or it might land after it.
@@ -267,7 +292,7 @@ impl Allocator {
         kind: ExtentType,
         blocks: u64,
         claim: Claim,
-    ) -> Result<bool> {
+    ) -> Result<Refill> {
         let (this, patient) = (Arc::clone(self), io.with_patience(Patience::Forever));
         let task =
             tokio::spawn(async move { this.refill_now(&patient, kind, blocks, claim).await });
@@ -280,21 +305,29 @@ impl Allocator {
         kind: ExtentType,
         blocks: u64,
         claim: Claim,
-    ) -> Result<bool> {
+    ) -> Result<Refill> {
         let mut pages = tokio::select! {
             biased;
             () = io.closed() => return Err(io.closing_error()),
             pages = self.pages.lock() => pages,
         };
+        let have = self.pools.lock().of(kind).total();
+        let mut refusal = None;
         let (wanted, claimed) = match claim {
-            Claim::Missing(purpose) => {
-                let wanted = blocks + self.reserve(kind, purpose);
-                let missing = wanted.saturating_sub(self.pools.lock().of(kind).total());
+            Claim::Missing(_) | Claim::Ahead => {
+                let (reserve, is_needed) = match claim {
+                    Claim::Missing(purpose) => (self.reserve(kind, purpose), true),
+                    _ => (0, false),
+                };
+                let missing = (blocks + reserve).saturating_sub(have);
                 if missing == 0 {
-                    return Ok(true);
+                    return Ok(Refill::Enough);
                 }
                 let ahead = missing.max(self.claim_blocks());
-                (wanted, pages.claim(io, &self.territory, kind, ahead).await?)
+                let least = if is_needed { missing } else { 0 };
+                let claimed = pages.claim(io, &self.territory, kind, least, ahead).await?;
+                refusal = claimed.refusal;
+                (blocks + reserve, claimed.runs)
             }
             Claim::Roomy => {
                 let ahead = blocks.max(self.claim_blocks());
@@ -309,7 +342,11 @@ impl Allocator {
             }
             add(pools.of(kind), run);
         }
-        Ok(pools.of(kind).total() >= wanted)
+        Ok(match refusal {
+            _ if pools.of(kind).total() >= wanted => Refill::Enough,
+            Some(error) => Refill::Refused(error),
+            None => Refill::Full,
+        })
     }
 
     /// Takes back blocks that nothing can reach any more. Blocks of extents that are not this host's
@@ -400,8 +437,7 @@ impl Allocator {
                 is_more?;
             }
             if total < self.claim_blocks() / 2 && self.owns_any(kind) {
-                let claim = Claim::Missing(Purpose::GivesBack);
-                self.refill(io, kind, self.claim_blocks(), claim).await?;
+                self.refill(io, kind, self.claim_blocks(), Claim::Ahead).await?;
             }
         }
         Ok(())
@@ -439,9 +475,13 @@ impl Allocator {
 
     /// Makes sure that data cannot take the last extent: this host always has one for metadata.
     async fn ensure_metadata(&self, io: &Io) -> Result<()> {
-        if !self.owns_any(ExtentType::Metadata) {
+        let mut attempts = io.attempts();
+        while !self.owns_any(ExtentType::Metadata) {
             let claim = Claim::Missing(Purpose::GivesBack);
-            self.refill_now(io, ExtentType::Metadata, 1, claim).await?;
+            match self.refill_now(io, ExtentType::Metadata, 1, claim).await? {
+                Refill::Refused(error) => attempts.refused(refused(io, error)).await?,
+                Refill::Enough | Refill::Full => break,
+            }
         }
         Ok(())
     }
@@ -453,6 +493,16 @@ impl Allocator {
         let Pools { data, metadata, returning, .. } = &*pools;
         (data.total() + returning.data.total(), metadata.total() + returning.metadata.total())
     }
+}
+
+/// The error for a device that refuses everything.
+fn refused(io: &Io, error: StoreError) -> StoreError {
+    let words = format!(
+        "the device refuses what allocating blocks takes, wherever that was tried; see to it (is it write-protected, full, or \
+         failing?), then retry: {}",
+        error.message
+    );
+    StoreError { message: words, ..error.about(format!("{}, bitmaps", io.url())) }
 }
 
 fn add(pool: &mut FreeRuns, run: Run) {

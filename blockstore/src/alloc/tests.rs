@@ -4,6 +4,7 @@
 //! Method: random steps against a set of the blocks in use; what is in use stays in use across a
 //! crash, as the blocks of committed trees do.
 
+mod bad;
 mod waiting;
 
 use super::*;

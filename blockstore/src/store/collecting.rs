@@ -403,30 +403,23 @@ impl Collection {
     }
 }
 
-/// Writes reclaim bitmaps with one flush; the extents of those that are durable.
+/// Writes reclaim bitmaps with one flush; the extents of those that are durable. One that lies on a bad sector does not keep the
+/// others from being collected.
+///
+/// # Errors
+/// `Closing`, and what concerns the device as a whole.
 async fn write_pages(store: &Store, group: Vec<(Extent, Write)>) -> Result<Vec<Extent>> {
-    let io = &store.control_io;
     let (extents, writes): (Vec<Extent>, Vec<Write>) = group.into_iter().unzip();
     if extents.is_empty() {
         return Ok(extents);
     }
     // With limited patience: a page that lands late names a cycle that nobody asks for any more.
-    let Err(error) = io.write_durable(&writes).await else { return Ok(extents) };
-    let is_over =
-        |error: &StoreError| !io.health().reachable || error.kind == StoreErrorKind::Closing;
-    if is_over(&error) {
-        return Err(error);
+    let refused = store.control_io.giving_up().write_taken(&writes, true).await?;
+    for (index, error) in &refused {
+        let extent = extents[*index].number;
+        tracing::warn!(extent, %error, "its reclaim bitmap is not written: left to the next cycle");
     }
-    // One bad extent does not keep the others from being collected.
-    let mut written = Vec::new();
-    for (extent, write) in extents.into_iter().zip(writes) {
-        match io.write_durable(&[write]).await {
-            Err(error) if is_over(&error) => return Err(error),
-            Err(error) => {
-                tracing::warn!(extent = extent.number, %error, "left to the next cycle");
-            }
-            Ok(()) => written.push(extent),
-        }
-    }
-    Ok(written)
+    let is_refused = |place: usize| refused.iter().any(|(index, _)| *index == place);
+    let written = extents.into_iter().enumerate().filter(|(place, _)| !is_refused(*place));
+    Ok(written.map(|(_, extent)| extent).collect())
 }

@@ -16,7 +16,7 @@
 //! | `HeadLands`, `HeadIsRefused` | `slot.rs`: `Records::swap`; `commit/publish.rs`: `swap_head`, `judge` |
 //! | `Learn` | `commit/publish.rs`: `publish` from `settle` on; `root.rs`: `Root::retire` |
 //! | `ReaderEnds` | `root.rs`: `Drop for Root`; `tree/reclaim.rs`: `discard`, `walk`; `alloc/mod.rs`: `Allocator::free` |
-//! | `Claim` | `alloc/mod.rs`: `refill_now`; `alloc/pages.rs`: `claim`, `take_up` |
+//! | `Claim` | `alloc/mod.rs`: `refill_now`; `alloc/pages/claim.rs`: `claim`; `alloc/pages.rs`: `take_up` |
 //! | `CutAlone`, `DeleteSnapshot` | `commit/publish.rs`: a batch with a cut and no changes; `snapshots/change.rs`, `store/snapshots.rs`: `change_snapshots` |
 //! | `Discard` | `commit/plan.rs`: a batch that zeroes the whole disk |
 //! | `CloneFrom`, `Enter` | `store/snapshots.rs`: `clone_now`; `store/registry/creating.rs`: `enrol`, `take_place` |
@@ -29,7 +29,7 @@
 //! | `Withdraw` | `alloc/cycle.rs`: `withdraw`; that the cycle ends with it: `check_cycle` |
 //! | `Turn`, `Settle` | `store/collecting.rs`: `apply`; `eras.rs`: `turn`, `over` |
 //! | `Apply` | `alloc/cycle.rs`: `apply`, `untouched`; `alloc/pages/apply.rs` |
-//! | `ClaimExtent` | `alloc/pages.rs`: `claim_extent`, of extents that hold nothing; with a page to apply: many hosts only |
+//! | `ClaimExtent` | `alloc/pages/unused.rs`: `claim_extent`, of extents that hold nothing; with a page to apply: many hosts only |
 //! | `Crash` | nothing of it; `Late*`: the device, see `device/sim/` |
 //! | `Restart` | `store/open.rs`: `join`, `take_up_vdis`; that late writes die: `device/iscsi/reinstate.rs` |
 //! | `Evict` | many hosts only |

@@ -44,6 +44,8 @@ impl Pages {
         epoch: u64,
         untouched: &(dyn Fn(RoaringTreemap) -> RoaringTreemap + Sync),
     ) -> Vec<Result<u64>> {
+        // Allocations wait for this: it does not insist on what the device refuses.
+        let io = &io.giving_up();
         let mut outcomes = Vec::with_capacity(numbers.len());
         // What is freed where, with its place among the outcomes.
         let mut found = Vec::new();
@@ -58,8 +60,6 @@ impl Pages {
                 Err(error) => Err(error),
             });
         }
-        // Allocations wait for this: it does not insist on what the device refuses.
-        let io = &io.giving_up();
         self.note_swept(io, territory, &mut found, &mut outcomes).await;
         let freed = self.clear(io, territory, &found).await;
         for (place, extent) in found {
@@ -113,7 +113,7 @@ impl Pages {
             if words().all(|first| reclaim.word(first) == 0) {
                 continue;
             }
-            self.load(io, territory, number, page).await?;
+            self.load_to_look(io, territory, (number, page)).await?;
             let Some(content) = self.loaded.get(&(number, page)) else { continue };
             let base = page_base(territory, number, page);
             let mut candidates = RoaringTreemap::new();

@@ -4,29 +4,33 @@
 //! be left undone there (unmapping, releasing, applying what a cycle found) is left undone, and claims look elsewhere. Nothing
 //! depends on the page: memory is the truth, and what the device has of it instead, the former content or a torn one that reads as
 //! all allocated, shows no block as free that is in use. What is free there is of no use until the device takes the page again.
+//!
+//! A device that refuses everything is told from bad sectors by a page that it was not asked for: if it does not take that either, the
+//! claim ends, and whoever needs it waits without the lock.
 
 use super::Pages;
 use crate::alloc::Territory;
-use crate::error::{Result, StoreError, StoreErrorKind};
-use crate::io::{Io, Write};
+use crate::error::{Result, StoreError};
+use crate::io::Io;
 use std::collections::BTreeMap;
 
-/// A claim that was refused so often in a row meets a device that refuses everything, not bad sectors: it waits for that to end.
+/// After so many refusals without a page that was written a claim looks whether the device takes anything.
 const REFUSALS_MAX: u32 = 8;
-
-/// True if an error says something of the blocks in question, not of the device or the store as a whole.
-pub(in crate::alloc) fn is_of_blocks(error: &StoreError) -> bool {
-    matches!(error.kind, StoreErrorKind::Device | StoreErrorKind::NoSpace)
-}
 
 /// Pages that were not read or written. True for those that claims avoid; the others are tried once more.
 #[derive(Debug, Default)]
-pub(super) struct BadPages(BTreeMap<(u32, u32), bool>);
+pub(super) struct BadPages {
+    pages: BTreeMap<(u32, u32), bool>,
+    /// The device took nothing at all when that was last looked at.
+    all_refused: bool,
+    /// How often that was looked at.
+    probes: usize,
+}
 
 impl BadPages {
     /// Claims avoid a page from now on. Said once.
     pub(super) fn note(&mut self, (extent, page): (u32, u32), error: &StoreError) {
-        if self.0.insert((extent, page), true).is_none() {
+        if self.pages.insert((extent, page), true).is_none() {
             tracing::warn!(
                 extent, page, %error,
                 "the device does not read or write a page of a bitmap, or its extent's record: what is free there is not used and \
@@ -36,23 +40,43 @@ impl BadPages {
     }
 
     /// The device has taken it.
-    fn is_whole(&mut self, place: (u32, u32)) {
-        if self.0.remove(&place).is_some() {
+    pub(super) fn is_whole(&mut self, place: (u32, u32)) {
+        if self.pages.remove(&place).is_some() {
             tracing::info!(
                 extent = place.0,
                 page = place.1,
                 "the device takes this page of a bitmap again"
             );
         }
+        self.note_taken();
+    }
+
+    /// The device takes something: what it refused while it took nothing were no bad sectors, perhaps.
+    fn note_taken(&mut self) {
+        if std::mem::take(&mut self.all_refused) {
+            self.try_again();
+        }
+    }
+
+    /// Claims come back to what they avoided; false if that is nothing.
+    fn try_again(&mut self) -> bool {
+        let any = self.pages.values().any(|avoided| *avoided);
+        self.pages.values_mut().for_each(|avoided| *avoided = false);
+        any
     }
 
     pub(super) fn is_avoided(&self, place: (u32, u32)) -> bool {
-        self.0.get(&place).is_some_and(|avoided| *avoided)
+        self.pages.get(&place).is_some_and(|avoided| *avoided)
     }
 
     /// An extent with such a page is kept: who claims it next could not set it up.
     pub(super) fn has_any_of(&self, extent: u32) -> bool {
-        self.0.range((extent, 0)..=(extent, u32::MAX)).next().is_some()
+        self.pages.range((extent, 0)..=(extent, u32::MAX)).next().is_some()
+    }
+
+    /// The device takes nothing, as far as is known.
+    pub(super) fn are_all(&self) -> bool {
+        self.all_refused
     }
 }
 
@@ -60,14 +84,16 @@ impl BadPages {
 #[derive(Debug)]
 pub(super) struct Search {
     io: Io,
+    /// Since a page was written.
     refusals: u32,
+    /// The last of them.
+    refusal: Option<StoreError>,
     again: bool,
 }
 
 impl Search {
-    /// `io` is what to go on with if the device refuses everything.
     pub(super) fn new(io: &Io) -> Self {
-        Self { io: io.giving_up(), refusals: 0, again: false }
+        Self { io: io.giving_up(), refusals: 0, refusal: None, again: false }
     }
 
     pub(super) fn io(&self) -> &Io {
@@ -76,27 +102,33 @@ impl Search {
 
     /// True, once, if bad pages are all that is left: the device may take them by now.
     pub(super) fn begins_again(&mut self, bad: &mut BadPages) -> bool {
-        let begins = !self.again && bad.0.values().any(|avoided| *avoided);
-        self.again = true;
-        bad.0.values_mut().for_each(|avoided| *avoided &= !begins);
-        begins
+        !std::mem::replace(&mut self.again, true) && bad.try_again()
     }
 
-    /// True if something else is to be looked for instead.
-    pub(super) fn is_refusal(&self, error: &StoreError) -> bool {
-        is_of_blocks(error) && self.io.gives_up()
-    }
-
-    /// The device reads and writes elsewhere: what it refused are bad sectors, however many.
+    /// The device writes pages elsewhere: what it refused are bad sectors, however many. That it reads, or takes a record, says
+    /// nothing of what it refused.
     pub(super) fn note_answer(&mut self) {
         self.refusals = 0;
     }
 
-    pub(super) fn note_refusal(&mut self) {
+    pub(super) fn note_refusal(&mut self, error: StoreError) {
         self.refusals += 1;
-        if self.refusals > REFUSALS_MAX {
-            self.io = self.io.insisting();
-        }
+        self.refusal = Some(error);
+    }
+
+    /// Something was refused since a page was written.
+    pub(super) fn has_refusals(&self) -> bool {
+        self.refusals > 0
+    }
+
+    /// So much that it is to be looked at before anything else is tried.
+    pub(super) fn has_many_refusals(&self) -> bool {
+        self.refusals > REFUSALS_MAX
+    }
+
+    /// What the device said last, if it refused everything.
+    pub(super) fn into_refusal(self) -> Option<StoreError> {
+        self.refusal.filter(|_| self.refusals > 0)
     }
 }
 
@@ -108,21 +140,13 @@ impl Pages {
         territory: &Territory,
         place: (u32, u32),
     ) -> Result<bool> {
-        let was_loaded = self.loaded.contains_key(&place);
         match self.load(&search.io, territory, place.0, place.1).await {
-            // A read that is insisted on is no less of a refusal.
-            Err(error) if is_of_blocks(&error) => {
-                search.note_refusal();
+            Err(error) if error.is_of_blocks() => {
                 self.bad.note(place, &error);
+                search.note_refusal(error);
                 Ok(false)
             }
-            outcome => {
-                outcome?;
-                if !was_loaded {
-                    search.note_answer();
-                }
-                Ok(true)
-            }
+            outcome => outcome.map(|()| true),
         }
     }
 
@@ -134,13 +158,78 @@ impl Pages {
         number: u32,
     ) -> Result<bool> {
         match self.take_up(&search.io, territory, number).await {
-            Err(error) if search.is_refusal(&error) => {
-                search.note_refusal();
+            Err(error) if error.is_of_blocks() => {
                 self.note_bad_extent(number, &error);
+                search.note_refusal(error);
                 Ok(false)
             }
             outcome => outcome.map(|()| true),
         }
+    }
+
+    /// Looks whether the device takes anything of what this host could ask of it: a page is written as it is. If so, what was refused so
+    /// far are bad sectors. If not, another page is tried the next time: it may be one, too.
+    pub(super) async fn are_all_refused(
+        &mut self,
+        search: &mut Search,
+        territory: &Territory,
+    ) -> Result<bool> {
+        let taken = match self.page_to_try() {
+            Some(place) => self.try_page(search, territory, place).await?,
+            None => false,
+        };
+        if taken {
+            search.note_answer();
+        } else {
+            self.bad.all_refused = true;
+        }
+        Ok(!taken)
+    }
+
+    async fn try_page(
+        &mut self,
+        search: &mut Search,
+        territory: &Territory,
+        place: (u32, u32),
+    ) -> Result<bool> {
+        if !self.load_or_avoid(search, territory, place).await?
+            || !self.take_up_or_avoid(search, territory, place.0).await?
+        {
+            return Ok(false);
+        }
+        let io = search.io.clone();
+        let refused = self.write_pages(&io, territory, &[place], false).await?.pop();
+        let taken = refused.is_none();
+        refused.into_iter().for_each(|(_, error)| search.note_refusal(error));
+        Ok(taken)
+    }
+
+    /// Of extents of which nothing was refused if there are any, since bad sectors lie together; then those that were not refused
+    /// themselves; of extents that were taken up, since a cycle under way would leave others out; and in memory. One after the other of
+    /// those that are alike.
+    fn page_to_try(&mut self) -> Option<(u32, u32)> {
+        let mut best: Vec<(u32, u32)> = Vec::new();
+        let mut rank_of_best = None;
+        for (&number, extent) in &self.extents {
+            let is_bad = self.bad.has_any_of(number);
+            for page in 0..extent.free.len() as u32 {
+                let place = (number, page);
+                let rank = (
+                    is_bad,
+                    self.bad.pages.contains_key(&place),
+                    !extent.taken_up,
+                    !self.loaded.contains_key(&place),
+                );
+                if rank_of_best.is_none_or(|of_best| rank < of_best) {
+                    (rank_of_best, best) = (Some(rank), vec![place]);
+                } else if rank_of_best == Some(rank) {
+                    best.push(place);
+                }
+            }
+        }
+        self.bad.probes += 1;
+        let index = self.bad.probes.checked_rem(best.len())?;
+        best.get(index).copied()
     }
 
     /// Reads a page.
@@ -155,7 +244,7 @@ impl Pages {
     ) -> Result<()> {
         let loaded = self.load(io, territory, place.0, place.1).await;
         if let Err(error) = &loaded
-            && is_of_blocks(error)
+            && error.is_of_blocks()
         {
             self.bad.note(place, error);
         }
@@ -175,7 +264,7 @@ impl Pages {
         self.load_to_look(io, territory, place).await?;
         let taken_up = self.take_up(io, territory, place.0).await;
         if let Err(error) = &taken_up
-            && is_of_blocks(error)
+            && error.is_of_blocks()
         {
             self.note_bad_extent(place.0, error);
         }
@@ -200,34 +289,17 @@ impl Pages {
         durably: bool,
     ) -> Result<Vec<((u32, u32), StoreError)>> {
         let loaded = changed.iter().filter(|place| self.loaded.contains_key(place));
-        let mut places: Vec<(u32, u32)> = loaded.copied().collect();
-        let mut writes = self.encode(territory, &places);
-        let mut refused = Vec::new();
-        let mut attempts = io.attempts();
-        loop {
-            let epoch = io.device().epoch();
-            if let Err(error) = io.write_all(&writes).await {
-                if !is_of_blocks(&error) {
-                    return Err(error);
-                }
-                // Which of them it was is found out one by one.
-                let mut taken: (Vec<(u32, u32)>, Vec<Write>) = Default::default();
-                for (place, write) in places.into_iter().zip(writes) {
-                    match io.write_all(std::slice::from_ref(&write)).await {
-                        Ok(()) => taken.extend([(place, write)]),
-                        Err(error) if is_of_blocks(&error) => {
-                            self.bad.note(place, &error);
-                            refused.push((place, error));
-                        }
-                        Err(error) => return Err(error),
-                    }
-                }
-                (places, writes) = taken;
-            }
-            if !durably || writes.is_empty() || io.flush_since(epoch, &mut attempts).await? {
-                places.into_iter().for_each(|place| self.bad.is_whole(place));
-                return Ok(refused);
-            }
+        let places: Vec<(u32, u32)> = loaded.copied().collect();
+        let writes = self.encode(territory, &places);
+        let refused = io.write_taken(&writes, durably).await?;
+        let mut taken = vec![true; places.len()];
+        refused.iter().for_each(|(index, _)| taken[*index] = false);
+        for (place, _) in places.iter().zip(taken).filter(|(_, taken)| *taken) {
+            self.bad.is_whole(*place);
         }
+        let refused = refused.into_iter().map(|(index, error)| (places[index], error));
+        let refused: Vec<_> = refused.collect();
+        refused.iter().for_each(|(place, error)| self.bad.note(*place, error));
+        Ok(refused)
     }
 }

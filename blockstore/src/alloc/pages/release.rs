@@ -1,6 +1,5 @@
 //! Blocks that go back to the BMap, some pages at a time, and extents that are given up when all of theirs have.
 
-use super::bad::is_of_blocks;
 use super::{Pages, by_page, place};
 use crate::alloc::Territory;
 use crate::alloc::runs::Run;
@@ -46,7 +45,7 @@ impl Pages {
         touched.dedup();
         for extent in touched {
             match self.give_up_if_empty(io, territory, kind, extent).await {
-                Err(error) if is_of_blocks(&error) => {
+                Err(error) if error.is_of_blocks() => {
                     tracing::warn!(extent, %error, "this extent is free, and of no use until the next start");
                 }
                 outcome => outcome?,

@@ -4,7 +4,6 @@
 //! incarnation told is not known. Blocks are claimed as for an allocation: their bits are set, durably, before anything is
 //! said to the device, so whatever holds for blocks that were given out holds for them (INV-ALLOC-1 and 2).
 
-use super::bad::is_of_blocks;
 use super::{Extent, Pages, page_base};
 use crate::alloc::Territory;
 use crate::alloc::runs::Run;
@@ -153,6 +152,7 @@ impl Pages {
             pieces.most = pieces.most.min(in_extents / 2);
         }
         if pieces.most < pieces.run_min.max(pieces.unit) {
+            self.trim();
             return Ok(nothing);
         }
         let Some(content) = self.loaded.get(&(number, page)) else { return Ok(nothing) };
@@ -246,7 +246,7 @@ impl Pages {
         let numbers: Vec<u32> = idle.map(|(&number, _)| number).collect();
         for number in numbers {
             match self.end_unmapping(io, territory, number, true).await {
-                Err(error) if is_of_blocks(&error) => {
+                Err(error) if error.is_of_blocks() => {
                     tracing::warn!(extent = number, %error, "this extent is free, and of no use until the next start");
                     continue;
                 }

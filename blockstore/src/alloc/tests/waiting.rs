@@ -9,10 +9,14 @@ use crate::device::sim::SimOptions;
 use crate::{FormatOptions, Store};
 use std::collections::BTreeSet;
 
-const GIB: u64 = 1 << 30;
+pub(super) const GIB: u64 = 1 << 30;
 
 /// A store of extents of 128 MiB, each with one bitmap page.
-async fn large(size: u64, seed: u64, discard_yields_max: u32) -> (SimDevice, Io, Arc<Allocator>) {
+pub(super) async fn large(
+    size: u64,
+    seed: u64,
+    discard_yields_max: u32,
+) -> (SimDevice, Io, Arc<Allocator>) {
     let options = SimOptions { discard_yields_max, ..SimOptions::new(size, seed) };
     let sim = SimDevice::with_options(options);
     let format = FormatOptions { extent_size: Some(128 * MIB), ..FormatOptions::default() };
@@ -23,7 +27,7 @@ async fn large(size: u64, seed: u64, discard_yields_max: u32) -> (SimDevice, Io,
 }
 
 /// Allocates so many blocks of data, and as many as there are at most.
-async fn take(io: &Io, allocator: &Arc<Allocator>, mut blocks: u64) -> Vec<Gba> {
+pub(super) async fn take(io: &Io, allocator: &Arc<Allocator>, mut blocks: u64) -> Vec<Gba> {
     let mut taken = Vec::new();
     let mut step = 8192;
     while blocks > 0 && step > 0 {
@@ -45,7 +49,7 @@ async fn take(io: &Io, allocator: &Arc<Allocator>, mut blocks: u64) -> Vec<Gba> 
 }
 
 /// Gives back all that the pool has too much of, as the task of the reclaimer does.
-async fn settle(io: &Io, allocator: &Arc<Allocator>) {
+pub(super) async fn settle(io: &Io, allocator: &Arc<Allocator>) {
     while allocator.is_overfull() || allocator.pools.lock().returning.total() > 0 {
         allocator.housekeep(io).await.expect("housekeeping");
     }

@@ -260,6 +260,11 @@ impl<'a> Looking<'a> {
         Ok(head.cloned())
     }
 
+    /// True if its record could not be read once in this run.
+    pub(super) fn has_lost(&self, disk: &Disk) -> bool {
+        self.lost.lock().contains(&disk.uuid)
+    }
+
     /// The name, or the UUID of a disk whose name cannot be read.
     pub(super) async fn name(&self, head: &VdiHead) -> Result<Option<String>> {
         match self.patiently(|| self.store.read_name_block(head)).await {

@@ -20,11 +20,11 @@ use std::time::Duration;
 /// Byte of a block that rots.
 const SPOT: u64 = 77;
 
-fn rot(sim: &SimDevice, gba: Gba) {
+pub fn rot(sim: &SimDevice, gba: Gba) {
     sim.corrupt(gba.byte_offset() + SPOT, 0x10);
 }
 
-async fn full(store: &Arc<Store>) -> Scrubbed {
+pub async fn full(store: &Arc<Store>) -> Scrubbed {
     let progress = ScrubProgress::default();
     scrub(store, ScrubOptions::default(), &progress).await.expect("scrub")
 }

@@ -64,9 +64,9 @@ pub use policy::{Policy, PolicyChange, WhenOffline};
 pub use schedule::Schedule;
 pub use store::{
     AttachOptions, CHANGES_MAX, Collection, Cure, CycleCheck, Difference, ExportReport,
-    Fingerprint, Fix, FormatOptions, Held, HostInfo, ImageInfo, LostLog, OpenOptions, OwnerInfo,
-    REPAIR_HOST, Reclaimed, RegisteredClone, Repairer, Rewound, SnapshotImage, Space, Store,
-    StoreInfo, TableProblem, Thinned, VdiInfo, Walk,
+    Fingerprint, Fix, FormatOptions, Held, HostInfo, ImageInfo, Inspection, LostLog, OpenOptions,
+    OwnerInfo, REPAIR_HOST, Reclaimed, RegisteredClone, Repairer, Rewound, SnapshotImage, Space,
+    Store, StoreInfo, TableProblem, Thinned, VdiInfo, Walk,
 };
 pub use vdi::{CommittedState, Vdi};
 

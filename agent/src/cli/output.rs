@@ -90,6 +90,22 @@ pub fn fields(pairs: &[(&str, String)]) -> String {
     pairs.iter().map(|(key, value)| format!("{:width$}  {value}\n", format!("{key}:"))).collect()
 }
 
+/// So many of something that has a plural on "s".
+#[must_use]
+pub fn counted(count: u64, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+/// What a check found, last, where the eye goes first.
+#[must_use]
+pub fn findings(problems: &[String]) -> String {
+    if problems.is_empty() {
+        return "no problems\n".into();
+    }
+    let lines: String = problems.iter().map(|problem| format!("PROBLEM: {problem}\n")).collect();
+    format!("{lines}{}\n", counted(problems.len() as u64, "problem"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,6 +117,13 @@ mod tests {
         table.row(["a-long-name".into(), "1 B".into()]);
         let expected = "NAME            SIZE\nüber         4.0 GiB\na-long-name      1 B\n";
         assert_eq!(table.render(), expected);
+    }
+
+    #[test]
+    fn one_problem_is_not_one_problems() {
+        assert_eq!(findings(&[]), "no problems\n");
+        assert_eq!(findings(&["A.".into()]), "PROBLEM: A.\n1 problem\n");
+        assert_eq!(findings(&["A.".into(), "B.".into()]), "PROBLEM: A.\nPROBLEM: B.\n2 problems\n");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! The agent scrubs by itself: a command that is interrupted leaves the pass going on.
 
-use super::output::{Output, fields};
+use super::output::{Output, counted, fields};
 use crate::api::scrub::{ScrubEnded, ScrubRunning, ScrubStatus};
 use crate::control::client::Client;
 use crate::error::{Failure, Kind, Result};
@@ -108,7 +108,7 @@ fn doing(running: &ScrubRunning, used: Option<u64>) -> String {
     }
     let damaged = running.so_far.damaged();
     if damaged > 0 {
-        words.push_str(&format!("; damage in {damaged} places"));
+        words.push_str(&format!("; damage in {}", counted(damaged, "place")));
     }
     if let Some(why) = &running.waiting {
         words.push_str(&format!("; waits for the store: {why}"));
@@ -137,8 +137,7 @@ fn outcome(ended: &ScrubEnded) -> String {
     ));
     words.push_str(&match ended.scrubbed.damaged() {
         0 => "no damage".to_owned(),
-        1 => "damage in 1 place".to_owned(),
-        damaged => format!("damage in {damaged} places"),
+        damaged => format!("damage in {}", counted(damaged, "place")),
     });
     if *replaced > 0 {
         words.push_str(&format!("; {replaced} blocks were replaced meanwhile"));

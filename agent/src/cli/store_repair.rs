@@ -2,7 +2,7 @@
 
 use super::StoreArgs;
 use super::looking::Looking;
-use super::output::Output;
+use super::output::{Output, counted};
 use super::store_commands::alone;
 use crate::error::{Failure, Kind, Result};
 use crate::host::store::{Access, open_device, open_read_only};
@@ -171,8 +171,10 @@ fn found(outcome: &Outcome) -> String {
     }
     if let Some(because) = outcome.not_freed_because {
         let leaked = outcome.check.blocks_leaked;
+        let blocks = counted(leaked, "block");
+        let are = if leaked == 1 { "is" } else { "are" };
         text.push_str(&format!(
-            "{leaked} blocks that nothing was found to reach are left alone: {because}.\n"
+            "{blocks} that nothing was found to reach {are} left alone: {because}.\n"
         ));
     }
     if !outcome.left.is_empty() {
@@ -183,7 +185,7 @@ fn found(outcome: &Outcome) -> String {
     }
     if outcome.check.problems_not_listed > 0 {
         let more = outcome.check.problems_not_listed;
-        text.push_str(&format!("  and {more} problems more that are not listed\n"));
+        text.push_str(&format!("  and {} more, not listed\n", counted(more, "problem")));
     }
     text
 }
@@ -191,11 +193,15 @@ fn found(outcome: &Outcome) -> String {
 fn done(outcome: &Outcome) -> String {
     let after = &outcome.check;
     let mut text = format!(
-        "\nwrote {} blocks; checked again: {} disks, {} snapshots, {} nodes\n",
-        outcome.blocks_written, after.vdis, after.snapshots, after.nodes
+        "\nwrote {}; checked again: {}, {}, {}\n",
+        counted(outcome.blocks_written as u64, "block"),
+        counted(after.vdis, "disk"),
+        counted(after.snapshots, "snapshot"),
+        counted(after.nodes, "node")
     );
     match after.problems.len() as u64 + after.problems_not_listed {
         0 => text.push_str("no problems\n"),
+        1 => text.push_str("1 problem is left, see above\n"),
         left => text.push_str(&format!("{left} problems are left, see above\n")),
     }
     text

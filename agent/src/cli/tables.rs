@@ -1,6 +1,6 @@
 //! What people see of the objects in `api`.
 
-use super::output::{Table, fields};
+use super::output::{Table, counted, fields, findings};
 use crate::api::snapshots::AttachedSnapshot;
 use crate::api::{
     CacheStatus, Drained, DrillReport, Outlook, Readiness, Replacement, Status, StoreStatus, Vdi,
@@ -550,21 +550,25 @@ pub fn store_report(report: &gc::Report) -> String {
     ]);
     if report.bitmap_pages_damaged > 0 {
         text.push_str(&format!(
-            "{} bitmap pages damaged, as a power loss leaves them: their blocks count as in use\n",
-            report.bitmap_pages_damaged
+            "{} damaged, as after a power loss: all blocks there count as in use\n",
+            counted(report.bitmap_pages_damaged, "bitmap page")
         ));
     }
     if report.reclaim_pages_damaged > 0 {
         text.push_str(&format!(
-            "{} reclaim pages damaged: no harm; a cycle of garbage collection writes them anew when it needs them\n",
-            report.reclaim_pages_damaged
+            "{} damaged: no harm; a cycle of garbage collection writes anew what it needs of that\n",
+            counted(report.reclaim_pages_damaged, "reclaim page")
         ));
     }
     text.push('\n');
     text.push_str(&findings(&report.problems));
     let repairable = report.advice.iter().filter(|advice| advice.is_none()).count();
     if repairable > 0 {
-        text.push_str(&format!("'ballast store repair' can mend {repairable} of them\n"));
+        let which = match report.problems.len() {
+            1 => "it".to_owned(),
+            _ => format!("{repairable} of them"),
+        };
+        text.push_str(&format!("'ballast store repair' can mend {which}\n"));
     }
     let mut advice: Vec<_> = report.advice.iter().flatten().collect();
     advice.dedup();
@@ -578,13 +582,4 @@ pub fn store_report(report: &gc::Report) -> String {
         );
     }
     text
-}
-
-/// What a check found, last, where the eye goes first.
-fn findings(problems: &[String]) -> String {
-    if problems.is_empty() {
-        return "no problems\n".into();
-    }
-    let lines: String = problems.iter().map(|problem| format!("PROBLEM: {problem}\n")).collect();
-    format!("{lines}{} problems\n", problems.len())
 }

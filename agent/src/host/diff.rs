@@ -1,6 +1,7 @@
 //! `snap diff`: what differs between two images in the store, by the page.
 
 use super::Host;
+use super::schedules::Spared;
 use crate::api::diff::{Changed, Diff, DiffRequest, ImageAt, ImageName};
 use crate::error::Result;
 use blockstore::types::{BLOCK_SIZE, Lba};
@@ -17,7 +18,8 @@ impl Host {
     /// No such disk or snapshot; the store is away; one of the images changed while it was read.
     pub async fn diff(&self, request: DiffRequest) -> Result<Diff> {
         let DiffRequest { from, to, offset, limit } = request;
-        let (old, new) = (self.uuid_of(&from, offset).await?, self.uuid_of(&to, offset).await?);
+        let (old, _spared_old) = self.uuid_of(&from, offset).await?;
+        let (new, _spared_new) = self.uuid_of(&to, offset).await?;
         let limit = if limit == 0 { CHANGES_MAX } else { limit };
         let (old, new) = ((&*old, from.snapshot.as_deref()), (&*new, to.snapshot.as_deref()));
         let first = Lba(offset / BLOCK);
@@ -35,11 +37,12 @@ impl Host {
         })
     }
 
-    /// The disk of an image that is in the store, all of it.
-    async fn uuid_of(&self, image: &ImageName, offset: u64) -> Result<String> {
+    /// The disk of an image that is in the store, all of it, and what is to be kept until the image was read.
+    async fn uuid_of(&self, image: &ImageName, offset: u64) -> Result<(String, Vec<Spared>)> {
         let vdi = self.named(&image.vdi).await?.1.to_string();
+        let mut spared = Vec::new();
         match (&image.snapshot, self.find_served(&vdi)) {
-            (Some(snapshot), _) => self.bring_to_store(&vdi, &[snapshot]).await?,
+            (Some(snapshot), _) => spared = self.bring_to_store(&vdi, &[snapshot]).await?,
             (None, Some(disk)) if offset == 0 && !disk.is_lost() => {
                 let what = format!("disk '{}' cannot be drained", disk.name);
                 self.parts.refuse_while_down(&what)?;
@@ -47,7 +50,7 @@ impl Host {
             }
             (None, _) => {}
         }
-        Ok(vdi)
+        Ok((vdi, spared))
     }
 }
 

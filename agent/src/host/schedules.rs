@@ -7,10 +7,13 @@
 //! deleted is looked at once more, label and clones, by the store that deletes it.
 
 mod cuts;
+mod sparing;
 pub(super) mod taking;
 #[cfg(test)]
 mod tests;
 pub(super) mod thinning;
+
+pub(super) use sparing::Spared;
 
 use super::Host;
 use super::served::Served;
@@ -21,6 +24,7 @@ use blockstore::schedule::{Now, Plan, Rule, Taken, is_automatic, is_cut};
 use blockstore::{PolicyChange, Schedule};
 use cache::{LogCut, PendingSnapshot, Pressed};
 use parking_lot::Mutex;
+use sparing::Sparing;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
@@ -29,8 +33,6 @@ use uuid::Uuid;
 
 /// A snapshot that is not durable in the log after so long is worth a word.
 const LONG: Duration = Duration::from_secs(30);
-/// So long a cadence's snapshot that somebody asked for stays at least.
-const SPARED: Duration = Duration::from_secs(30);
 
 /// What is known of all disks of this host that have a schedule.
 #[derive(Debug, Default)]
@@ -41,6 +43,7 @@ pub(super) struct Schedules {
     changed: Notify,
     /// There may be something to delete.
     surplus: Notify,
+    sparing: Arc<Sparing>,
 }
 
 /// One disk with a schedule, from its attachment or the agent's start on.
@@ -54,11 +57,11 @@ struct Disk {
     taken: Taken,
     /// Those of a cadence, in the store.
     cut: Taken,
-    /// Those of them that somebody is about to use: none is deleted before this.
-    spared: BTreeMap<u64, Instant>,
     /// What the cache was last told about how much to cut.
     pressed: Option<Pressed>,
     listing: Listing,
+    /// There may be snapshots in the store that nobody has told of since the store was last asked.
+    list_again: bool,
     /// The log may hold snapshots that nobody has told of.
     unsure: bool,
     /// A snapshot was asked for then and is not durable yet.
@@ -102,9 +105,9 @@ impl Disk {
             plan: None,
             taken: Taken::new(),
             cut: Taken::new(),
-            spared: BTreeMap::new(),
             pressed: None,
             listing: Listing::Untried,
+            list_again: false,
             unsure: true,
             asked: None,
             take_after: now,
@@ -127,6 +130,26 @@ impl Disk {
         for found in pending.into_iter().filter(|found| is_automatic(found.label.as_str())) {
             let of = if is_cut(found.label.as_str()) { &mut self.cut } else { &mut self.taken };
             of.insert(found.lsn.0, found.time_ms);
+        }
+    }
+
+    /// The store is asked which snapshots there are: of what happens from now on the answer may know nothing.
+    fn begin_listing(&mut self) {
+        self.list_again = false;
+    }
+
+    /// The store has answered.
+    fn listed(&mut self, taken: Vec<(u64, u64)>, cut: Vec<(u64, u64)>) {
+        self.taken.extend(taken);
+        self.cut.extend(cut);
+        self.listing = if self.list_again { Listing::Failed } else { Listing::Done };
+    }
+
+    /// There may be snapshots in the store that nobody has told of.
+    fn list_again(&mut self) {
+        self.list_again = true;
+        if self.listing == Listing::Done {
+            self.listing = Listing::Failed;
         }
     }
 
@@ -184,12 +207,18 @@ impl Schedules {
         }
     }
 
-    /// Somebody wants to use this snapshot of a cadence, which is about to be in the store: it is not deleted for a while.
-    pub fn spare(&self, vdi: Uuid, cut: &LogCut) {
+    /// Somebody wants to use this snapshot of a cadence, which is about to be in the store: it is not deleted before the request is over.
+    pub fn spare(&self, vdi: Uuid, cut: &LogCut) -> Spared {
+        let spared = self.sparing.spare(vdi, cut.lsn.0);
         if let Some(disk) = self.disks.lock().get_mut(&vdi) {
             disk.cut.insert(cut.lsn.0, cut.time_ms);
-            disk.spared.insert(cut.lsn.0, Instant::now() + SPARED);
         }
+        spared
+    }
+
+    /// As [`spare`](Self::spare), for those of these that a request was about lately.
+    pub fn spare_again(&self, vdi: Uuid, lsns: impl IntoIterator<Item = u64>) -> Vec<Spared> {
+        lsns.into_iter().filter_map(|lsn| self.sparing.spare_again(vdi, lsn)).collect()
     }
 }
 

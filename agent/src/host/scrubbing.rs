@@ -4,6 +4,8 @@
 //! it ends with the agent, or when it is told to.
 
 mod note;
+#[cfg(test)]
+mod tests;
 
 use super::{AbortOnDrop, Host};
 use crate::api::scrub::{ScrubEnded, ScrubRunning, ScrubStatus, ScrubSummary};
@@ -11,7 +13,7 @@ use crate::error::{Failure, Kind, Result};
 use blockstore::Store;
 use blockstore::types::BLOCK_SIZE;
 use gc::schedule::ScrubSituation;
-use gc::scrub::Saved;
+use gc::scrub::{Position, Saved};
 use gc::{ScrubOptions, ScrubProgress, Scrubbed, scrub};
 use note::{Begun, Note};
 use parking_lot::Mutex;
@@ -45,6 +47,8 @@ struct Running {
     /// Milliseconds since 1970.
     began: u64,
     resumed: bool,
+    /// Where this agent began it.
+    from: Option<Position>,
     progress: Arc<ScrubProgress>,
     stop: Arc<Notify>,
 }
@@ -52,6 +56,13 @@ struct Running {
 impl Running {
     fn begun(&self) -> Begun {
         Begun { at: self.began, saved: self.progress.kept() }
+    }
+
+    /// What the next pass goes on with, if this one failed: unless it fails each time at the same place, of which something that is noted
+    /// may be the cause.
+    fn left(&self) -> Option<Begun> {
+        let left = self.begun();
+        (left.saved.position != self.from).then_some(left)
     }
 }
 
@@ -75,19 +86,13 @@ impl Host {
         Ok(self.scrub_status())
     }
 
-    /// Ends the pass that is under way; the next begins anew.
+    /// Ends the pass that is under way, or gives up one that failed and would go on; the next begins anew.
     ///
     /// # Errors
     /// There is none.
     pub fn stop_scrub(&self) -> Result<ScrubStatus> {
-        {
-            let mut state = self.scrubbing.state.lock();
-            let Some(running) = &state.running else {
-                return Err(Failure::new(Kind::NotFound, "no scrub is under way"));
-            };
-            running.stop.notify_one();
-            let id = running.id;
-            state.end(id, Err("it was told to stop".into()), true, &self.parts.run_dir);
+        if !self.scrubbing.state.lock().stop(&self.parts.run_dir) {
+            return Err(Failure::new(Kind::NotFound, "no scrub is under way"));
         }
         Ok(self.scrub_status())
     }
@@ -98,7 +103,7 @@ impl Host {
         let config = &self.parts.config;
         let state = self.scrubbing.state.lock();
         let running = state.running.as_ref().map(|running| {
-            let Saved { position, scrubbed } = running.progress.saved();
+            let Saved { position, scrubbed, .. } = running.progress.saved();
             ScrubRunning {
                 id: running.id,
                 since: running.began,
@@ -185,7 +190,8 @@ impl Host {
             let (id, resumed) = (state.ids, began.is_some());
             let (progress, stop) = (Arc::clone(&progress), Arc::clone(&stop));
             let began = began.unwrap_or_else(now_ms);
-            state.running = Some(Running { id, began, resumed, progress, stop });
+            let from = progress.kept().position;
+            state.running = Some(Running { id, began, resumed, from, progress, stop });
             state.keep(&self.parts.run_dir);
             id
         };
@@ -234,6 +240,27 @@ impl State {
         }
     }
 
+    /// Gives a pass up; false if there is none.
+    fn stop(&mut self, run_dir: &std::path::Path) -> bool {
+        if let Some(running) = &self.running {
+            running.stop.notify_one();
+            let id = running.id;
+            self.end(id, Err("it was told to stop".into()), true, run_dir);
+            return true;
+        }
+        let left = self.note.as_mut().and_then(|note| note.begun.take());
+        if left.is_some() {
+            self.keep(run_dir);
+        }
+        left.is_some()
+    }
+
+    /// What a pass goes on with that begins by itself: at an agent's start whatever was left, later what failed, once it is tried again.
+    fn due(&self, first: bool, is_due: bool) -> Option<Option<Begun>> {
+        let left = self.note.as_ref().and_then(|note| note.begun.clone());
+        (is_due || first && left.is_some()).then_some(left)
+    }
+
     fn end(
         &mut self,
         id: u64,
@@ -259,6 +286,7 @@ impl State {
                 tracing::warn!(id, verified, damaged, "a scrub did not come to its end: {why}")
             }
         }
+        let left = running.left().filter(|_| outcome.is_err() && !stopped);
         if let Some(note) = &mut self.note {
             let (began, failure) = (running.began, outcome.err());
             let ended = ScrubEnded { id, began, at, failure, stopped, scrubbed };
@@ -266,8 +294,9 @@ impl State {
                 note.completed = Some(ended.clone());
             }
             note.last = Some(ended);
+            note.begun = left;
+            note.write(run_dir);
         }
-        self.keep(run_dir);
     }
 }
 
@@ -284,19 +313,19 @@ pub(super) async fn by_itself(host: Weak<Host>) {
         };
         let begun = {
             let mut state = host.scrubbing.state.lock();
-            let begun = state.note(&host.parts.run_dir, &store).begun.clone().filter(|_| first);
+            state.note(&host.parts.run_dir, &store);
+            let first = std::mem::take(&mut first);
             if state.running.is_some() {
                 if state.noted.is_none_or(|noted| noted.elapsed() >= NOTE_EVERY) {
                     state.keep(&host.parts.run_dir);
                 }
                 continue;
             }
-            first = false;
-            let due = host.parts.config.scrub.is_due(&host.scrub_situation(&state));
-            if begun.is_none() && !due {
-                continue;
+            let is_due = host.parts.config.scrub.is_due(&host.scrub_situation(&state));
+            match state.due(first, is_due) {
+                Some(begun) => begun,
+                None => continue,
             }
-            begun
         };
         host.begin_scrub(store, begun);
     }

@@ -6,6 +6,7 @@
 use super::Host;
 use super::parts::Parts;
 use super::requests::policy_of;
+use super::schedules::Spared;
 use super::served::Served;
 use crate::api::snapshots::{
     AsOf, SnapDeleted, SnapLabelRequest, SnapListRequest, SnapRequest, Snapped, Snapshot,
@@ -108,20 +109,26 @@ impl Host {
     }
 
     /// Sees to it that snapshots of a cadence that are only in the log and are named here will be there, though newer ones come meanwhile.
-    /// True if the log has some that may be meant.
-    async fn hold_cuts(&self, disk: &Served, lsns: &HashSet<u64>, wanted: &[&str]) -> Result<bool> {
+    /// True if the log has some that may be meant; and what is to be kept for as long as they are used.
+    async fn hold_cuts(
+        &self,
+        disk: &Served,
+        lsns: &HashSet<u64>,
+        wanted: &[&str],
+    ) -> Result<(bool, Vec<Spared>)> {
+        let mut spared = self.schedules.spare_again(disk.uuid, lsns.iter().copied());
         let pending = self.parts.cache.pending_cuts(disk.uuid);
         let by_label = !pending.is_empty() && wanted.iter().any(|wanted| is_cut(wanted));
         let named: Vec<LogCut> =
             pending.into_iter().filter(|cut| lsns.contains(&cut.lsn.0)).collect();
         if named.is_empty() {
-            return Ok(by_label);
+            return Ok((by_label, spared));
         }
         let what =
             format!("snapshot {} of disk '{}' is not in the store yet", named[0].lsn, disk.name);
         self.parts.refuse_while_down(&what)?;
         for cut in named.iter().take(HELD_MAX) {
-            self.schedules.spare(disk.uuid, cut);
+            spared.push(self.schedules.spare(disk.uuid, cut));
             let PendingSnapshot { lsn, label, .. } = cut.named();
             let held = disk.snapshot_as_of(&self.parts, cache::AsOf::Lsn(lsn), label);
             // If the store goes beyond it just now, it is in it, or no rule keeps it any more: the store says which.
@@ -129,7 +136,7 @@ impl Host {
                 tracing::debug!(vdi = %disk.name, %lsn, "a snapshot of the log was asked for: {failure}");
             }
         }
-        Ok(true)
+        Ok((true, spared))
     }
 
     /// Deletes snapshots, all or none.
@@ -147,7 +154,7 @@ impl Host {
         let (name, uuid) = self.named(name).await?;
         let vdi = uuid.to_string();
         let wanted: Vec<&str> = which.iter().map(String::as_str).collect();
-        self.bring_to_store(&vdi, &wanted).await?;
+        let _spared = self.bring_to_store(&vdi, &wanted).await?;
         let found = self.parts.store.get()?.find_only_snapshots(&vdi, &wanted).await?;
         let mut lsns: Vec<Lsn> = found.iter().map(|snapshot| snapshot.lsn).collect();
         lsns.sort_unstable();
@@ -163,7 +170,7 @@ impl Host {
         let label = label_of(request.label)?;
         let (name, uuid) = self.named(name).await?;
         let vdi = uuid.to_string();
-        let found = self.find_stored(&vdi, &request.snapshot).await?;
+        let (found, _spared) = self.find_stored(&vdi, &request.snapshot).await?;
         self.parts.store.get()?.label_snapshot(&vdi, found.lsn, label.clone()).await?;
         self.schedules.forget(uuid, [found.lsn.0]);
         let snapshot = Snapshot { label: label.into(), ..in_store(&found) };
@@ -203,7 +210,7 @@ impl Host {
             None | Some(Err(_)) => {
                 Box::pin(self.clone_without_store(name, &parent, &from.snapshot, policy)).await
             }
-            Some(Ok(_)) => self.clone_stored(name, from, policy).await,
+            Some(Ok((_, _spared))) => self.clone_stored(name, from, policy).await,
         }
     }
 
@@ -214,8 +221,8 @@ impl Host {
         policy: WhenOffline,
     ) -> Result<Created> {
         let source = self.named(&from.vdi).await?.1.to_string();
-        let lsn = self.find_stored(&source, &from.snapshot).await?.lsn;
-        let info = self.parts.store.get()?.clone_vdi(name, &source, lsn, policy).await?;
+        let (found, _spared) = self.find_stored(&source, &from.snapshot).await?;
+        let info = self.parts.store.get()?.clone_vdi(name, &source, found.lsn, policy).await?;
         Ok(Created::in_store(info))
     }
 
@@ -227,40 +234,43 @@ impl Host {
         Ok(self.parts.store.get()?.identify_vdi(name).await?)
     }
 
-    /// A snapshot in the store; one that is still in this host's log is drained there first.
+    /// A snapshot in the store; one that is still in this host's log is drained there first. With what is to be kept until it has been
+    /// used: see [`bring_to_store`](Self::bring_to_store).
     pub(super) async fn find_stored(
         &self,
         vdi: &str,
         snapshot: &str,
-    ) -> Result<blockstore::format::snapshot::Snapshot> {
-        self.bring_to_store(vdi, &[snapshot]).await?;
-        Ok(self.parts.store.get()?.find_snapshot(vdi, snapshot).await?)
+    ) -> Result<(blockstore::format::snapshot::Snapshot, Vec<Spared>)> {
+        let spared = self.bring_to_store(vdi, &[snapshot]).await?;
+        Ok((self.parts.store.get()?.find_snapshot(vdi, snapshot).await?, spared))
     }
 
-    /// Sees to it that none of these is only in this host's log.
-    pub(super) async fn bring_to_store(&self, vdi: &str, wanted: &[&str]) -> Result<()> {
+    /// Sees to it that none of these is only in this host's log. What it returns is to be kept until they have been used: so long thinning
+    /// leaves those of a cadence alone.
+    pub(super) async fn bring_to_store(&self, vdi: &str, wanted: &[&str]) -> Result<Vec<Spared>> {
         if wanted.contains(&"") {
             return Err(Failure::new(
                 Kind::Usage,
                 "a snapshot's name is empty: give an LSN or a label",
             ));
         }
-        let Some(disk) = self.find_served(vdi) else { return Ok(()) };
+        let Some(disk) = self.find_served(vdi) else { return Ok(Vec::new()) };
         let lsns: HashSet<u64> = wanted.iter().filter_map(|name| name.parse().ok()).collect();
         let is_wanted = |pending: &Snapshot| {
             lsns.contains(&pending.lsn) || wanted.contains(&pending.label.as_str())
         };
-        let cut = self.hold_cuts(&disk, &lsns, wanted).await?;
+        let (cut, spared) = self.hold_cuts(&disk, &lsns, wanted).await?;
         let pending = self.in_log(&disk).into_iter().find(is_wanted);
         let what = match pending {
             Some(Snapshot { lsn, .. }) => {
                 format!("snapshot {lsn} of disk '{}' is not in the store yet", disk.name)
             }
             None if cut => format!("snapshots of disk '{}' are not in the store yet", disk.name),
-            None => return Ok(()),
+            None => return Ok(spared),
         };
         self.parts.refuse_while_down(&what)?;
-        self.drained(&disk).await.map_err(|failure| failure.within(what))
+        self.drained(&disk).await.map_err(|failure| failure.within(what))?;
+        Ok(spared)
     }
 
     pub(super) async fn drained(&self, disk: &Arc<Served>) -> Result<()> {

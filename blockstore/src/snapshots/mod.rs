@@ -57,7 +57,10 @@ impl Snapshot {
 }
 
 /// The snapshots in a leaf, with their places in it.
-pub(crate) fn decode_leaf(block: &[u8]) -> Result<Vec<(u64, Snapshot)>, String> {
+///
+/// # Errors
+/// An entry that makes no sense, in words.
+pub fn decode_leaf(block: &[u8]) -> Result<Vec<(u64, Snapshot)>, String> {
     let mut found = Vec::new();
     for (place, entry) in (0..).zip(block.chunks_exact(SNAPSHOT_SIZE)) {
         match Snapshot::decode(entry) {

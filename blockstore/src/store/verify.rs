@@ -10,8 +10,10 @@ use crate::format::gc::{GcPhase, GcRecord};
 use crate::format::head::{Damage, Head, Record};
 use crate::format::superblock::Superblock;
 use crate::format::vdi::VdiHead;
+use crate::io::Io;
 use crate::slot::{Content, Slot, View};
-use crate::store::{SCAN_SLOTS, Store, vdi_slot};
+use crate::store::open::scan_extents;
+use crate::store::{SCAN_SLOTS, Store, hosts, vdi_slot};
 use crate::types::{BLOCK_SIZE, Gba};
 use bytes::Bytes;
 
@@ -87,10 +89,14 @@ impl Store {
     /// # Errors
     /// The device's, but for lasting ones: what it does not give is a problem.
     pub async fn verify_tables(&self) -> Result<Vec<TableProblem>> {
+        self.verify_tables_through(&self.control_io).await
+    }
+
+    pub(super) async fn verify_tables_through(&self, io: &Io) -> Result<Vec<TableProblem>> {
         let mut problems = Vec::new();
-        self.verify_superblocks(&mut problems).await?;
-        self.verify_gc(&mut problems).await?;
-        let hosts = self.scan_hosts().await;
+        self.verify_superblocks(io, &mut problems).await?;
+        self.verify_gc(io, &mut problems).await?;
+        let hosts = hosts::scan(io, &self.core.records, self.core.geometry()).await;
         let hosts = readable(hosts, &mut problems, || "The host table".to_owned())?;
         for view in hosts.unwrap_or_default() {
             if let Content::Damaged(damage) = view.content {
@@ -99,8 +105,8 @@ impl Store {
                 problems.push(TableProblem::new(what, Cure::Advice(HOST_ADVICE)));
             }
         }
-        self.verify_extents(&mut problems).await?;
-        let outcome = self.verify_registry(&mut problems).await;
+        self.verify_extents(io, &mut problems).await?;
+        let outcome = self.verify_registry(io, &mut problems).await;
         if readable(outcome, &mut problems, || "A part of the VDI registry".to_owned())?.is_none()
             && let Some(problem) = problems.last_mut()
         {
@@ -116,15 +122,19 @@ impl Store {
         Cure::Write(Fix { address, what, block })
     }
 
-    async fn superblock_at(&self, address: Gba) -> Result<Result<Head<Superblock>, Damage>> {
-        let block = self.control_io.read(address, 1).await?;
+    async fn superblock_at(
+        &self,
+        io: &Io,
+        address: Gba,
+    ) -> Result<Result<Head<Superblock>, Damage>> {
+        let block = io.read(address, 1).await?;
         Ok(Head::<Superblock>::decode(&block, address).and_then(|head| head.of_store(self.uuid())))
     }
 
     /// The first one counts, as long as it is whole.
-    async fn verify_superblocks(&self, problems: &mut Vec<TableProblem>) -> Result<()> {
+    async fn verify_superblocks(&self, io: &Io, problems: &mut Vec<TableProblem>) -> Result<()> {
         let [first, second] = self.core.superblock.geometry.superblocks();
-        let (a, b) = (self.superblock_at(first).await, self.superblock_at(second).await);
+        let (a, b) = (self.superblock_at(io, first).await, self.superblock_at(io, second).await);
         let a = readable(a, problems, || format!("The superblock at block {first}"))?;
         let b = readable(b, problems, || format!("The superblock at block {second}"))?;
         let (Some(a), Some(b)) = (a, b) else { return Ok(()) };
@@ -154,9 +164,9 @@ impl Store {
         Ok(())
     }
 
-    async fn verify_gc(&self, problems: &mut Vec<TableProblem>) -> Result<()> {
+    async fn verify_gc(&self, io: &Io, problems: &mut Vec<TableProblem>) -> Result<()> {
         let slot = Slot { first: Gba(self.core.geometry().gc_start), paired: true };
-        let view = self.core.records.read::<GcRecord>(&self.control_io, slot).await;
+        let view = self.core.records.read::<GcRecord>(io, slot).await;
         let view = readable(view, problems, || format!("The GC record at block {}", slot.first))?;
         let Some(view) = view else { return Ok(()) };
         let what = match view.content {
@@ -173,7 +183,7 @@ impl Store {
         };
         // All that matters of it is that no cycle has an epoch that one before it had. One may have been begun that only the
         // record knew of.
-        let epoch = match self.epoch_seen().await {
+        let epoch = match self.epoch_seen(io).await {
             Err(error) if error.kind == StoreErrorKind::Device => {
                 problems.push(TableProblem::new(what, Cure::Advice(DEVICE_ADVICE)));
                 return Ok(());
@@ -192,15 +202,16 @@ impl Store {
     }
 
     /// The highest cycle that hosts, extents and reclaim bitmaps name.
-    async fn epoch_seen(&self) -> Result<u64> {
-        let hosts = self.scan_hosts().await?;
+    async fn epoch_seen(&self, io: &Io) -> Result<u64> {
+        let hosts = hosts::scan(io, &self.core.records, self.core.geometry()).await?;
         let acknowledged = hosts.iter().filter_map(View::record).map(|r| r.gc_epoch_acknowledged);
         let mut seen = acknowledged.max().unwrap_or(0);
-        for (number, view) in (0..).zip(self.scan_extents().await?) {
+        let extents = scan_extents(io, &self.core.records, self.core.geometry()).await?;
+        for (number, view) in (0..).zip(extents) {
             let Some(record) = view.record() else { continue };
             seen = seen.max(record.sweep_epoch);
             if record.ready && record.owner.is_some() {
-                let pages = self.read_bitmap(BitmapKind::Reclaim, number).await?;
+                let pages = self.bitmap(io, BitmapKind::Reclaim, number).await?;
                 let epochs = pages.iter().filter_map(|page| Some(page.as_ref().ok()?.gc_epoch));
                 seen = seen.max(epochs.max().unwrap_or(0));
             }
@@ -209,8 +220,8 @@ impl Store {
         Ok(seen.min(u64::MAX >> 8))
     }
 
-    async fn verify_extents(&self, problems: &mut Vec<TableProblem>) -> Result<()> {
-        for (number, view) in self.extents_readable(problems).await? {
+    async fn verify_extents(&self, io: &Io, problems: &mut Vec<TableProblem>) -> Result<()> {
+        for (number, view) in self.extents_readable(io, problems).await? {
             if number == 0 {
                 self.verify_system_extent(&view, problems);
                 continue;
@@ -218,7 +229,7 @@ impl Store {
             match &view.content {
                 Content::Unused => {}
                 Content::Valid(head) => {
-                    self.verify_extent_header(number, &head.record, problems).await?;
+                    self.verify_extent_header(io, number, &head.record, problems).await?;
                 }
                 Content::Damaged(damage) => {
                     let at = view.slot.first;
@@ -234,9 +245,10 @@ impl Store {
     /// The catalogue, without the records that the device does not give.
     async fn extents_readable(
         &self,
+        io: &Io,
         problems: &mut Vec<TableProblem>,
     ) -> Result<Vec<(u32, View<ExtentRecord>)>> {
-        match self.scan_extents().await {
+        match scan_extents(io, &self.core.records, self.core.geometry()).await {
             Err(error) if error.kind == StoreErrorKind::Device => {}
             views => return Ok((0..).zip(views?).collect()),
         }
@@ -244,7 +256,7 @@ impl Store {
         let (mut views, mut bad) = (Vec::new(), 0);
         for number in 0..g.extent_count {
             let slot = Slot { first: g.extent_slot(number), paired: false };
-            let view = self.core.records.read::<ExtentRecord>(&self.control_io, slot).await;
+            let view = self.core.records.read::<ExtentRecord>(io, slot).await;
             let what = || format!("The record of extent {number} (block {})", slot.first);
             match readable(view, problems, what)? {
                 Some(view) => views.push((number, view)),
@@ -280,6 +292,7 @@ impl Store {
 
     async fn verify_extent_header(
         &self,
+        io: &Io,
         number: u32,
         record: &ExtentRecord,
         problems: &mut Vec<TableProblem>,
@@ -289,7 +302,7 @@ impl Store {
         }
         let g = self.core.geometry();
         let base = g.extent_base(number);
-        let block = self.control_io.read(base, 1).await;
+        let block = io.read(base, 1).await;
         let what = || format!("The header of extent {number} (block {base})");
         let Some(block) = readable(block, problems, what)? else { return Ok(()) };
         let header: Result<Head<ExtentHeader>, Damage> =
@@ -321,7 +334,7 @@ impl Store {
     /// Makes sure that no record lies behind the first empty slot, where nobody looks for it.
     pub(super) async fn refuse_gap(&self) -> Result<()> {
         let mut problems = Vec::new();
-        self.verify_registry(&mut problems).await?;
+        self.verify_registry(&self.control_io, &mut problems).await?;
         match problems.pop() {
             None => Ok(()),
             Some(problem) => {
@@ -332,14 +345,14 @@ impl Store {
     }
 
     /// A slot that was ever used stays so. One that reads as never used hides all that follow.
-    async fn verify_registry(&self, problems: &mut Vec<TableProblem>) -> Result<()> {
+    async fn verify_registry(&self, io: &Io, problems: &mut Vec<TableProblem>) -> Result<()> {
         let slots = self.core.geometry().vdi_slots;
         let (mut next, mut gap) = (0, None);
         while next < slots {
             let count = SCAN_SLOTS.min(slots - next);
             let first = vdi_slot(self.core.geometry(), next);
             let views: Vec<View<VdiHead>> =
-                self.core.records.read_run(&self.control_io, first, u64::from(count)).await?;
+                self.core.records.read_run(io, first, u64::from(count)).await?;
             for (slot, view) in (next..).zip(views) {
                 match (gap, view.content == Content::Unused) {
                     (None, true) => gap = Some((slot, view.slot.first)),
@@ -378,6 +391,15 @@ impl Store {
         kind: BitmapKind,
         extent: u32,
     ) -> Result<Vec<Result<BitmapPage, Damage>>> {
+        self.bitmap(&self.control_io, kind, extent).await
+    }
+
+    async fn bitmap(
+        &self,
+        io: &Io,
+        kind: BitmapKind,
+        extent: u32,
+    ) -> Result<Vec<Result<BitmapPage, Damage>>> {
         let g = self.core.geometry();
         let address = |page| match kind {
             BitmapKind::Allocation => g.bmap_page(extent, page),
@@ -385,13 +407,13 @@ impl Store {
         };
         let decode =
             |block: &[u8], page| BitmapPage::decode(block, kind, self.uuid(), address(page));
-        let bytes = self.control_io.read(address(0), u64::from(g.bmap_pages())).await?;
+        let bytes = io.read(address(0), u64::from(g.bmap_pages())).await?;
         let mut pages = Vec::new();
         for (block, page) in bytes.chunks_exact(BLOCK_SIZE).zip(0..) {
             let mut content = decode(block, page);
             if content.is_err() {
                 // Being written at this moment, or a fault on the way: look again.
-                let block = self.control_io.read(address(page), 1).await?;
+                let block = io.read(address(page), 1).await?;
                 content = decode(&block, page);
             }
             pages.push(content);

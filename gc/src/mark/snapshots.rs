@@ -57,7 +57,10 @@ impl TreeWalk<'_> {
             stack[at..].reverse();
         }
         if live != index.live {
-            let words = format!("it says that it has {} snapshots, and lists {live}", index.live);
+            let words = format!(
+                "its record counts its snapshots as {}, and its list has {live}",
+                index.live
+            );
             self.say(words, SNAPSHOTS_ADVICE);
         }
         Ok(())

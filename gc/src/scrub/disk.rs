@@ -4,24 +4,23 @@
 //! is garbage. The present state comes first, and is followed through all that is committed to it. Of each snapshot only that is read
 //! which the next younger one, or the disk, does not have at the same place: of them all was read that was there when the disk's turn
 //! came. That holds as long as the disk goes on from where it was: one that was rolled back may have again what it did not
-//! have then, and nothing is compared with it ([`Start::leads_to`]).
+//! have then, and nothing is compared with it ([`Start::leads_to`]). Nor with a snapshot that could not be listed in its turn, if it can
+//! be by now ([`Missed`]).
 
 use super::damage::{Damage, Part};
 use super::lists;
 use super::looking::{Looking, Place, Whose};
 use super::order::Disk;
+use super::passed::{Missed, Source};
 use super::progress::{Position, Start, TreeAt};
+use super::snapshots::{Next, Older};
 use super::tree::{self, Ended, Neighbour, Tree};
 use blockstore::format::pointer::Pointer;
-use blockstore::format::snapshot::Snapshot;
 use blockstore::format::vdi::VdiHead;
-use blockstore::snapshots::Page;
 use blockstore::types::Lsn;
 use blockstore::{Result, StoreErrorKind};
 use std::time::Duration;
 
-/// Snapshots listed at once.
-const PAGE: usize = 256;
 /// How often a list is read that changes while it is.
 const LOOKS: u32 = 8;
 const LOOK_PAUSE: Duration = Duration::from_millis(50);
@@ -39,8 +38,7 @@ impl Named<'_> {
     }
 
     pub(super) fn position(&self, tree: Option<TreeAt>) -> Position {
-        let Disk { uuid, slot, depth } = *self.disk;
-        Position { depth, slot, disk: uuid, tree }
+        Position { disk: self.disk.uuid, tree }
     }
 
     /// Tells of a damaged block. `range`: the snapshot, and what of it cannot be read, in bytes.
@@ -67,61 +65,78 @@ impl Named<'_> {
     }
 }
 
-/// Verifies a disk, or goes on with it.
+/// Verifies a disk, or goes on with it; returns how much of it was gone through, unless it is gone.
 pub(super) async fn verify(
     looking: &mut Looking<'_>,
     disk: &Disk,
     disks: &[Disk],
     resumed: Option<TreeAt>,
-) -> Result<()> {
-    let Some(head) = looking.head(disk).await? else { return Ok(()) };
+) -> Result<Option<Source>> {
+    let Some(head) = looking.head(disk).await? else { return Ok(None) };
     let named = Named { disk, name: looking.name(&head).await? };
     let at = match resumed {
         Some(at) => at,
         None => {
             looking.progress().reach(named.position(None));
             if !lists::verify(looking, &named, &head).await? {
-                return Ok(());
+                return Ok(None);
             }
-            let Some(head) = looking.head(disk).await? else { return Ok(()) };
-            TreeAt { start: Start::of(&head), snapshot: None, block: 0 }
+            let Some(head) = looking.head(disk).await? else { return Ok(None) };
+            let (start, missed) = (Start::of(&head), Missed::default());
+            TreeAt { start, snapshot: None, place: None, block: 0, missed }
         }
     };
-    let mut next = match at.snapshot {
-        Some(lsn) => Lsn(lsn.0 + 1),
-        None => {
-            if of_disk(looking, &named, disks, &at).await? == Ended::Gone {
-                return Ok(());
-            }
-            Lsn(at.start.committed.0 + 1)
-        }
-    };
+    if at.snapshot.is_none() && of_disk(looking, &named, disks, &at).await? == Ended::Gone {
+        return Ok(None);
+    }
+    let mut older = Older::from(&at);
+    if !of_snapshots(looking, &named, &at, &mut older).await? {
+        return Ok(None);
+    }
+    let (committed, missed) = (at.start.committed, older.missed);
+    Ok(Some(Source { vdi: disk.uuid, committed, missed }))
+}
+
+/// Its snapshots of before; false if the disk is gone.
+async fn of_snapshots(
+    looking: &mut Looking<'_>,
+    named: &Named<'_>,
+    at: &TreeAt,
+    older: &mut Older,
+) -> Result<bool> {
     let mut above = None;
     loop {
-        let (head, page) = before(looking, &named, next).await?;
-        let Some(head) = head.filter(|_| !page.is_empty()) else { return Ok(()) };
-        for snapshot in page {
-            next = snapshot.lsn;
+        let (head, leaf) = match older.next(looking, named).await? {
+            Next::Some(head, leaf) => (head, leaf),
+            Next::End => return Ok(true),
+            Next::Gone => return Ok(false),
+        };
+        for (place, snapshot) in leaf {
+            older.reach(place, snapshot.lsn);
+            // What is younger may be one that was passed over.
+            let all = older.missed.is_empty();
+            let beside = match above.take() {
+                None if all => younger(looking, &head, &at.start, snapshot.lsn).await?,
+                above => above,
+            };
+            let whose = all.then_some(Whose::Disk(snapshot.lsn));
             let tree = Tree {
-                named: &named,
+                named,
                 start: &at.start,
-                snapshot: Some(snapshot.lsn),
+                snapshot: Some((place, snapshot.lsn)),
+                missed: &older.missed,
                 whose: Whose::Snapshot(snapshot.lsn),
                 root: snapshot.root,
                 height: snapshot.height,
                 size: snapshot.size_bytes,
-                neighbour: match above.take() {
-                    None => younger(looking, &head, &at.start, snapshot.lsn).await?,
-                    above => above,
-                }
-                .map(|(root, height)| Neighbour {
-                    root,
-                    height,
-                    whose: Some(Whose::Disk(snapshot.lsn)),
-                }),
+                neighbour: beside.map(|(root, height)| Neighbour { root, height, whose }),
                 from: if at.snapshot == Some(snapshot.lsn) { at.block } else { 0 },
             };
             if tree::verify(looking, &tree).await? == Ended::Gone {
+                if looking.has_lost(named.disk) {
+                    // It may be there all the same.
+                    older.missed.some();
+                }
                 // Not all of it was read: the next is to be compared with what is there.
                 break;
             }
@@ -173,6 +188,7 @@ async fn of_disk(
             named,
             start: &at.start,
             snapshot: None,
+            missed: &at.missed,
             whose,
             root,
             height,
@@ -185,13 +201,16 @@ async fn of_disk(
     Ok(Ended::Gone)
 }
 
-/// What a disk was cloned from. It is verified before its clones, and not deleted before them.
+/// What a disk was cloned from, if it was verified before: it is not deleted before its clones.
 async fn origin(
     looking: &mut Looking<'_>,
     head: &VdiHead,
     disks: &[Disk],
 ) -> Result<Option<Neighbour>> {
     let Some(origin) = head.origin else { return Ok(None) };
+    if !looking.progress().has_read(origin.vdi, origin.lsn) {
+        return Ok(None);
+    }
     let Some(disk) = disks.iter().find(|disk| disk.uuid == origin.vdi) else { return Ok(None) };
     let Some(head) = looking.head(disk).await? else { return Ok(None) };
     match looking.tree_of(&head, Whose::Snapshot(origin.lsn)).await {
@@ -201,38 +220,24 @@ async fn origin(
     }
 }
 
-/// The newest snapshots before a point, some of them, with the head that lists them.
-async fn before(
-    looking: &mut Looking<'_>,
-    named: &Named<'_>,
-    lsn: Lsn,
-) -> Result<(Option<VdiHead>, Vec<Snapshot>)> {
-    let page = Page { newest_first: true, beyond: Some(lsn), limit: PAGE };
-    for look in 1.. {
-        let Some(head) = looking.head(named.disk).await? else { break };
-        match looking.snapshots(&head, page).await {
-            Ok(found) => return Ok((Some(head), found)),
-            Err(error) if error.kind == StoreErrorKind::Closing => return Err(error),
-            Err(_) if look < LOOKS => tokio::time::sleep(LOOK_PAUSE).await,
-            Err(error) => {
-                let words =
-                    format!("its snapshots before {lsn}, since they cannot be listed: {error}");
-                looking.unverified(named.about(&words));
-                break;
-            }
-        }
-    }
-    Ok((None, Vec::new()))
-}
-
 impl Tree<'_> {
+    pub(super) fn lsn(&self) -> Option<Lsn> {
+        self.snapshot.map(|(_, lsn)| lsn)
+    }
+
     pub(super) fn place(&self, level: u8, block: u64) -> Place {
         Place::Tree { whose: self.whose, level, block }
     }
 
     /// Everything before this block is done.
     pub(super) fn reach(&self, looking: &Looking<'_>, block: u64) {
-        let at = TreeAt { start: self.start.clone(), snapshot: self.snapshot, block };
+        let at = TreeAt {
+            start: self.start.clone(),
+            snapshot: self.lsn(),
+            place: self.snapshot.map(|(place, _)| place),
+            block,
+            missed: self.missed.clone(),
+        };
         looking.progress().reach(self.named.position(Some(at)));
     }
 }

@@ -3,6 +3,7 @@
 use super::damage::Part;
 use super::disk::Named;
 use super::looking::{BATCH, Bad, Looking, Place, Verdict};
+use super::snapshots::below;
 use crate::mark::{NAME_ADVICE, SNAPSHOTS_ADVICE};
 use blockstore::Result;
 use blockstore::format::meta::VdiMeta;
@@ -16,19 +17,23 @@ use bytes::Bytes;
 const MOVES: u32 = 16;
 
 /// A block of the list.
-struct Visit {
-    pointer: Pointer,
-    level: u8,
+pub(super) struct Visit {
+    pub(super) pointer: Pointer,
+    pub(super) level: u8,
     /// First leaf below it.
-    leaf: u64,
+    pub(super) leaf: u64,
 }
 
 /// What became of a block of its own that a disk's record leads to.
-enum Had {
+pub(super) enum Had {
     Block(Bytes),
-    /// There is nothing any more, or it is damaged, and that was told.
+    /// There is nothing any more.
     Nothing,
-    /// With the whole disk.
+    /// It is damaged, and that was told.
+    Damaged(String),
+    /// It is not known what it is.
+    Unknown(String),
+    /// There is no disk any more.
     Gone,
 }
 
@@ -42,7 +47,8 @@ pub(super) async fn verify(
         let first = looking.read(&[head.meta]).await?.remove(0);
         match had(looking, named, Place::Name, head.meta, first).await? {
             Had::Gone => return Ok(false),
-            Had::Nothing => {}
+            Had::Nothing | Had::Damaged(_) => {}
+            Had::Unknown(words) => looking.unverified(named.about(&words)),
             Had::Block(block) => match VdiMeta::decode(&block) {
                 Ok(meta) if meta.uuid == head.uuid => {
                     looking.progress().note(|so_far| so_far.metadata_blocks += 1);
@@ -69,7 +75,11 @@ pub(super) async fn verify(
             let place = Place::List { level: visit.level, leaf: visit.leaf };
             let block = match had(looking, named, place, visit.pointer, first).await? {
                 Had::Gone => return Ok(false),
-                Had::Nothing => continue,
+                Had::Nothing | Had::Damaged(_) => continue,
+                Had::Unknown(words) => {
+                    looking.unverified(named.about(&words));
+                    continue;
+                }
                 Had::Block(block) => block,
             };
             looking.progress().note(|so_far| so_far.metadata_blocks += 1);
@@ -78,13 +88,7 @@ pub(super) async fn verify(
             }
             // That its checksum matches is all that is asked of a leaf here; its snapshots are read one by one later.
             let Ok(node) = Node::decode(&block) else { continue };
-            let shift = NODE_SHIFT * (u32::from(visit.level) - 2);
-            let below = node.children().map(|(slot, pointer)| Visit {
-                pointer,
-                level: visit.level - 1,
-                leaf: visit.leaf + (u64::from(slot) << shift),
-            });
-            let below: Vec<Visit> = below.collect();
+            let below = below(visit, &node);
             if visit.level == 2 {
                 stack.push(below);
             } else {
@@ -98,7 +102,7 @@ pub(super) async fn verify(
 const _: () = assert!(1 << NODE_SHIFT <= BATCH, "what a node leads to is read at once");
 
 /// The block, or what is in its place by now.
-async fn had(
+pub(super) async fn had(
     looking: &mut Looking<'_>,
     named: &Named<'_>,
     place: Place,
@@ -123,6 +127,7 @@ async fn had(
                 read = looking.read(&[now]).await?.remove(0);
             }
             Verdict::Damaged(error) => {
+                let why = error.to_string();
                 match place {
                     Place::List { leaf, .. } => {
                         let from = leaf * LEAF_SNAPSHOTS;
@@ -135,14 +140,10 @@ async fn had(
                         named.found(looking, Part::Name, None, pointer, what, NAME_ADVICE);
                     }
                 }
-                return Ok(Had::Nothing);
+                return Ok(Had::Damaged(why));
             }
-            Verdict::Unknown(words) => {
-                looking.unverified(named.about(&words));
-                return Ok(Had::Nothing);
-            }
+            Verdict::Unknown(words) => return Ok(Had::Unknown(words)),
         }
     }
-    looking.unverified(named.about("a block of its own keeps changing"));
-    Ok(Had::Nothing)
+    Ok(Had::Unknown("a block of its own keeps changing".into()))
 }

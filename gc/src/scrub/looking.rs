@@ -24,7 +24,7 @@ use blockstore::slot::{Content, View};
 use blockstore::snapshots::Page;
 use blockstore::tree::Reader;
 use blockstore::types::{BLOCK_SIZE, Lsn};
-use blockstore::{Result, Store, StoreError, StoreErrorKind, TableProblem};
+use blockstore::{Inspection, Result, Store, StoreError, StoreErrorKind, TableProblem};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::collections::HashSet;
@@ -41,6 +41,7 @@ const AWAY_MIN: Duration = Duration::from_millis(500);
 const AWAY_MAX: Duration = Duration::from_secs(10);
 /// How often a block that the device does not give is asked for while it gives others.
 const STRIKES: u32 = 3;
+const STRIKE_PAUSE: Duration = Duration::from_millis(50);
 /// How often it is tried to find out about a block that keeps changing its place.
 const LOOKS: u32 = 8;
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
@@ -121,7 +122,8 @@ pub(super) fn same(a: Pointer, b: Pointer) -> bool {
 }
 
 pub(super) struct Looking<'a> {
-    store: &'a Store,
+    /// A bad sector is what is looked for: nobody is to take it for an outage.
+    store: Inspection<'a>,
     reader: Reader,
     rate: Option<u64>,
     pace: Pace,
@@ -132,6 +134,7 @@ pub(super) struct Looking<'a> {
 
 impl<'a> Looking<'a> {
     pub(super) fn new(store: &'a Store, rate: Option<u64>, progress: &'a ScrubProgress) -> Self {
+        let store = store.inspect();
         let (reader, rate) = (store.reader(), rate.filter(|rate| *rate > 0));
         let lost = Mutex::default();
         Self { store, reader, rate, pace: Pace::new(rate), progress, lost }
@@ -175,6 +178,23 @@ impl<'a> Looking<'a> {
         }
     }
 
+    /// As [`patiently`](Self::patiently), and asks again for what the device does not give: that may have been a fault on the way.
+    async fn stubbornly<T, F>(&self, mut operation: impl FnMut() -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        let mut strike = 1;
+        loop {
+            match self.patiently(&mut operation).await {
+                Err(error) if error.kind == StoreErrorKind::Device && strike < STRIKES => {
+                    tokio::time::sleep(STRIKE_PAUSE * strike).await;
+                    strike += 1;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
     async fn away(&self, error: &StoreError, pause: &mut Duration) {
         self.progress.wait_for(Some(error.to_string()));
         tokio::time::sleep(*pause).await;
@@ -186,7 +206,7 @@ impl<'a> Looking<'a> {
     }
 
     pub(super) async fn registry(&self) -> Result<Vec<(u32, View<VdiHead>)>> {
-        match self.patiently(|| self.store.scan_vdis()).await {
+        match self.stubbornly(|| self.store.scan_vdis()).await {
             Err(error) if error.kind == StoreErrorKind::Device => self.slot_by_slot().await,
             found => found,
         }
@@ -195,7 +215,7 @@ impl<'a> Looking<'a> {
     /// The registry, without the records that the device does not give.
     async fn slot_by_slot(&self) -> Result<Vec<(u32, View<VdiHead>)>> {
         let (mut found, mut bad) = (Vec::new(), 0);
-        for slot in 0..self.store.superblock().geometry.vdi_slots {
+        for slot in 0..self.store.store().superblock().geometry.vdi_slots {
             match self.record(slot).await? {
                 Some(view) if matches!(view.content, Content::Unused) => break,
                 Some(view) => {
@@ -216,7 +236,7 @@ impl<'a> Looking<'a> {
     pub(super) async fn record(&self, slot: u32) -> Result<Option<View<VdiHead>>> {
         let mut looks = 0;
         let why = loop {
-            let why = match self.patiently(|| self.store.read_vdi_slot(slot)).await {
+            let why = match self.stubbornly(|| self.store.read_vdi_slot(slot)).await {
                 Ok(view) => {
                     let Content::Damaged(damage) = &view.content else { return Ok(Some(view)) };
                     format!("is damaged: {damage}")
@@ -232,7 +252,7 @@ impl<'a> Looking<'a> {
             }
             tokio::time::sleep(RECORD_PAUSE).await;
         };
-        let at = self.store.superblock().geometry.vdi_slot(slot);
+        let at = self.store.store().superblock().geometry.vdi_slot(slot);
         self.found(Damage {
             part: Part::Record,
             vdi: None,
@@ -260,9 +280,14 @@ impl<'a> Looking<'a> {
         Ok(head.cloned())
     }
 
+    /// True if its record could not be read once in this run.
+    pub(super) fn has_lost(&self, disk: &Disk) -> bool {
+        self.lost.lock().contains(&disk.uuid)
+    }
+
     /// The name, or the UUID of a disk whose name cannot be read.
     pub(super) async fn name(&self, head: &VdiHead) -> Result<Option<String>> {
-        match self.patiently(|| self.store.read_name_block(head)).await {
+        match self.stubbornly(|| self.store.read_name_block(head)).await {
             Ok(name) => Ok(name.ok()),
             Err(error) if error.kind == StoreErrorKind::Closing => Err(error),
             Err(_) => Ok(None),
@@ -271,7 +296,7 @@ impl<'a> Looking<'a> {
 
     /// A page of a disk's snapshots, if they can be listed.
     pub(super) async fn snapshots(&self, head: &VdiHead, page: Page) -> Result<Vec<Snapshot>> {
-        self.patiently(|| self.reader.snapshot_page(&head.snapshots, page)).await
+        self.stubbornly(|| self.reader.snapshot_page(&head.snapshots, page)).await
     }
 
     /// Reads blocks, at most [`BATCH`], and judges each.
@@ -300,11 +325,14 @@ impl<'a> Looking<'a> {
             // Is it the store that is away, or something with these blocks?
             let probe = self.store.read_vdi_slot(0).await;
             // An error of its own is an answer, too.
-            if !probe.is_err_and(|error| error.kind == StoreErrorKind::Unreachable) {
-                strikes += 1;
-            }
+            let answers = !probe.is_err_and(|error| error.kind == StoreErrorKind::Unreachable);
+            strikes += u32::from(answers);
             if strikes < STRIKES {
-                self.away(&error, &mut pause).await;
+                match error.kind {
+                    // Nothing is waited for but a fault on the way to be over.
+                    StoreErrorKind::Device if answers => tokio::time::sleep(AWAY_MIN).await,
+                    _ => self.away(&error, &mut pause).await,
+                }
             } else if pointers.len() > 1 {
                 let mut single = Vec::with_capacity(pointers.len());
                 for pointer in pointers {
@@ -408,7 +436,7 @@ impl<'a> Looking<'a> {
         let found = match whose {
             Whose::Snapshot(lsn) => {
                 let find = || self.reader.find_snapshot(&head.snapshots, lsn);
-                let Some((_, found)) = self.patiently(find).await? else { return Ok(None) };
+                let Some((_, found)) = self.stubbornly(find).await? else { return Ok(None) };
                 Some(found)
             }
             Whose::Disk(committed) => {

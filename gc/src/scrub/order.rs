@@ -1,12 +1,13 @@
 //! In which order disks are verified: each after that which it was cloned from, so that what they share is read once. A disk that others
-//! were cloned from cannot be deleted before them: its place in this order is the same for as long as it is there.
+//! were cloned from cannot be deleted before them: its place in this order is the same for as long as it is there, and its record, and those of
+//! its sources, can be read.
 
 use super::looking::Looking;
 use crate::check::is_root;
 use blockstore::Result;
 use blockstore::format::vdi::Origin;
 use blockstore::slot::{Content, View};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use uuid::Uuid;
 
 /// A disk of the registry.
@@ -14,13 +15,9 @@ use uuid::Uuid;
 pub(super) struct Disk {
     pub(super) uuid: Uuid,
     pub(super) slot: u32,
-    pub(super) depth: u32,
-}
-
-impl Disk {
-    pub(super) fn turn(&self) -> (u32, u32) {
-        (self.depth, self.slot)
-    }
+    depth: u32,
+    /// Others were cloned from it.
+    pub(super) has_clones: bool,
 }
 
 pub(super) async fn disks(looking: &mut Looking<'_>) -> Result<Vec<Disk>> {
@@ -35,13 +32,15 @@ pub(super) async fn disks(looking: &mut Looking<'_>) -> Result<Vec<Disk>> {
         let head = view.as_ref().and_then(View::record).filter(|head| is_root(head));
         if let Some(head) = head {
             origins.insert(head.uuid, head.origin);
-            disks.push(Disk { uuid: head.uuid, slot, depth: 0 });
+            disks.push(Disk { uuid: head.uuid, slot, depth: 0, has_clones: false });
         }
     }
+    let sources: HashSet<Uuid> = origins.values().flatten().map(|origin| origin.vdi).collect();
     for disk in &mut disks {
         disk.depth = depth(&origins, disk.uuid);
+        disk.has_clones = sources.contains(&disk.uuid);
     }
-    disks.sort_by_key(Disk::turn);
+    disks.sort_by_key(|disk| (disk.depth, disk.slot));
     Ok(disks)
 }
 

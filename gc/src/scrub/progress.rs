@@ -1,6 +1,7 @@
 //! How far a scrub is, and what it found: read while it runs, and kept across restarts.
 
 use super::damage::{DAMAGE_MAX, Damage};
+use super::passed::{Missed, Passed, Source};
 use blockstore::format::pointer::Pointer;
 use blockstore::format::vdi::VdiHead;
 use blockstore::types::{Generation, Lsn};
@@ -71,25 +72,25 @@ pub(crate) struct TreeAt {
     pub(crate) start: Start,
     /// None: the disk as it is.
     pub(crate) snapshot: Option<Lsn>,
+    /// That snapshot's place in the list.
+    #[serde(default)]
+    pub(crate) place: Option<u64>,
     /// Everything before this block of the disk is done.
     pub(crate) block: u64,
+    /// Snapshots of the disk that were passed over before.
+    #[serde(default)]
+    pub(crate) missed: Missed,
 }
 
 /// How far a scrub is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
-    pub(crate) depth: u32,
-    pub(crate) slot: u32,
     /// The disk that is being verified.
     pub disk: Uuid,
     pub(crate) tree: Option<TreeAt>,
 }
 
 impl Position {
-    pub(crate) fn turn(&self) -> (u32, u32) {
-        (self.depth, self.slot)
-    }
-
     /// The snapshot of the disk that is being verified; none: the disk as it is.
     #[must_use]
     pub fn snapshot(&self) -> Option<u64> {
@@ -110,6 +111,9 @@ pub struct Saved {
     pub position: Option<Position>,
     /// What was done until then.
     pub scrubbed: Scrubbed,
+    /// Disks whose turn has been.
+    #[serde(default)]
+    pub(crate) passed: Passed,
 }
 
 /// How far a scrub is; may be read while it runs.
@@ -183,5 +187,22 @@ impl ScrubProgress {
         let mut now = self.now.lock();
         now.position = Some(position);
         *self.kept.lock() = now.clone();
+    }
+
+    /// A disk's turn is over. `source`: how much of it was gone through, if clones hang on it.
+    pub(crate) fn pass(&self, slot: u32, source: Option<Source>) {
+        let mut now = self.now.lock();
+        now.scrubbed.disks += 1;
+        now.passed.add(slot, source);
+        *self.kept.lock() = now.clone();
+    }
+
+    pub(crate) fn has_passed(&self, slot: u32) -> bool {
+        self.now.lock().passed.has(slot)
+    }
+
+    /// True if all that this snapshot holds was gone through in this pass.
+    pub(crate) fn has_read(&self, vdi: Uuid, snapshot: Lsn) -> bool {
+        self.now.lock().passed.has_read(vdi, snapshot)
     }
 }

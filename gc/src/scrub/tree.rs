@@ -4,6 +4,7 @@
 use super::damage::Part;
 use super::disk::Named;
 use super::looking::{BATCH, Bad, Looking, Place, Verdict, Whose, same};
+use super::passed::Missed;
 use super::progress::Start;
 use crate::mark::{DATA_ADVICE, MAP_ADVICE};
 use blockstore::Result;
@@ -31,8 +32,10 @@ pub(super) struct Neighbour {
 pub(super) struct Tree<'t> {
     pub(super) named: &'t Named<'t>,
     pub(super) start: &'t Start,
-    /// None: the disk.
-    pub(super) snapshot: Option<Lsn>,
+    /// A snapshot, with its place in the list; none: the disk.
+    pub(super) snapshot: Option<(u64, Lsn)>,
+    /// Of the disk's snapshots, what was passed over so far.
+    pub(super) missed: &'t Missed,
     pub(super) whose: Whose,
     pub(super) root: Pointer,
     pub(super) height: u8,
@@ -308,7 +311,7 @@ impl Walk<'_, '_, '_> {
     fn range(&self, level: u8, block: u64) -> (Option<Lsn>, u64, u64) {
         let offset = block * BLOCK_SIZE as u64;
         let bytes = tree_span(level) * BLOCK_SIZE as u64;
-        (self.tree.snapshot, offset, bytes.min(self.tree.size.saturating_sub(offset)))
+        (self.tree.lsn(), offset, bytes.min(self.tree.size.saturating_sub(offset)))
     }
 
     fn found(&self, level: u8, block: u64, pointer: Pointer, what: String) {

@@ -20,11 +20,11 @@ use std::time::Duration;
 /// Byte of a block that rots.
 const SPOT: u64 = 77;
 
-fn rot(sim: &SimDevice, gba: Gba) {
+pub fn rot(sim: &SimDevice, gba: Gba) {
     sim.corrupt(gba.byte_offset() + SPOT, 0x10);
 }
 
-async fn full(store: &Arc<Store>) -> Scrubbed {
+pub async fn full(store: &Arc<Store>) -> Scrubbed {
     let progress = ScrubProgress::default();
     scrub(store, ScrubOptions::default(), &progress).await.expect("scrub")
 }
@@ -362,10 +362,19 @@ async fn bad_sectors_of_tables_hide_no_other_damage() {
         world.sim.set_bad(block.byte_offset(), 4096, &[OpKind::Read]);
     }
     rot(&world.sim, Gba(g.gc_start));
-    let progress = ScrubProgress::default();
-    let pass = scrub(&world.store, ScrubOptions::default(), &progress);
-    let ended = tokio::time::timeout(Duration::from_secs(3600), pass).await;
-    let found = ended.expect("it comes to its end").expect("scrub");
+    let progress = Arc::new(ScrubProgress::default());
+    let (store, watched) = (world.store.clone(), Arc::clone(&progress));
+    let began = tokio::time::Instant::now();
+    let pass = tokio::spawn(async move { scrub(&store, ScrubOptions::default(), &watched).await });
+    while !pass.is_finished() {
+        // Whoever asks meanwhile whether the store is there is told that it is.
+        let health = world.store.health();
+        assert!(health.reachable, "bad sectors are no outage: {health:?}");
+        assert_eq!(progress.waiting(), None);
+        assert!(began.elapsed() < Duration::from_secs(3600), "it comes to its end");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let found = pass.await.expect("no panic").expect("scrub");
     let has = |part, words: &str| {
         let said = |d: &&Damage| d.part == part && d.what.contains(words);
         assert_eq!(found.damage.iter().filter(said).count(), 1, "{words}: {found:#?}");

@@ -13,6 +13,7 @@ mod records;
 
 use super::Host;
 use super::parts::Parts;
+use super::schedules::Spared;
 use crate::api::snapshots::AttachedSnapshot;
 use crate::api::{Attached, Done, Origin, Vdi};
 use crate::error::{Failure, Kind, Result};
@@ -128,6 +129,7 @@ impl Host {
             }
             found => found?,
         };
+        let (found, _spared) = found;
         let _changing = all.changing.lock().await;
         let known = all.disks.lock().get(&(found.vdi, found.lsn)).cloned();
         let disk = match &known {
@@ -167,18 +169,19 @@ impl Host {
         disk.serve(&self.parts).await
     }
 
-    /// What is to be attached. A snapshot that is only in the log is brought to the store first.
-    async fn found(&self, origin: &Origin) -> Result<Record> {
+    /// What is to be attached. A snapshot that is only in the log is brought to the store first, and left alone there until it is held.
+    async fn found(&self, origin: &Origin) -> Result<(Record, Vec<Spared>)> {
         let (name, vdi) = self.named(&origin.vdi).await?;
-        let found = self.find_stored(&vdi.to_string(), &origin.snapshot).await?;
-        Ok(Record {
+        let (found, spared) = self.find_stored(&vdi.to_string(), &origin.snapshot).await?;
+        let record = Record {
             vdi,
             name,
             lsn: found.lsn.0,
             label: found.label.as_str().to_owned(),
             time_ms: found.time_ms,
             size: found.size_bytes,
-        })
+        };
+        Ok((record, spared))
     }
 
     /// Stops serving a snapshot; then it may be deleted.

@@ -4,10 +4,9 @@
 //! has a bound, the worker is told to cut less: behind batches, then nothing, until thinning has caught up.
 
 use super::super::Host;
-use super::{Disk, Listing};
+use super::Disk;
 use blockstore::schedule::Cadence;
-use cache::{Cache, Pressed};
-use std::time::Instant;
+use cache::{Cache, MadeCuts, Pressed};
 use uuid::Uuid;
 
 /// With so many beyond what the rule keeps, and as many as that, only batches are cut behind.
@@ -18,11 +17,14 @@ const STOPPED_FROM: usize = 32_768;
 impl Disk {
     /// Takes note of what commits have made.
     pub(super) fn learn_made(&mut self, cache: &Cache, vdi: Uuid) {
-        let made = cache.take_made_cuts(vdi);
+        self.made(cache.take_made_cuts(vdi));
+    }
+
+    pub(super) fn made(&mut self, made: MadeCuts) {
         self.count_taken += made.cuts.len() as u64;
         self.cut.extend(made.cuts.into_iter().map(|(lsn, time_ms)| (lsn.0, time_ms)));
-        if made.incomplete && self.listing == Listing::Done {
-            self.listing = Listing::Failed;
+        if made.incomplete {
+            self.list_again();
         }
     }
 
@@ -51,17 +53,6 @@ impl Disk {
              or take them at intervals",
             self.cut.len()
         ))
-    }
-
-    /// May be deleted: nobody has asked for it lately.
-    pub(super) fn is_spared(&self, lsn: u64) -> bool {
-        self.spared.contains_key(&lsn)
-    }
-
-    /// Forgets who has asked for one long ago.
-    pub(super) fn forget_spared(&mut self) {
-        let now = Instant::now();
-        self.spared.retain(|_, until| *until > now);
     }
 }
 

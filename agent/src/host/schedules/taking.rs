@@ -142,7 +142,8 @@ impl Disk {
                 self.count_taken += 1;
                 if self.take_failure.take().is_some() {
                     // One that failed may be in the store by now, and nobody was told.
-                    (self.listing, self.unsure) = (Listing::Failed, true);
+                    self.unsure = true;
+                    self.list_again();
                     tracing::info!(vdi = %served.name, "its schedule takes snapshots again");
                 }
             }

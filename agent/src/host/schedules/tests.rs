@@ -60,6 +60,42 @@ fn what_waits_for_a_full_log_is_trouble_after_a_while() {
     assert!(disk.trouble().expect("trouble").contains("which may have no room"));
 }
 
+/// What happens while the store is asked may be missing in its answer.
+#[test]
+fn the_store_is_asked_again_if_something_went_untold_meanwhile() {
+    let served = served();
+    let untold = || cache::MadeCuts { incomplete: true, ..cache::MadeCuts::default() };
+    let mut disk = Disk::new(&served);
+    disk.begin_listing();
+    disk.listed(vec![(3, 9)], vec![(4, 9)]);
+    assert_eq!(disk.listing, Listing::Done);
+    assert_eq!((disk.taken.len(), disk.cut.len()), (1, 1));
+    // Between two listings.
+    disk.made(untold());
+    assert_eq!(disk.listing, Listing::Failed);
+    // While it is asked.
+    disk.begin_listing();
+    disk.made(untold());
+    disk.listed(vec![], vec![]);
+    assert_eq!(disk.listing, Listing::Failed, "that one may not have it");
+    disk.begin_listing();
+    disk.listed(vec![], vec![]);
+    assert_eq!(disk.listing, Listing::Done);
+    // The same for a snapshot of which it was not known whether it was taken.
+    disk.take_failure = Some("no log".into());
+    disk.begin_listing();
+    disk.answered(&served, Ok(SnapshotTaken { lsn: Lsn(6), time_ms: 1 }));
+    disk.listed(vec![], vec![]);
+    assert_eq!(disk.listing, Listing::Failed);
+    // Before the first one there is nothing to be told of twice.
+    let mut fresh = Disk::new(&served);
+    fresh.made(untold());
+    assert_eq!(fresh.listing, Listing::Untried);
+    fresh.begin_listing();
+    fresh.listed(vec![], vec![]);
+    assert_eq!(fresh.listing, Listing::Done);
+}
+
 #[test]
 fn other_peoples_snapshots_are_not_learnt_of() {
     let mut disk = Disk::new(&served());

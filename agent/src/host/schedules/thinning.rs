@@ -105,10 +105,10 @@ impl Host {
                 disk.held.clear();
             }
             disk.learn_made(&self.parts.cache, served.uuid);
-            disk.forget_spared();
+            let spared = self.schedules.sparing.of(served.uuid);
             // What is in the log only cannot be deleted yet.
             let may_go = |lsn: &u64| {
-                *lsn <= status.committed_lsn && !disk.held.contains(lsn) && !disk.is_spared(*lsn)
+                *lsn <= status.committed_lsn && !disk.held.contains(lsn) && !spared.contains(lsn)
             };
             let schedule = status.policy.schedule;
             let taken = schedule.surplus(&disk.taken).into_iter().filter(may_go).take(BATCH_MAX);
@@ -143,6 +143,12 @@ impl Host {
 
     /// Learns which snapshots the store has. One that goes from the log to the store meanwhile was known from the log.
     async fn list_schedule(&self, store: &Arc<Store>, served: &Arc<Served>) -> Result<()> {
+        {
+            let mut disks = self.schedules.disks.lock();
+            let disk = disks.get_mut(&served.uuid).filter(|disk| disk.is_of(served));
+            let Some(disk) = disk else { return Ok(()) };
+            disk.begin_listing();
+        }
         let vdi = served.uuid.to_string();
         let (mut taken, mut cut) = (Vec::new(), Vec::new());
         let mut page = Page { newest_first: true, beyond: None, limit: PAGE };
@@ -158,9 +164,7 @@ impl Host {
         }
         let mut disks = self.schedules.disks.lock();
         if let Some(disk) = disks.get_mut(&served.uuid).filter(|disk| disk.is_of(served)) {
-            disk.taken.extend(taken);
-            disk.cut.extend(cut);
-            disk.listing = Listing::Done;
+            disk.listed(taken, cut);
         }
         drop(disks);
         self.schedules.changed.notify_one();

@@ -9,6 +9,7 @@ use crate::format::pointer::Pointer;
 use crate::format::vdi::{VdiHead, VdiState};
 use crate::slot::Content;
 use crate::store::{Store, VdiInfo, hosts};
+use crate::tree::Reader;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -108,7 +109,7 @@ impl Store {
             };
             let named = match named {
                 Some(named) => Some(named),
-                None => match self.read_meta(head).await? {
+                None => match read_meta(&self.control_reader(), head).await? {
                     Ok(Some(meta)) => Some((meta.name, meta.policy)),
                     Ok(None) => Some((unnamed(head), Default::default())),
                     Err(damage) => {
@@ -142,24 +143,16 @@ impl Store {
     /// # Errors
     /// The device's.
     pub async fn read_name_block(&self, head: &VdiHead) -> Result<Result<String, String>> {
-        let meta = self.read_meta(head).await?;
-        Ok(meta.map(|meta| meta.map_or_else(|| unnamed(head), |meta| meta.name)))
+        self.read_name_block_through(&self.control_reader(), head).await
     }
 
-    /// The block with a disk's name and policy, if it has one, or what is wrong with it.
-    async fn read_meta(&self, head: &VdiHead) -> Result<Result<Option<VdiMeta>, String>> {
-        if head.meta.is_sparse() {
-            return Ok(Ok(None));
-        }
-        match self.control_reader().read_blocks(&[head.meta]).await {
-            Ok(blocks) => Ok(match VdiMeta::decode(&blocks[0]) {
-                Ok(meta) if meta.uuid == head.uuid => Ok(Some(meta)),
-                Ok(meta) => Err(format!("block {} is that of disk {}", head.meta.gba, meta.uuid)),
-                Err(damage) => Err(format!("block {}: {damage}", head.meta.gba)),
-            }),
-            Err(error) if error.kind == StoreErrorKind::Corrupt => Ok(Err(error.to_string())),
-            Err(error) => Err(error),
-        }
+    pub(in crate::store) async fn read_name_block_through(
+        &self,
+        reader: &Reader,
+        head: &VdiHead,
+    ) -> Result<Result<String, String>> {
+        let meta = read_meta(reader, head).await?;
+        Ok(meta.map(|meta| meta.map_or_else(|| unnamed(head), |meta| meta.name)))
     }
 
     /// Finds a disk by name or UUID, as it is now.
@@ -255,4 +248,20 @@ impl Found {
 /// How a disk is called that has no name, or whose name is lost.
 fn unnamed(head: &VdiHead) -> String {
     format!("unnamed-{}", head.uuid)
+}
+
+/// The block with a disk's name and policy, if it has one, or what is wrong with it.
+async fn read_meta(reader: &Reader, head: &VdiHead) -> Result<Result<Option<VdiMeta>, String>> {
+    if head.meta.is_sparse() {
+        return Ok(Ok(None));
+    }
+    match reader.read_blocks(&[head.meta]).await {
+        Ok(blocks) => Ok(match VdiMeta::decode(&blocks[0]) {
+            Ok(meta) if meta.uuid == head.uuid => Ok(Some(meta)),
+            Ok(meta) => Err(format!("block {} is that of disk {}", head.meta.gba, meta.uuid)),
+            Err(damage) => Err(format!("block {}: {damage}", head.meta.gba)),
+        }),
+        Err(error) if error.kind == StoreErrorKind::Corrupt => Ok(Err(error.to_string())),
+        Err(error) => Err(error),
+    }
 }

@@ -62,10 +62,19 @@ pub struct Local {
     leg_timeout_ms: AtomicU64,
     /// As the members hold it, but for the leg's own UUID.
     superblock: tokio::sync::Mutex<Superblock>,
+    /// What a leg may hold that was never durable on all of its members.
+    attempted: Mutex<Attempted>,
     /// Held alone while bytes are copied to a leg that is being filled, so that what is copied is not old when it arrives.
     /// Never held by who waits for the superblock's lock.
     copying: tokio::sync::RwLock<()>,
     mirror: Mutex<Mirror>,
+}
+
+/// The newest superblock whose writing failed: nobody acted on it, and it may be there all the same.
+#[derive(Clone, Copy, Debug, Default)]
+struct Attempted {
+    sequence: u64,
+    events: u64,
 }
 
 /// A leg of the cache, or one that is to become one.
@@ -115,6 +124,7 @@ impl Local {
             read_only,
             leg_timeout_ms: AtomicU64::new(LEG_TIMEOUT.as_millis() as u64),
             superblock: tokio::sync::Mutex::new(superblock),
+            attempted: Mutex::default(),
             copying: tokio::sync::RwLock::new(()),
             mirror: Mutex::new(Mirror {
                 members,
@@ -212,14 +222,22 @@ impl Local {
     }
 
     /// Writes `next` to its members. One that fails is put out of the set, and the rest written anew, until all that
-    /// are left agree. A changed set goes to both copies: should the newer one rot, the older must not bring a leg back.
+    /// are left agree. A changed set goes to both copies: should the newer one rot, the older must not bring a leg back. So does
+    /// what follows an attempt that failed, and it counts further than that: what a leg may have of it must not stand beside it.
     async fn store_superblock(
         &self,
         superblock: &mut Superblock,
         mut next: Superblock,
     ) -> Result<(), CacheError> {
+        let attempted = *self.attempted.lock();
+        let mut is_doubtful = attempted.sequence > superblock.sequence;
+        next.sequence = next.sequence.max(attempted.sequence);
+        if next.membership != superblock.membership {
+            next.membership.events = next.membership.events.max(attempted.events + 1);
+            is_doubtful = true;
+        }
         let mut copies = 0;
-        while copies < if next.membership == superblock.membership { 1 } else { 2 } {
+        while copies < if is_doubtful { 2 } else { 1 } {
             next.sequence += 1;
             let offset = Geometry::superblock_offset(next.sequence);
             let members = next.membership.members;
@@ -239,8 +257,10 @@ impl Local {
                 copies += 1;
                 continue;
             };
-            copies = 0;
+            (copies, is_doubtful) = (0, true);
             let why = error.to_string();
+            let (sequence, events) = (next.sequence, next.membership.events);
+            *self.attempted.lock() = Attempted { sequence, events };
             next.membership = match next.membership.without(failed) {
                 Some(left) => left,
                 None => return Err(error.into()),

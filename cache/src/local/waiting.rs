@@ -221,7 +221,7 @@ mod tests {
     //! the last leg is never put out. Method: simulated devices that stop answering, a simulated clock.
 
     use super::*;
-    use blockstore::device::sim::{Reach, SimDevice};
+    use blockstore::device::sim::{FaultRates, Reach, SimDevice};
 
     const PLACE: u64 = 5 << 20;
 
@@ -313,6 +313,39 @@ mod tests {
             assert_eq!(local.members(), members);
             back.await.unwrap();
         }
+    }
+
+    /// Neither may then say that it went on without the other as often as that one.
+    #[tokio::test(start_paused = true)]
+    async fn a_leg_that_could_not_be_put_out_goes_on_when_the_other_fails() {
+        let (local, sims) = pair().await;
+        sims[0].set_rates(FaultRates { flush_io: 1.0, ..FaultRates::default() });
+        for _ in 0..3 {
+            // It is written on the other leg, and nobody knows whether durably.
+            local.leg_silent(1, None).await;
+            assert_eq!(local.members().len(), 2);
+        }
+        local.flush().await.unwrap();
+        assert_eq!(local.members(), LegSet::NONE.with(1));
+        drop(local);
+        sims[0].set_rates(FaultRates::default());
+        let named = sims.iter().map(|sim| ("/leg".into(), sim.device())).collect();
+        let local = Local::on_devices(named, false).await.unwrap();
+        assert_eq!(local.members(), LegSet::NONE.with(1));
+    }
+
+    /// What a leg may have of an attempt that failed does not stay beside what holds.
+    #[tokio::test(start_paused = true)]
+    async fn after_an_attempt_that_failed_both_copies_are_written_anew() {
+        let (local, sims) = pair().await;
+        sims[0].set_rates(FaultRates { flush_io: 1.0, ..FaultRates::default() });
+        local.leg_silent(1, None).await;
+        sims[0].set_rates(FaultRates::default());
+        local.rewrite_superblock(|s| s.store = Some(s.cache)).await.unwrap();
+        drop(local);
+        let named = sims.iter().map(|sim| ("/leg".into(), sim.device())).collect();
+        let local = Local::on_devices(named, false).await.unwrap();
+        assert_eq!(local.members().len(), 2);
     }
 
     #[tokio::test(start_paused = true)]

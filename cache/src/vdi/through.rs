@@ -61,7 +61,6 @@ impl VdiTask {
         });
         (self.open_since, self.checkpoint_due, self.starving) = (None, false, false);
         self.ration = None;
-        self.join_unnoted = false;
         self.p.ground.pool.leave_queue(self.p.vdi);
         self.p.ground.pool.withdraw(self.p.vdi);
         self.set_all_aside();
@@ -76,6 +75,8 @@ impl VdiTask {
             );
             return self.give_up(&why);
         }
+        // The note says more than that the store has joined. Without it the slot's word stands, and nothing is committed.
+        self.join_unnoted = false;
         for sealed in tail {
             self.p.segments.push_in_memory(sealed, Instant::now(), &self.p.images_held);
         }

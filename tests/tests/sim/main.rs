@@ -53,6 +53,10 @@ const REGRESSIONS: &[(u64, u64)] = &[
     (39975, 1000),
     // The leg that alone had a slot gave a read error just then: the slot was taken for lost, and the start refused for good.
     (159042, 1000),
+    // A leg that could not be put out had the note of it all the same; then the other one was: each stood for itself.
+    (168215, 1000),
+    // A disk stopped, as nobody took the note that its log would be behind, and was committed all the same.
+    (184405, 1000),
 ];
 
 fn variable(name: &str, default: u64) -> u64 {

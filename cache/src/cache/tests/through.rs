@@ -334,6 +334,37 @@ async fn nothing_is_committed_before_the_slot_says_that_the_store_has_joined() {
     guest.leave(&cache).await;
 }
 
+/// It stops for want of a note. What the store had then would be beyond where its slot says that the log went on alone.
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_stops_before_its_slot_says_that_the_store_has_joined_commits_nothing() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let sim = SimDevice::new(CACHE_BYTES, 1);
+    let options = || CacheOptions { image_bytes: 64 << 20, ..options(file.path().into()) };
+    let local = Local::make_on(file.path(), sim.device()).await.unwrap();
+    let cache = Cache::on_local(options(), local).await.unwrap();
+    let guest = Guest::new(&cache, 1).await;
+    let (vdi, store) = (guest.vdi.clone(), Arc::clone(&guest.store));
+    drop((guest, cache));
+    let local = Local::on_device(file.path(), sim.device()).await.unwrap();
+    let cache = Cache::on_local(options(), local).await.unwrap();
+    let attached = cache.attach_alone(vdi.uuid).await.unwrap();
+    let mut guest = Guest { vdi, store: Arc::clone(&store), attached, tag: 0 };
+    // More than a segment takes, so that there is something that could be committed.
+    guest.write(0..600, 7).await;
+    sim.set_rates(FaultRates { write_io: 1.0, ..FaultRates::default() });
+    cache.join(guest.vdi.uuid, store.clone()).await.unwrap();
+    guest
+        .attached
+        .disk
+        .on_message(crate::link::ToDisk::Legs { members: crate::format::LegSet::NONE });
+    for _ in 0..1000 {
+        guest.turn();
+        pause().await;
+    }
+    assert_eq!(cache.vdi_status(guest.vdi.uuid).unwrap().state, Phase::Failed);
+    assert_eq!(store.committed(), Lsn(0));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_disk_that_waits_does_not_leave_a_device_that_refuses_its_slot_for_a_moment() {
     let witness = Arc::new(Memory::default());

@@ -57,10 +57,8 @@ impl TreeWalk<'_> {
             stack[at..].reverse();
         }
         if live != index.live {
-            let words = format!(
-                "its record counts its snapshots as {}, and its list has {live}",
-                index.live
-            );
+            let s = if index.live == 1 { "" } else { "s" };
+            let words = format!("it says that it has {} snapshot{s}, and lists {live}", index.live);
             self.say(words, SNAPSHOTS_ADVICE);
         }
         Ok(())

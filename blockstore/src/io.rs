@@ -363,6 +363,11 @@ impl Io {
         }
     }
 
+    /// Somebody waits because the device has no space for what is new.
+    pub(crate) fn note_full(&self, error: &StoreError) {
+        self.note_failure(error, true);
+    }
+
     pub(crate) fn closing_error(&self) -> StoreError {
         StoreError::new(StoreErrorKind::Closing, self.url(), "the store is closing")
     }

@@ -79,8 +79,8 @@ enum Claim {
 enum Refill {
     /// The pool holds what was asked for.
     Enough,
-    /// There is no more, as far as the device tells.
-    Full,
+    /// There is no more, as far as the device tells. What it refused last.
+    Full(Option<StoreError>),
     /// The device refuses every page of a bitmap that was tried. What it said last.
     Refused(StoreError),
 }
@@ -220,21 +220,31 @@ impl Allocator {
             if matches!(refill, Refill::Enough) || self.draw(kind, wanted) {
                 continue;
             }
-            if let Refill::Refused(error) = refill {
-                // That there is no room is not known.
-                waiting = None;
-                let refusals = refusals.get_or_insert_with(|| io.attempts());
-                refusals.refused(refused(io, error)).await?;
-                continue;
-            }
+            let refusal = match refill {
+                Refill::Enough => continue,
+                Refill::Refused(error) => {
+                    // That there is no room is not known.
+                    waiting = None;
+                    let refusals = refusals.get_or_insert_with(|| io.attempts());
+                    refusals.refused(refused(io, error)).await?;
+                    continue;
+                }
+                Refill::Full(refusal) => refusal,
+            };
             refusals = None;
             if self.withdraw(kind, wanted) {
                 continue;
             }
+            // A thin device that is full takes what it has once more, and nothing new.
+            let refusal = refusal.filter(|error| error.kind == StoreErrorKind::NoSpace);
+            let refusal = refusal.map(|error| refused(io, error));
+            if let Some(error) = &refusal {
+                io.note_full(error);
+            }
             if let Patience::Limited(limit) = io.patience()
                 && started.elapsed() >= limit.min(SPACE_POLL)
             {
-                return Err(self.full(io, kind, blocks));
+                return Err(refusal.unwrap_or_else(|| self.full(io, kind, blocks)));
             }
             waiting.get_or_insert_with(|| {
                 tracing::warn!(store = io.url(), ?kind, blocks, "no space left in the store");
@@ -312,7 +322,7 @@ impl Allocator {
             pages = self.pages.lock() => pages,
         };
         let have = self.pools.lock().of(kind).total();
-        let mut refusal = None;
+        let (mut refusal, mut is_refused) = (None, false);
         let (wanted, claimed) = match claim {
             Claim::Missing(_) | Claim::Ahead => {
                 let (reserve, is_needed) = match claim {
@@ -326,7 +336,7 @@ impl Allocator {
                 let ahead = missing.max(self.claim_blocks());
                 let least = if is_needed { missing } else { 0 };
                 let claimed = pages.claim(io, &self.territory, kind, least, ahead).await?;
-                refusal = claimed.refusal;
+                (refusal, is_refused) = (claimed.refusal, claimed.is_refused);
                 (blocks + reserve, claimed.runs)
             }
             Claim::Roomy => {
@@ -344,8 +354,8 @@ impl Allocator {
         }
         Ok(match refusal {
             _ if pools.of(kind).total() >= wanted => Refill::Enough,
-            Some(error) => Refill::Refused(error),
-            None => Refill::Full,
+            Some(error) if is_refused => Refill::Refused(error),
+            refusal => Refill::Full(refusal),
         })
     }
 
@@ -480,7 +490,7 @@ impl Allocator {
             let claim = Claim::Missing(Purpose::GivesBack);
             match self.refill_now(io, ExtentType::Metadata, 1, claim).await? {
                 Refill::Refused(error) => attempts.refused(refused(io, error)).await?,
-                Refill::Enough | Refill::Full => break,
+                Refill::Enough | Refill::Full(_) => break,
             }
         }
         Ok(())

@@ -145,7 +145,9 @@ mod tests {
         let local = Local::make_legs(devices).await.unwrap();
         local.write_slot(&named(5)).await.unwrap();
         for copy in [0, 1] {
-            sims[0].misplace(Geometry::slot_offset(0, copy), &[7; BLOCK_SIZE]);
+            let of_another = VdiSlot { slot: 1, ..named(5) }.encode();
+            let of_another = of_another.as_slice().try_into().expect("a block");
+            sims[0].misplace(Geometry::slot_offset(0, copy), of_another);
         }
         sims[1].set_rates(FaultRates { read_io: 1.0, ..FaultRates::default() });
         let refused = local.read_slots().await.unwrap_err();

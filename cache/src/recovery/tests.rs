@@ -330,7 +330,7 @@ fn what_a_guest_wrote_is_not_taken_for_a_record() {
     for nonce in [0, header.nonce - 1, header.nonce + 1, header.nonce.reverse_bits()] {
         assert_eq!(forged(nonce), honest, "nonce {nonce}");
     }
-    assert_eq!(forged(header.nonce).last_lsn, Lsn(3), "with it, the block counts");
+    assert_eq!(forged(header.nonce).last_lsn, Lsn(4), "with it, the blocks count");
 }
 
 #[test]

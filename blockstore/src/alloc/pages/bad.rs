@@ -126,9 +126,9 @@ impl Search {
         self.refusals > REFUSALS_MAX
     }
 
-    /// What the device said last, if it refused everything.
+    /// What the device said last of what it refused.
     pub(super) fn into_refusal(self) -> Option<StoreError> {
-        self.refusal.filter(|_| self.refusals > 0)
+        self.refusal
     }
 }
 

@@ -17,8 +17,10 @@ const LOOKED_AT_MAX: usize = 48;
 #[derive(Debug)]
 pub(in crate::alloc) struct Claimed {
     pub runs: Vec<Run>,
-    /// What the device said, if that is all there is because it takes nothing at the moment.
+    /// What the device refused last.
     pub refusal: Option<StoreError>,
+    /// It takes nothing at the moment.
+    pub is_refused: bool,
 }
 
 impl Pages {
@@ -41,7 +43,8 @@ impl Pages {
             return Err(error);
         }
         self.trim();
-        Ok(Claimed { runs, refusal: bad.into_refusal().filter(|_| self.bad.are_all()) })
+        let is_refused = bad.has_refusals() && self.bad.are_all();
+        Ok(Claimed { runs, is_refused, refusal: bad.into_refusal() })
     }
 
     async fn claim_all(

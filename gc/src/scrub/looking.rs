@@ -179,7 +179,7 @@ impl<'a> Looking<'a> {
     }
 
     /// As [`patiently`](Self::patiently), and asks again for what the device does not give: that may have been a fault on the way.
-    async fn stubbornly<T, F>(&self, mut operation: impl FnMut() -> F) -> Result<T>
+    async fn tried_again<T, F>(&self, mut operation: impl FnMut() -> F) -> Result<T>
     where
         F: Future<Output = Result<T>>,
     {
@@ -206,7 +206,7 @@ impl<'a> Looking<'a> {
     }
 
     pub(super) async fn registry(&self) -> Result<Vec<(u32, View<VdiHead>)>> {
-        match self.stubbornly(|| self.store.scan_vdis()).await {
+        match self.tried_again(|| self.store.scan_vdis()).await {
             Err(error) if error.kind == StoreErrorKind::Device => self.slot_by_slot().await,
             found => found,
         }
@@ -236,7 +236,7 @@ impl<'a> Looking<'a> {
     pub(super) async fn record(&self, slot: u32) -> Result<Option<View<VdiHead>>> {
         let mut looks = 0;
         let why = loop {
-            let why = match self.stubbornly(|| self.store.read_vdi_slot(slot)).await {
+            let why = match self.tried_again(|| self.store.read_vdi_slot(slot)).await {
                 Ok(view) => {
                     let Content::Damaged(damage) = &view.content else { return Ok(Some(view)) };
                     format!("is damaged: {damage}")
@@ -287,7 +287,7 @@ impl<'a> Looking<'a> {
 
     /// The name, or the UUID of a disk whose name cannot be read.
     pub(super) async fn name(&self, head: &VdiHead) -> Result<Option<String>> {
-        match self.stubbornly(|| self.store.read_name_block(head)).await {
+        match self.tried_again(|| self.store.read_name_block(head)).await {
             Ok(name) => Ok(name.ok()),
             Err(error) if error.kind == StoreErrorKind::Closing => Err(error),
             Err(_) => Ok(None),
@@ -296,7 +296,7 @@ impl<'a> Looking<'a> {
 
     /// A page of a disk's snapshots, if they can be listed.
     pub(super) async fn snapshots(&self, head: &VdiHead, page: Page) -> Result<Vec<Snapshot>> {
-        self.stubbornly(|| self.reader.snapshot_page(&head.snapshots, page)).await
+        self.tried_again(|| self.reader.snapshot_page(&head.snapshots, page)).await
     }
 
     /// Reads blocks, at most [`BATCH`], and judges each.
@@ -436,7 +436,7 @@ impl<'a> Looking<'a> {
         let found = match whose {
             Whose::Snapshot(lsn) => {
                 let find = || self.reader.find_snapshot(&head.snapshots, lsn);
-                let Some((_, found)) = self.stubbornly(find).await? else { return Ok(None) };
+                let Some((_, found)) = self.tried_again(find).await? else { return Ok(None) };
                 Some(found)
             }
             Whose::Disk(committed) => {

@@ -123,8 +123,7 @@ pub fn run(settings: &Settings) -> Result<Snapping> {
         let (rate, snapshots, took) = bench.each(CONNECTIONS)?;
         asked.with.push(rate);
         (taken, time) = (taken + snapshots, time + took);
-        // So many snapshots take long to delete; they stay, and hold next to nothing.
-        bench.ballast.settle()?;
+        bench.tidy()?;
     }
     Ok(Snapping {
         flush: Latency::of(&flush),

@@ -59,9 +59,9 @@ pub enum CacheError {
     OtherCache { path: PathBuf, cache: Uuid, twin: PathBuf, twin_cache: Uuid },
     /// Each leg went on without the other.
     #[error(
-        "{path} and {twin} each went on without the other (both at event {events}): only one of them holds what was acknowledged last; name that one alone, nothing was changed"
+        "{path} and {twin} each went on without the other: only one of them holds what was acknowledged last; name that one alone, nothing was changed"
     )]
-    SplitLegs { path: PathBuf, twin: PathBuf, events: u64 },
+    SplitLegs { path: PathBuf, twin: PathBuf },
     /// A member of the mirror is not there.
     #[error(
         "cache {path} is mirrored, and its other leg ({missing}) is not there ({why}); it may hold writes that this leg lacks: bring it back, or give --degraded to go on without it, nothing was changed"

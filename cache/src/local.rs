@@ -10,6 +10,7 @@
 //! Where to read on: `local/opening.rs` (which legs are the cache), `local/create.rs`, `local/joining.rs` (a leg that is to
 //! become a member), `local/slots.rs`.
 
+mod attempted;
 mod choose;
 mod create;
 mod joining;
@@ -32,6 +33,7 @@ use crate::format::legs::LegSet;
 use crate::format::segment::SegmentHeader;
 use crate::format::superblock::Superblock;
 use crate::link::{DiskSender, ToDisk};
+use attempted::Attempted;
 use blockstore::buf::AlignedBuf;
 use blockstore::device::file::FileDevice;
 use blockstore::device::{Device, DeviceError};
@@ -70,13 +72,6 @@ pub struct Local {
     mirror: Mutex<Mirror>,
 }
 
-/// The newest superblock whose writing failed: nobody acted on it, and it may be there all the same.
-#[derive(Clone, Copy, Debug, Default)]
-struct Attempted {
-    sequence: u64,
-    events: u64,
-}
-
 /// A leg of the cache, or one that is to become one.
 #[derive(Debug)]
 struct Leg {
@@ -105,6 +100,19 @@ impl Mirror {
     /// Legs that are written.
     fn written(&self) -> LegSet {
         self.joining.as_ref().map_or(self.members, |joining| self.members.with(joining.leg.number))
+    }
+
+    /// Those that could not be put out stay members.
+    fn members_are_no_outsiders(&mut self) {
+        let Self { members, legs, outsiders, .. } = self;
+        let is_member =
+            |path: &PathBuf| legs.iter().any(|l| members.contains(l.number) && l.path == *path);
+        outsiders.retain(|(path, _)| !is_member(path));
+    }
+
+    fn why_out(&self, path: &Path) -> String {
+        let why = self.outsiders.iter().find(|(out, _)| out == path).map(|(_, why)| why);
+        why.cloned().unwrap_or_default()
     }
 }
 
@@ -229,11 +237,11 @@ impl Local {
         superblock: &mut Superblock,
         mut next: Superblock,
     ) -> Result<(), CacheError> {
-        let attempted = *self.attempted.lock();
+        let attempted = self.attempted.lock().clone();
         let mut is_doubtful = attempted.sequence > superblock.sequence;
         next.sequence = next.sequence.max(attempted.sequence);
         if next.membership != superblock.membership {
-            next.membership.events = next.membership.events.max(attempted.events + 1);
+            next.membership = attempted.beyond(next.membership);
             is_doubtful = true;
         }
         let mut copies = 0;
@@ -259,13 +267,28 @@ impl Local {
             };
             (copies, is_doubtful) = (0, true);
             let why = error.to_string();
-            let (sequence, events) = (next.sequence, next.membership.events);
-            *self.attempted.lock() = Attempted { sequence, events };
+            let attempted = {
+                let mut attempted = self.attempted.lock();
+                attempted.note(&next, superblock);
+                attempted.clone()
+            };
             next.membership = match next.membership.without(failed) {
-                Some(left) => left,
-                None => return Err(error.into()),
+                Some(left) => attempted.beyond(left),
+                None => {
+                    self.mirror.lock().members_are_no_outsiders();
+                    return Err(error.into());
+                }
             };
             self.note_lost(failed, &why);
+        }
+        let lost = superblock.membership.members.minus(next.membership.members);
+        for leg in lost.iter() {
+            let path = self.leg_path(leg);
+            let why = self.mirror.lock().why_out(&path);
+            tracing::error!(
+                leg, path = %path.display(), why,
+                "a leg of the cache failed: the cache goes on without it, unmirrored; replace it"
+            );
         }
         let members = next.membership.members;
         *superblock = next;
@@ -273,14 +296,13 @@ impl Local {
         Ok(())
     }
 
+    /// Legs are being put out: why.
     fn note_lost(&self, legs: LegSet, why: &str) {
         for leg in legs.iter() {
             let path = self.leg_path(leg);
-            tracing::error!(
-                leg, path = %path.display(), why,
-                "a leg of the cache failed: the cache goes on without it, unmirrored; replace it"
-            );
-            self.mirror.lock().outsiders.push((path, why.to_string()));
+            let mut mirror = self.mirror.lock();
+            mirror.outsiders.retain(|(known, _)| *known != path);
+            mirror.outsiders.push((path, why.to_string()));
         }
     }
 

@@ -5,8 +5,8 @@
 //! disk that came up without it. A crash between any two steps leaves a clone that the next start takes up again; its UUID,
 //! chosen before all, is what keeps it from being made twice.
 
-use super::Host;
 use super::served::{RETRY_PAUSE, Served, Way};
+use super::{Host, ServedDisks};
 use crate::api::Created;
 use crate::api::VdiState;
 use crate::error::{Failure, Kind, Result};
@@ -72,14 +72,15 @@ impl Host {
             policy: Policy { when_offline, ..Policy::default() },
         };
         let enter = || {
-            let served = self.served.lock();
-            if served.values().any(|known| known.name == name) {
-                let words =
-                    format!("a disk '{name}' is attached to this host: choose another name");
-                return Err(Failure::new(Kind::Conflict, words));
-            }
-            drop(served);
-            self.enter(Arc::clone(&disk)).map(drop)
+            let is_free = |served: &ServedDisks| {
+                if served.values().any(|known| known.name == name) {
+                    let words =
+                        format!("a disk '{name}' is attached to this host: choose another name");
+                    return Err(Failure::new(Kind::Conflict, words));
+                }
+                Ok(())
+            };
+            self.enter_if(Arc::clone(&disk), is_free).map(drop)
         };
         let begun = Box::pin(disk.begin(parts, enter, parent.clone_pending(parts, &new))).await;
         let made = parts.cache.origin_of(uuid).await.is_some();

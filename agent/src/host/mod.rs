@@ -60,6 +60,9 @@ use uuid::Uuid;
 /// How often this host tells the store that it is alive.
 const HEARTBEAT_PERIOD: Duration = Duration::from_secs(10);
 
+/// Disks of this host, by their UUID.
+type ServedDisks = BTreeMap<Uuid, Arc<Served>>;
+
 /// See the module.
 #[derive(Debug)]
 pub struct Host {
@@ -68,7 +71,7 @@ pub struct Host {
     name: String,
     started: Instant,
     /// Disks attached to this host, by identity. Held for moments only.
-    served: Mutex<BTreeMap<Uuid, Arc<Served>>>,
+    served: Mutex<ServedDisks>,
     /// What `status` foretells.
     meters: Mutex<meters::Meters>,
     /// How far disks were, for when their log is lost.
@@ -203,6 +206,8 @@ impl Host {
     /// Opens the sockets of all disks that were attached, then recovers them side by side.
     async fn bring_back(self: &Arc<Self>) {
         let attached = self.parts.cache.attached().await;
+        let here: Vec<Uuid> = attached.iter().map(|record| record.vdi).collect();
+        self.socket_names.keep_only(&here);
         // All before any disk comes up: a parent's snapshots may be thinned from then on.
         let hold = |origin: Origin| self.parts.holds.hold(origin.vdi, origin.lsn);
         let holds: Vec<_> = attached.iter().map(|record| record.origin.map(hold)).collect();
@@ -255,7 +260,17 @@ impl Host {
     /// # Errors
     /// Another disk has its socket; nothing was changed.
     fn enter(&self, disk: Arc<Served>) -> Result<Arc<Served>> {
+        self.enter_if(disk, |_| Ok(()))
+    }
+
+    /// The same if those that are here allow it.
+    fn enter_if(
+        &self,
+        disk: Arc<Served>,
+        allowed: impl FnOnce(&ServedDisks) -> Result<()>,
+    ) -> Result<Arc<Served>> {
         let mut served = self.served.lock();
+        allowed(&served)?;
         if let Some(known) = served.get(&disk.uuid) {
             // Another request was faster.
             return Ok(Arc::clone(known));

@@ -360,6 +360,13 @@ impl Served {
             if parts.cache.vdi_status(self.uuid).is_some() {
                 parts.refuse_while_down(format_args!("disk '{}' cannot be drained", self.name))?;
             }
+            if parts.cache.origin_of(self.uuid).await.is_some() {
+                let words = format!(
+                    "disk '{0}', a clone, is in the store since a moment ago, and its log is not open: 'ballast vdi attach {0}' first",
+                    self.name
+                );
+                return Err(Failure::new(Kind::Conflict, words));
+            }
             self.forget(parts).await?;
             self.view.lock().gone = true;
             return Ok(());

@@ -24,7 +24,15 @@ impl SocketNames {
     /// sockets.
     pub(super) fn open(run_dir: &Path) -> Self {
         let path = run_dir.join(FILE);
-        let text = std::fs::read(&path).unwrap_or_default();
+        let text = std::fs::read(&path).unwrap_or_else(|error| {
+            if error.kind() != std::io::ErrorKind::NotFound {
+                tracing::warn!(
+                    "cannot read {}: {error}: disks get the sockets of their names",
+                    path.display()
+                );
+            }
+            Vec::new()
+        });
         let by_disk = match serde_json::from_slice(&text) {
             Ok(by_disk) => by_disk,
             Err(error) => {
@@ -59,6 +67,13 @@ impl SocketNames {
         self.write(&next)?;
         *by_disk = next;
         Ok(())
+    }
+
+    /// Only these disks are this host's: of others an agent that was cut off has left names.
+    pub(super) fn keep_only(&self, disks: &[Uuid]) {
+        let others = |disk: &Uuid| !disks.contains(disk);
+        let gone: Vec<Uuid> = self.by_disk.lock().keys().copied().filter(others).collect();
+        gone.into_iter().for_each(|disk| self.forget(disk));
     }
 
     /// The disk is none of this host's any more.
@@ -100,6 +115,10 @@ mod tests {
         again.forget(a);
         let last = SocketNames::open(dir.path());
         assert_eq!((last.of(a), last.of(b).as_deref()), (None, Some("web")));
+        last.keep_only(&[b]);
+        assert_eq!(SocketNames::open(dir.path()).of(b).as_deref(), Some("web"));
+        last.keep_only(&[a]);
+        assert_eq!(SocketNames::open(dir.path()).of(b), None);
         let full = SocketNames::open(Path::new("/proc/nowhere"));
         full.keep(a, "db").unwrap_err();
         assert_eq!(full.of(a), None, "what is not durable does not hold");

@@ -8,6 +8,8 @@ use uuid::Uuid;
 
 /// Most legs of a cache.
 pub const LEGS_MAX: usize = 2;
+/// Most sets that a membership knows as void.
+pub const VOIDED_MAX: usize = 4;
 
 /// A set of legs, by number: its place in [`Membership::legs`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -97,6 +99,8 @@ pub struct Membership {
     pub legs: Vec<Uuid>,
     /// Those that hold everything; never empty.
     pub members: LegSet,
+    /// Ids of sets that a leg may hold although nobody ever acted on them, since writing them failed; the latest [`VOIDED_MAX`].
+    pub voided: Vec<Uuid>,
 }
 
 impl Membership {
@@ -106,7 +110,7 @@ impl Membership {
         let members = LegSet::first(legs.len());
         // A cache without a mirror has no changes to tell apart.
         let id = if legs.len() == 1 { Uuid::nil() } else { Uuid::new_v4() };
-        Self { events: 0, id, legs, members }
+        Self { events: 0, id, legs, members, voided: Vec::new() }
     }
 
     /// Without the legs of `gone`; none if no member would be left.
@@ -118,7 +122,35 @@ impl Membership {
             id: Uuid::new_v4(),
             legs: self.legs.clone(),
             members,
+            voided: self.voided.clone(),
         })
+    }
+
+    /// The same set, told apart from what it was before: for a start that goes on with some legs only.
+    #[must_use]
+    pub fn renewed(&self) -> Self {
+        Self { events: self.events + 1, id: Uuid::new_v4(), ..self.clone() }
+    }
+
+    /// Notes sets as void, the latest last.
+    pub fn void(&mut self, sets: impl IntoIterator<Item = Uuid>) {
+        for set in sets {
+            self.voided.retain(|known| *known != set);
+            self.voided.push(set);
+        }
+        let too_many = self.voided.len().saturating_sub(VOIDED_MAX);
+        self.voided.drain(..too_many);
+    }
+
+    /// True if the leg whose word this is went on without `others`' leg, and `others` does not know that as an attempt that
+    /// failed: it may hold what was acknowledged, and is nowhere else.
+    #[must_use]
+    pub fn is_split_from(&self, own_leg: Uuid, others: &Self) -> bool {
+        let own = self.number_of(own_leg);
+        let is_alone = own.is_some_and(|own| self.members == LegSet::NONE.with(own));
+        let is_named =
+            others.number_of(own_leg).is_some_and(|number| others.members.contains(number));
+        self.legs.len() > 1 && is_alone && !is_named && !others.voided.contains(&self.id)
     }
 
     /// The number that a new leg gets: the place of one that is no member, or the next one; none if all are members.
@@ -137,7 +169,8 @@ impl Membership {
             None => legs.push(leg),
         }
         let members = self.members.with(place);
-        Some(Self { events: self.events + 1, id: Uuid::new_v4(), legs, members })
+        let (events, id) = (self.events + 1, Uuid::new_v4());
+        Some(Self { events, id, legs, members, voided: self.voided.clone() })
     }
 
     /// The number of a leg of this cache.
@@ -156,5 +189,6 @@ impl Membership {
             && !self.members.is_empty()
             && self.members.minus(known).is_empty()
             && self.events < u64::MAX
+            && self.voided.len() <= VOIDED_MAX
     }
 }

@@ -1,9 +1,9 @@
 //! What the cache device is and whom it belongs to.
 //!
 //! A cache of one leg, as all were before there were two, has zeros from byte 124 to 183. Caches made before machines were
-//! noted have zeros from byte 184 on.
+//! noted have zeros from byte 184 on; those made before sets could be void, from byte 268 on.
 
-use super::legs::{LEGS_MAX, LegSet, Membership};
+use super::legs::{LEGS_MAX, LegSet, Membership, VOIDED_MAX};
 use super::{FormatError, Geometry, VERSION, open_block, seal_block};
 use blockstore::format::fill_text;
 use blockstore::types::BLOCK_SIZE;
@@ -38,7 +38,8 @@ struct Raw {
     machine: [u8; 16],
     machine_name_len: U32,
     machine_name: [u8; MACHINE_NAME_MAX],
-    reserved: [u8; BLOCK_SIZE - 268],
+    voided: [[u8; 16]; VOIDED_MAX],
+    reserved: [u8; BLOCK_SIZE - 332],
 }
 const _: () = assert!(size_of::<Raw>() == BLOCK_SIZE);
 
@@ -85,6 +86,10 @@ impl Superblock {
         for (raw, leg) in all_legs.iter_mut().zip(&membership.legs).filter(|_| mirrored) {
             *raw = leg.into_bytes();
         }
+        let mut voided = [[0; 16]; VOIDED_MAX];
+        for (raw, set) in voided.iter_mut().zip(&membership.voided) {
+            *raw = set.into_bytes();
+        }
         let name = self.machine.as_ref().map_or("", |machine| &machine.name);
         let mut machine_name = [0; MACHINE_NAME_MAX];
         let name_len = fill_text(&mut machine_name, name);
@@ -110,7 +115,8 @@ impl Superblock {
             machine: self.machine.as_ref().map_or(Uuid::nil(), |machine| machine.id).into_bytes(),
             machine_name_len: u32::from(name_len).into(),
             machine_name,
-            reserved: [0; BLOCK_SIZE - 268],
+            voided,
+            reserved: [0; BLOCK_SIZE - 332],
         };
         let mut block = [0u8; BLOCK_SIZE];
         block.copy_from_slice(raw.as_bytes());
@@ -143,18 +149,22 @@ impl Superblock {
         };
         let store = Uuid::from_bytes(raw.store);
         let leg = Uuid::from_bytes(raw.leg);
+        let voided = raw.voided.iter().map(|set| Uuid::from_bytes(*set));
+        let voided = voided.filter(|set| !set.is_nil()).collect();
         let membership = match raw.legs.get() as usize {
             1 => Membership {
                 events: raw.events.get(),
                 id: Uuid::from_bytes(raw.set),
                 legs: vec![leg],
                 members: LegSet::FIRST,
+                voided,
             },
             LEGS_MAX => Membership {
                 events: raw.events.get(),
                 id: Uuid::from_bytes(raw.set),
                 legs: raw.all_legs.iter().map(|leg| Uuid::from_bytes(*leg)).collect(),
                 members: LegSet::from_bits(raw.members.get()).unwrap_or_default(),
+                voided,
             },
             _ => {
                 let why = "it belongs to a cache of more legs than this ballast knows";

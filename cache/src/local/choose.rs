@@ -5,13 +5,15 @@
 //! | two caches, or one leg twice (a clone) | refused |
 //! | equal event counts, one id | both are members |
 //! | equal event counts, two ids | each went on without the other: refused, the operator says which one counts |
-//! | unequal event counts | the higher is the cache; the other was left behind and is no member |
+//! | unequal event counts, the lower one's leg alone in its set, and neither a member of the other's nor known there as a change that failed | the same |
+//! | unequal event counts else | the higher is the cache; the other was left behind and is no member |
 //! | a member is not there | the one that is there may be the one left behind: only on the operator's word |
 
 use crate::error::CacheError;
 use crate::format::legs::LegSet;
 use crate::format::superblock::Superblock;
 use blockstore::sabotage::{self, Bug};
+use std::cmp::Ordering;
 use std::path::PathBuf;
 
 /// What to open.
@@ -40,8 +42,14 @@ pub(super) fn choose(found: &[(PathBuf, Superblock)]) -> Result<Choice, CacheErr
     if a.leg == b.leg {
         return Err(CacheError::ClonedLeg { path, twin, leg: a.leg });
     }
-    if a.membership.events == b.membership.events && a.membership.id != b.membership.id {
-        return Err(CacheError::SplitLegs { path, twin, events: a.membership.events });
+    let (of_a, of_b) = (&a.membership, &b.membership);
+    let is_split = match of_a.events.cmp(&of_b.events) {
+        Ordering::Equal => of_a.id != of_b.id,
+        Ordering::Less => of_a.is_split_from(a.leg, of_b),
+        Ordering::Greater => of_b.is_split_from(b.leg, of_a),
+    };
+    if is_split && !(of_a.events != of_b.events && sabotage::on(Bug::UseStaleLeg)) {
+        return Err(CacheError::SplitLegs { path, twin });
     }
     let newer = |s: &Superblock| (s.membership.events, s.sequence);
     let best = usize::from((newer(b) > newer(a)) != sabotage::on(Bug::UseStaleLeg));
@@ -146,6 +154,36 @@ mod tests {
         let [a, b] = pair();
         let error = decide(&[alone(&a, 0), alone(&b, 1)]).unwrap_err();
         assert!(matches!(error, CacheError::SplitLegs { .. }), "{error}");
+    }
+
+    /// However often each was started, or tried to put the other out, since.
+    #[test]
+    fn the_count_does_not_say_which_of_two_that_went_on_alone_is_the_cache() {
+        let [a, b] = pair();
+        let (a, b) = (alone(&a, 0), alone(&b, 1));
+        let again = Superblock { membership: b.membership.renewed(), ..b.clone() };
+        for found in [[a.clone(), again.clone()], [again.clone(), a.clone()]] {
+            let error = decide(&found).unwrap_err();
+            assert!(matches!(error, CacheError::SplitLegs { .. }), "{error}");
+        }
+        // That one only tried, and never went on: it is known.
+        let mut knowing = again;
+        knowing.membership.void([a.membership.id]);
+        let choice = decide(&[a.clone(), knowing.clone()]).unwrap();
+        assert_eq!((choice.best, choice.members), (1, vec![(1, 1)]));
+        // It went on after all: a start gives its set another id.
+        let started = Superblock { membership: a.membership.renewed(), ..a };
+        let knowing = Superblock { membership: knowing.membership.renewed(), ..knowing };
+        assert!(matches!(decide(&[started, knowing]), Err(CacheError::SplitLegs { .. })));
+    }
+
+    /// A crash while a leg became a member again: it is named already, and does not know it yet.
+    #[test]
+    fn a_leg_that_is_named_has_not_gone_on_without_the_other() {
+        let [a, b] = pair();
+        let both = a.membership.renewed().renewed();
+        let choice = decide(&[Superblock { membership: both, ..a }, alone(&b, 1)]).unwrap();
+        assert_eq!((choice.best, choice.missing), (0, LegSet::NONE.with(1)));
     }
 
     #[test]

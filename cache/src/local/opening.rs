@@ -7,6 +7,7 @@ use super::create::{is_unmade, says_unfinished};
 use super::{Leg, Local};
 use crate::error::CacheError;
 use crate::format::FormatError;
+use crate::format::legs::LegSet;
 use crate::format::superblock::{Machine, Superblock};
 use blockstore::device::file::FileDevice;
 use blockstore::device::{Device, DeviceErrorKind, OpenOptions};
@@ -171,22 +172,39 @@ impl Local {
         }
         legs.sort_by_key(|leg| leg.number);
         let local = Self::with(best.clone(), legs, outsiders, read_only);
-        if !read_only && (!choice.missing.is_empty() || behind) {
-            local
-                .rewrite_superblock(|superblock| {
-                    if let Some(left) = superblock.membership.without(choice.missing)
-                        && !choice.missing.is_empty()
-                    {
-                        superblock.membership = left;
-                    }
-                })
-                .await?;
-        }
-        if !read_only && behind {
-            // A crash came between the copies, or one rotted: the other must not bring a leg back, should this one rot.
-            local.rewrite_superblock(|_| ()).await?;
+        if !read_only {
+            local.note_start(choice.missing, behind).await?;
         }
         Ok(local)
+    }
+
+    /// Writes the set without `missing` members, and whatever legs are `behind` in, before anything is served.
+    async fn note_start(&self, missing: LegSet, behind: bool) -> Result<(), CacheError> {
+        let goes_on_alone = self.members().len() < self.superblock().await.membership.legs.len();
+        if goes_on_alone {
+            // Under an id of its own: that it goes on from here the other leg does not know.
+            let noted = self
+                .rewrite_superblock(|superblock| {
+                    let membership = &superblock.membership;
+                    let left = membership.without(missing).filter(|_| !missing.is_empty());
+                    superblock.membership = left.unwrap_or_else(|| membership.renewed());
+                })
+                .await;
+            return match noted {
+                Err(error) if missing.is_empty() && !behind => {
+                    // A leg that takes no superblock takes no log either: the store does then.
+                    tracing::warn!(%error, "the cache's start is not noted on its only leg");
+                    Ok(())
+                }
+                noted => noted,
+            };
+        }
+        if behind {
+            // A crash came between the copies, or one rotted: the other must not bring a leg back, should this one rot.
+            self.rewrite_superblock(|_| ()).await?;
+            self.rewrite_superblock(|_| ()).await?;
+        }
+        Ok(())
     }
 }
 

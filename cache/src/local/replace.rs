@@ -110,10 +110,11 @@ async fn open_blank(local: &Local, new: &Path) -> Result<Device, CacheError> {
             return Err(CacheError::NotACache { path: new.into(), source });
         }
         let own = local.superblock().await.membership;
-        if other.membership.events >= own.events {
+        let is_behind = other.membership.events < own.events;
+        if !is_behind || other.membership.is_split_from(other.leg, &own) {
             // It was served after the other, or beside it: what it holds may be nowhere else.
             let (path, twin) = (local.path.clone(), new.into());
-            return Err(CacheError::SplitLegs { path, twin, events: other.membership.events });
+            return Err(CacheError::SplitLegs { path, twin });
         }
     }
     let options = OpenOptions {

@@ -8,6 +8,7 @@ use crate::format::{FormatError, Geometry};
 use blockstore::buf::AlignedBuf;
 use blockstore::device::{DeviceError, DeviceErrorKind};
 use blockstore::types::BLOCK_SIZE;
+use std::ops::Range;
 
 /// Bytes of the two copies of a slot.
 const SLOT_LEN: usize = 2 * BLOCK_SIZE;
@@ -33,13 +34,15 @@ impl Local {
                     (*leg, newest(slot, [a, b]))
                 })
                 .collect();
+            if let Some(leg) = unread.iter().next()
+                && let Some(damage) = self.damage_of(slot, &tables)
+            {
+                return Err(self.unread_slot(leg, slot, &damage.to_string()).into());
+            }
             let good = copies.iter().filter_map(|(leg, copy)| Some((leg, copy.as_ref().ok()?)));
             let Some((leg, best)) = good.max_by_key(|(_, copy)| copy.sequence) else {
                 let source = copies.into_iter().find_map(|(_, copy)| copy.err());
                 let why = source.map(|source| source.to_string()).unwrap_or_default();
-                if let Some(leg) = unread.iter().next() {
-                    return Err(self.unread_slot(leg, slot, &why).into());
-                }
                 return Err(CacheError::Unsupported {
                     path: self.path.clone(),
                     what: format!(
@@ -55,6 +58,15 @@ impl Local {
                 let offset = Geometry::slot_offset(slot, best.sequence);
                 self.repair(*leg, offset, AlignedBuf::copy_of(&best.encode())).await?;
             }
+            // It would be in doubt again at a start that gets nothing of the other leg.
+            let other = best.sequence + 1;
+            for (leg, table) in tables.iter().filter(|_| tables.len() > 1) {
+                let copy = &table[at.clone()][copy_at(other)];
+                if is_damaged(&VdiSlot::decode(copy, slot)) {
+                    let offset = Geometry::slot_offset(slot, other);
+                    self.repair(*leg, offset, AlignedBuf::copy_of(&best.encode())).await?;
+                }
+            }
             found.push(best);
         }
         for leg in unread.iter() {
@@ -63,7 +75,14 @@ impl Local {
         Ok(found)
     }
 
-    /// A slot is damaged wherever it can be read; a leg that gives nothing now may have it.
+    /// What is wrong with a copy of a slot: it may have been the newer one, which only a leg that gave nothing has then.
+    fn damage_of(&self, slot: u32, tables: &[(u8, AlignedBuf)]) -> Option<FormatError> {
+        let at = slot as usize * SLOT_LEN..(slot as usize + 1) * SLOT_LEN;
+        let copies = tables.iter().flat_map(|(_, table)| table[at.clone()].chunks(BLOCK_SIZE));
+        copies.map(|copy| VdiSlot::decode(copy, slot)).find(is_damaged).and_then(Result::err)
+    }
+
+    /// A slot is damaged where it can be read; a leg that gives nothing now may have it.
     fn unread_slot(&self, leg: u8, slot: u32, why: &str) -> DeviceError {
         DeviceError {
             kind: DeviceErrorKind::Io,
@@ -72,8 +91,8 @@ impl Local {
             offset: Geometry::slot_offset(slot, 0),
             len: SLOT_LEN as u64,
             message: format!(
-                "the other leg's copies of this slot are damaged ({why}), so it is needed; see to this leg, then try again: \
-                 nothing was changed"
+                "a copy of this slot is damaged on the other leg ({why}), so this one is needed; see to it, then try again, or go on \
+                 without it (--degraded): nothing was changed"
             ),
         }
     }
@@ -84,6 +103,16 @@ impl Local {
         self.write(offset, AlignedBuf::copy_of(&slot.encode())).await?;
         self.flush().await
     }
+}
+
+/// Where the copy of a slot with this sequence lies among both.
+fn copy_at(sequence: u64) -> Range<usize> {
+    let first = (Geometry::slot_offset(0, sequence) - Geometry::slot_offset(0, 0)) as usize;
+    first..first + BLOCK_SIZE
+}
+
+fn is_damaged(copy: &Result<VdiSlot, FormatError>) -> bool {
+    !matches!(copy, Ok(_) | Err(FormatError::Absent(_)))
 }
 
 /// The newer valid copy of a slot.
@@ -136,6 +165,26 @@ mod tests {
         sims[0].set_rates(FaultRates::default());
         let alone = open(&sims[..1], true).await;
         assert_eq!(alone.read_slots().await.unwrap()[0], named(5));
+    }
+
+    /// The older one, which is whole, is not written over what only the other leg has of the newer one.
+    #[tokio::test(start_paused = true)]
+    async fn a_damaged_copy_is_not_judged_while_a_leg_that_may_have_it_cannot_be_read() {
+        let sims = [1, 2].map(|seed| SimDevice::new(16 << 20, seed));
+        let devices = sims.iter().map(|sim| ("/leg".into(), sim.device())).collect();
+        let local = Local::make_legs(devices).await.unwrap();
+        local.write_slot(&named(4)).await.unwrap();
+        local.write_slot(&named(5)).await.unwrap();
+        let of_another = VdiSlot { slot: 1, ..named(5) }.encode();
+        let of_another = of_another.as_slice().try_into().expect("a block");
+        sims[0].misplace(Geometry::slot_offset(0, 5), of_another);
+        sims[1].set_rates(FaultRates { read_io: 1.0, ..FaultRates::default() });
+        let refused = local.read_slots().await.unwrap_err();
+        assert!(refused.to_string().contains("--degraded"), "{refused}");
+        sims[1].set_rates(FaultRates::default());
+        assert_eq!(local.read_slots().await.unwrap()[0], named(5));
+        sims[1].set_rates(FaultRates { read_io: 1.0, ..FaultRates::default() });
+        assert_eq!(local.read_slots().await.unwrap()[0], named(5), "the first leg was given it");
     }
 
     #[tokio::test(start_paused = true)]

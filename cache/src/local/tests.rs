@@ -75,7 +75,7 @@ async fn a_leg_is_replaced_and_a_single_cache_gets_its_second() {
             let local = rig.open(&names, false).await.unwrap();
             assert_eq!(local.members(), LegSet::first(2));
             let superblock = local.superblock().await;
-            assert_eq!(superblock.membership.events, before + 1);
+            assert!(superblock.membership.events > before);
         }
         let (a, b) = (bytes(&rig.path(good)), bytes(&rig.path(new)));
         assert!(a[8192..] == b[8192..] && a[PLACE as usize] == good.len() as u8 + 7);

@@ -181,7 +181,6 @@ impl Local {
             let why = format!("no answer for more than {:?}", self.leg_timeout());
             if let Err(error) = self.put_out(this, &why).await {
                 tracing::warn!(leg, %error, "a leg of the cache that does not answer cannot be put out");
-                self.mirror.lock().outsiders.retain(|(_, reason)| *reason != why);
             }
         }
         let mut mirror = self.mirror.lock();
@@ -332,6 +331,33 @@ mod tests {
         let named = sims.iter().map(|sim| ("/leg".into(), sim.device())).collect();
         let local = Local::on_devices(named, false).await.unwrap();
         assert_eq!(local.members(), LegSet::NONE.with(1));
+    }
+
+    /// The one of which only attempts are known does not win by their number over the one that was served, nor the other way round.
+    #[tokio::test(start_paused = true)]
+    async fn a_leg_that_served_alone_is_never_left_behind_by_attempts_to_put_it_out() {
+        for tried_both in [false, true] {
+            let (local, sims) = pair().await;
+            let named = |which: &[usize]| -> Vec<_> {
+                which.iter().map(|n| (format!("/leg{n}").into(), sims[*n].device())).collect()
+            };
+            for round in 0..4 {
+                // Each lands on one leg, and nobody knows whether durably.
+                let out = if tried_both { round % 2 } else { 1 };
+                sims[1 - out].set_rates(FaultRates { flush_io: 1.0, ..FaultRates::default() });
+                local.leg_silent(out as u8, None).await;
+                sims[1 - out].set_rates(FaultRates::default());
+                let states = local.leg_states();
+                assert!(states.len() == 2 && states.iter().all(|leg| leg.member), "{states:?}");
+            }
+            drop(local);
+            // The first leg is not there, and the guests write on.
+            let alone = Local::on_devices(named(&[1]), !tried_both).await.unwrap();
+            assert_eq!(alone.members(), LegSet::NONE.with(1));
+            drop(alone);
+            let refused = Local::on_devices(named(&[0, 1]), true).await.unwrap_err();
+            assert!(matches!(refused, CacheError::SplitLegs { .. }), "{refused}");
+        }
     }
 
     /// What a leg may have of an attempt that failed does not stay beside what holds.

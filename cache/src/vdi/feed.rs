@@ -17,6 +17,9 @@ impl VdiTask {
     pub(super) fn feed(&mut self) {
         self.feed_at = None;
         let pressure = self.pressure();
+        if pressure.store_answers {
+            self.slope.end();
+        }
         self.raise_ration(pressure);
         if !self.starving || self.released {
             return;
@@ -44,7 +47,6 @@ impl VdiTask {
     /// How long the disk would have to wait for its next segment because the store is away.
     fn slowed_by(&mut self, now: Pressure) -> Duration {
         if now.store_answers {
-            self.slope.end();
             return Duration::ZERO;
         }
         self.slope.wait(now.at, now.fill)
@@ -65,9 +67,6 @@ impl VdiTask {
     fn ration_is_over(&mut self, now: Pressure) {
         self.ration = None;
         self.slope.granted(now.at);
-        if now.store_answers {
-            self.slope.end();
-        }
     }
 
     /// The worker filled a segment, or sealed it before it was full: the next one is not waited for because of it.

@@ -45,8 +45,9 @@ impl Slope {
 
     /// The disk got a segment.
     pub fn granted(&mut self, at: Duration) {
-        if let Some(before) = self.unhindered {
-            let interval = at.saturating_sub(before).min(PACE_MAX);
+        let interval = self.unhindered.map(|before| at.saturating_sub(before).min(PACE_MAX));
+        // The end of one that was given in parts is told of, and then the next.
+        if let Some(interval) = interval.filter(|interval| !interval.is_zero()) {
             self.pace = if self.pace.is_zero() { interval } else { (self.pace * 7 + interval) / 8 };
         }
         (self.unhindered, self.last) = (Some(at), at);

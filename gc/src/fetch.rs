@@ -22,6 +22,11 @@ const AHEAD: usize = 12;
 /// wait for.
 const AHEAD_FEW: usize = 4;
 const AHEAD_PACED: usize = 2;
+/// Nodes read at once below a rate, so that a guest's request finds little before it on the device.
+const PACED_BATCH: usize = 64;
+/// Below a rate the processor is offered to others after so many nodes: a disk's worker that wants it does not wait for the end of
+/// a time slice.
+const NODES_AT_A_STRETCH: usize = 16;
 
 /// A node to read. Small, since there is one for each node of a level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,15 +76,17 @@ pub(crate) struct Ahead<'a> {
     /// Each a set of one, so that what is not waited for ends with it.
     under_way: VecDeque<(&'a [Entry], Fetch)>,
     ahead: usize,
+    gives_way: bool,
 }
 
 impl<'a> Ahead<'a> {
     /// Nothing is read yet. Leaves are at level 1.
     pub(crate) fn new(reader: &'a Reader, level: usize, nodes: &'a [Entry], pace: &Pace) -> Self {
         let (batch, ahead) = if level > 1 { (INNER_BATCH, AHEAD_FEW) } else { (BATCH, AHEAD) };
-        let ahead = if pace.rate.is_some() { AHEAD_PACED } else { ahead };
+        let gives_way = pace.rate.is_some();
+        let (batch, ahead) = if gives_way { (PACED_BATCH, AHEAD_PACED) } else { (batch, ahead) };
         let rest = nodes.chunks(batch);
-        Self { reader, level, rest, under_way: VecDeque::new(), ahead }
+        Self { reader, level, rest, under_way: VecDeque::new(), ahead, gives_way }
     }
 
     /// The next batch with what it names, and how many nodes it has; none at the end.
@@ -91,27 +98,35 @@ impl<'a> Ahead<'a> {
             let Some(batch) = self.rest.next() else { break };
             pace.before(batch.len()).await;
             let (reader, level, nodes) = (self.reader.clone(), self.level, batch.to_vec());
-            let mut task = JoinSet::new();
-            task.spawn(async move { named(&reader, level, &nodes).await });
+            let (mut task, gives_way) = (JoinSet::new(), self.gives_way);
+            task.spawn(async move { named(&reader, level, &nodes, gives_way).await });
             self.under_way.push_back((batch, task));
         }
         let (batch, mut task) = self.under_way.pop_front()?;
         let read = match task.join_next().await {
             Some(Ok(read)) => read,
             // It was stopped with its runtime, or failed inside: then it is told where.
-            _ => named(self.reader, self.level, batch).await,
+            _ => named(self.reader, self.level, batch, self.gives_way).await,
         };
         Some((batch, read))
     }
 }
 
 /// Reads nodes and takes them apart.
-async fn named(reader: &Reader, level: usize, nodes: &[Entry]) -> Result<Named, Failed> {
+async fn named(
+    reader: &Reader,
+    level: usize,
+    nodes: &[Entry],
+    gives_way: bool,
+) -> Result<Named, Failed> {
     let pointers: Vec<Pointer> = nodes.iter().map(|entry| entry.pointer()).collect();
     let read = reader.read_blocks(&pointers).await;
     let blocks = read.map_err(|error| Failed { disk: None, error })?;
     let mut named = Named::default();
-    for (entry, block) in nodes.iter().zip(blocks) {
+    for (place, (entry, block)) in nodes.iter().zip(blocks).enumerate() {
+        if gives_way && place % NODES_AT_A_STRETCH == 0 {
+            std::thread::yield_now();
+        }
         let mut misplaced = None;
         let decoded = Node::children_in(&block, |child| {
             if !reader.geometry().is_allocatable(child.gba) {

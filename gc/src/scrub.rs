@@ -20,6 +20,7 @@ mod looking;
 mod order;
 mod passed;
 mod progress;
+mod reading;
 mod snapshots;
 mod tables;
 mod tree;

@@ -20,6 +20,7 @@ mod looking;
 mod order;
 mod passed;
 mod progress;
+mod reading;
 mod snapshots;
 mod tables;
 mod tree;
@@ -40,7 +41,7 @@ pub struct ScrubOptions {
 }
 
 /// Verifies everything in the store, or goes on with what was begun in `progress`. Writes nothing; may be dropped at any time. While the
-/// store does not answer it waits.
+/// store does not answer, or gives nothing but errors, it waits.
 ///
 /// # Errors
 /// `Closing`. All else is told in `progress`: damage, and what could not be verified.

@@ -185,10 +185,19 @@ impl SimDevice {
 
     /// Bad sectors: operations of these kinds that touch the range fail with [`Fault::Io`] from now on, others on it do not.
     pub fn set_bad(&self, offset: u64, len: u64, kinds: &[OpKind]) {
+        self.set_faulty(offset, len, kinds, Fault::Io);
+    }
+
+    /// Sectors at which the target drops the session: as [`set_bad`](Self::set_bad), with [`Fault::Unreachable`].
+    pub fn set_dropping(&self, offset: u64, len: u64, kinds: &[OpKind]) {
+        self.set_faulty(offset, len, kinds, Fault::Unreachable);
+    }
+
+    fn set_faulty(&self, offset: u64, len: u64, kinds: &[OpKind], fault: Fault) {
         let range = offset..offset + len;
         let mut state = self.target.state.lock();
-        state.bad.retain(|(bad, _)| *bad != range);
-        state.bad.extend(kinds.iter().map(|kind| (range.clone(), *kind)));
+        state.bad.retain(|(bad, ..)| *bad != range);
+        state.bad.extend(kinds.iter().map(|kind| (range.clone(), *kind, fault)));
     }
 
     /// Bit rot: flips the bits of `mask` in the byte at `offset`, for good.

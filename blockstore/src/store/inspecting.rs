@@ -11,6 +11,7 @@ use crate::slot::View;
 use crate::store::verify::TableProblem;
 use crate::store::{Store, scan_vdis, vdi_slot};
 use crate::tree::Reader;
+use crate::types::Gba;
 
 /// A store as it is inspected.
 #[derive(Debug)]
@@ -38,6 +39,14 @@ impl<'a> Inspection<'a> {
     #[must_use]
     pub fn reader(&self) -> Reader {
         Reader { io: self.io.clone(), ..self.store.core.reader.clone() }
+    }
+
+    /// Asks the device for a block, whatever it holds.
+    ///
+    /// # Errors
+    /// The device's.
+    pub async fn try_read(&self, block: Gba) -> Result<()> {
+        self.io.read(block, 1).await.map(drop)
     }
 
     /// As [`Store::verify_tables`].

@@ -176,7 +176,8 @@ async fn of_disk(
             Ok(Some(tree)) => tree,
             Ok(None) => return Ok(Ended::Gone),
             Err(error) if error.kind == StoreErrorKind::Closing => return Err(error),
-            Err(_) if look < LOOKS => {
+            // What does not answer does not change, either.
+            Err(error) if error.kind != StoreErrorKind::Unreachable && look < LOOKS => {
                 tokio::time::sleep(LOOK_PAUSE).await;
                 continue;
             }

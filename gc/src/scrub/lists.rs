@@ -2,7 +2,8 @@
 
 use super::damage::Part;
 use super::disk::Named;
-use super::looking::{BATCH, Bad, Looking, Place, Verdict};
+use super::looking::{BATCH, Looking, Place, Verdict};
+use super::reading::Bad;
 use super::snapshots::below;
 use crate::mark::{NAME_ADVICE, SNAPSHOTS_ADVICE};
 use blockstore::Result;

@@ -1,4 +1,4 @@
-//! Reading for a scrub: below a rate, waiting while the store is away, and with a second look at what is not what it should be.
+//! What a scrub looks at, with a second look at what is not what it should be.
 //!
 //! The second look. A block did not match its pointer: it is damaged, or it is in use for something else since the pointer was
 //! read. So the way from the present root to the place of the pointer is walked, reading the device only. If it ends in another
@@ -14,6 +14,7 @@
 use super::damage::{Damage, Part};
 use super::order::Disk;
 use super::progress::{ScrubProgress, Start};
+use super::reading::{Bad, Region, Silent};
 use crate::check::{VDI_ADVICE, is_root};
 use crate::fetch::Pace;
 use blockstore::format::node::{NODE_SHIFT, Node, entry_span, tree_span};
@@ -23,25 +24,17 @@ use blockstore::format::vdi::VdiHead;
 use blockstore::slot::{Content, View};
 use blockstore::snapshots::Page;
 use blockstore::tree::Reader;
-use blockstore::types::{BLOCK_SIZE, Lsn};
+use blockstore::types::Lsn;
 use blockstore::{Inspection, Result, Store, StoreError, StoreErrorKind, TableProblem};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::collections::HashSet;
-use std::future::Future;
 use std::time::Duration;
-use tokio::time::Instant;
 use uuid::Uuid;
 
 /// Blocks read at once: 1 MiB, one request where they lie together.
 pub(super) const BATCH: usize = 256;
 
-/// Between two tries while the store does not answer.
-const AWAY_MIN: Duration = Duration::from_millis(500);
-const AWAY_MAX: Duration = Duration::from_secs(10);
-/// How often a block that the device does not give is asked for while it gives others.
-const STRIKES: u32 = 3;
-const STRIKE_PAUSE: Duration = Duration::from_millis(50);
 /// How often it is tried to find out about a block that keeps changing its place.
 const LOOKS: u32 = 8;
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
@@ -55,25 +48,6 @@ const BAD_RECORDS: u32 = 16;
 /// Blocks that were not verified of which the log tells.
 const SAID_MAX: u64 = 100;
 
-/// Why a block was not had.
-#[derive(Debug)]
-pub(super) enum Bad {
-    /// It is not what its pointer says.
-    Mismatch(StoreError),
-    /// The device reports an error for it, each time.
-    Unreadable(StoreError),
-    /// The device does not answer for it, though it does for others.
-    NoAnswer(StoreError),
-}
-
-impl Bad {
-    pub(super) fn error(&self) -> &StoreError {
-        match self {
-            Self::Mismatch(error) | Self::Unreadable(error) | Self::NoAnswer(error) => error,
-        }
-    }
-}
-
 /// Where something that a pointer names belongs in a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
@@ -86,7 +60,7 @@ pub(super) enum Place {
 }
 
 /// Which tree.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Whose {
     /// That of the snapshot at this LSN.
     Snapshot(Lsn),
@@ -101,6 +75,18 @@ enum Present {
     Gone,
     /// A part of the way could not be read.
     Unknown(String),
+    /// The device does not answer for a part of the way.
+    NoAnswer(String),
+}
+
+impl Present {
+    /// A part of the way could not be had, with this error.
+    fn of(error: &StoreError) -> Self {
+        match error.kind {
+            StoreErrorKind::Unreachable => Self::NoAnswer(error.to_string()),
+            _ => Self::Unknown(error.to_string()),
+        }
+    }
 }
 
 /// Outcome of a second look.
@@ -123,11 +109,13 @@ pub(super) fn same(a: Pointer, b: Pointer) -> bool {
 
 pub(super) struct Looking<'a> {
     /// A bad sector is what is looked for: nobody is to take it for an outage.
-    store: Inspection<'a>,
-    reader: Reader,
-    rate: Option<u64>,
-    pace: Pace,
-    progress: &'a ScrubProgress,
+    pub(super) store: Inspection<'a>,
+    pub(super) reader: Reader,
+    pub(super) rate: Option<u64>,
+    pub(super) pace: Pace,
+    pub(super) progress: &'a ScrubProgress,
+    pub(super) silent: Mutex<Silent>,
+    pub(super) region: Region,
     /// Disks whose records were damaged when they were needed.
     lost: Mutex<HashSet<Uuid>>,
 }
@@ -136,8 +124,8 @@ impl<'a> Looking<'a> {
     pub(super) fn new(store: &'a Store, rate: Option<u64>, progress: &'a ScrubProgress) -> Self {
         let store = store.inspect();
         let (reader, rate) = (store.reader(), rate.filter(|rate| *rate > 0));
-        let lost = Mutex::default();
-        Self { store, reader, rate, pace: Pace::new(rate), progress, lost }
+        let (silent, region, lost) = (Mutex::default(), Region::default(), Mutex::default());
+        Self { store, reader, rate, pace: Pace::new(rate), progress, silent, region, lost }
     }
 
     pub(super) fn progress(&self) -> &'a ScrubProgress {
@@ -159,55 +147,20 @@ impl<'a> Looking<'a> {
         });
     }
 
-    /// Tries until the store answers.
-    async fn patiently<T, F>(&self, mut operation: impl FnMut() -> F) -> Result<T>
-    where
-        F: Future<Output = Result<T>>,
-    {
-        let mut pause = AWAY_MIN;
-        loop {
-            match operation().await {
-                Err(error) if error.kind == StoreErrorKind::Unreachable => {
-                    self.away(&error, &mut pause).await;
-                }
-                outcome => {
-                    self.progress.wait_for(None);
-                    return outcome;
-                }
-            }
-        }
-    }
-
-    /// As [`patiently`](Self::patiently), and asks again for what the device does not give: that may have been a fault on the way.
-    async fn tried_again<T, F>(&self, mut operation: impl FnMut() -> F) -> Result<T>
-    where
-        F: Future<Output = Result<T>>,
-    {
-        let mut strike = 1;
-        loop {
-            match self.patiently(&mut operation).await {
-                Err(error) if error.kind == StoreErrorKind::Device && strike < STRIKES => {
-                    tokio::time::sleep(STRIKE_PAUSE * strike).await;
-                    strike += 1;
-                }
-                outcome => return outcome,
-            }
-        }
-    }
-
-    async fn away(&self, error: &StoreError, pause: &mut Duration) {
-        self.progress.wait_for(Some(error.to_string()));
-        tokio::time::sleep(*pause).await;
-        *pause = (*pause * 2).min(AWAY_MAX);
-    }
-
+    /// What is wrong with the tables; `Unreachable` if the device does not answer for a part of them.
     pub(super) async fn tables(&self) -> Result<Vec<TableProblem>> {
+        // What it does not give counts as wrong with them.
+        self.until_it_gives().await;
         self.patiently(|| self.store.verify_tables()).await
     }
 
     pub(super) async fn registry(&self) -> Result<Vec<(u32, View<VdiHead>)>> {
         match self.tried_again(|| self.store.scan_vdis()).await {
-            Err(error) if error.kind == StoreErrorKind::Device => self.slot_by_slot().await,
+            Err(error)
+                if matches!(error.kind, StoreErrorKind::Device | StoreErrorKind::Unreachable) =>
+            {
+                self.slot_by_slot().await
+            }
             found => found,
         }
     }
@@ -232,8 +185,12 @@ impl<'a> Looking<'a> {
         Ok(found)
     }
 
-    /// A record of the registry; none if it is damaged, or the device does not give it: that is told.
+    /// A record of the registry; none if it is damaged, or the device does not give it: that is told. One for which the device does
+    /// not answer is not verified, and is not asked for again.
     pub(super) async fn record(&self, slot: u32) -> Result<Option<View<VdiHead>>> {
+        if self.silent.lock().records.contains(&slot) {
+            return Ok(None);
+        }
         let mut looks = 0;
         let why = loop {
             let why = match self.tried_again(|| self.store.read_vdi_slot(slot)).await {
@@ -243,6 +200,11 @@ impl<'a> Looking<'a> {
                 }
                 Err(error) if error.kind == StoreErrorKind::Device => {
                     "cannot be read: the device reports an error there".to_owned()
+                }
+                Err(error) if error.kind == StoreErrorKind::Unreachable => {
+                    self.silent.lock().records.insert(slot);
+                    self.unverified(format!("the disk of the VDI record in slot {slot}: {error}"));
+                    return Ok(None);
                 }
                 Err(error) => return Err(error),
             };
@@ -267,10 +229,11 @@ impl<'a> Looking<'a> {
         Ok(None)
     }
 
-    /// A disk as the device has it now; none if it is gone, or its record is damaged by now: then it counts as not verified, once.
+    /// A disk as the device has it now; none if it is gone, or its record cannot be had by now: then it counts as not verified, once.
     pub(super) async fn head(&self, disk: &Disk) -> Result<Option<VdiHead>> {
         let Some(view) = self.record(disk.slot).await? else {
-            if self.lost.lock().insert(disk.uuid) {
+            let told = self.silent.lock().records.contains(&disk.slot);
+            if self.lost.lock().insert(disk.uuid) && !told {
                 let Disk { uuid, slot, .. } = disk;
                 self.unverified(format!("disk {uuid}: its record in slot {slot} is damaged"));
             }
@@ -297,56 +260,6 @@ impl<'a> Looking<'a> {
     /// A page of a disk's snapshots, if they can be listed.
     pub(super) async fn snapshots(&self, head: &VdiHead, page: Page) -> Result<Vec<Snapshot>> {
         self.tried_again(|| self.reader.snapshot_page(&head.snapshots, page)).await
-    }
-
-    /// Reads blocks, at most [`BATCH`], and judges each.
-    pub(super) async fn read(&mut self, pointers: &[Pointer]) -> Result<Vec<Result<Bytes, Bad>>> {
-        let (mut pause, mut strikes) = (AWAY_MIN, 0);
-        loop {
-            self.pace.before(pointers.len()).await;
-            let began = Instant::now();
-            let judged = self.reader.judge_blocks(pointers).await;
-            if self.rate.is_some() {
-                // A device that is slow has others to serve.
-                self.pace.rest(began.elapsed());
-            }
-            let error = match judged {
-                Ok(judged) => {
-                    self.progress.wait_for(None);
-                    let bytes = (pointers.len() * BLOCK_SIZE) as u64;
-                    self.progress.note(|so_far| so_far.read_bytes += bytes);
-                    return Ok(judged.into_iter().map(|j| j.map_err(Bad::Mismatch)).collect());
-                }
-                Err(error) => error,
-            };
-            if !matches!(error.kind, StoreErrorKind::Unreachable | StoreErrorKind::Device) {
-                return Err(error);
-            }
-            // Is it the store that is away, or something with these blocks?
-            let probe = self.store.read_vdi_slot(0).await;
-            // An error of its own is an answer, too.
-            let answers = !probe.is_err_and(|error| error.kind == StoreErrorKind::Unreachable);
-            strikes += u32::from(answers);
-            if strikes < STRIKES {
-                match error.kind {
-                    // Nothing is waited for but a fault on the way to be over.
-                    StoreErrorKind::Device if answers => tokio::time::sleep(AWAY_MIN).await,
-                    _ => self.away(&error, &mut pause).await,
-                }
-            } else if pointers.len() > 1 {
-                let mut single = Vec::with_capacity(pointers.len());
-                for pointer in pointers {
-                    single.extend(Box::pin(self.read(&[*pointer])).await?);
-                }
-                return Ok(single);
-            } else {
-                self.progress.wait_for(None);
-                return Ok(vec![Err(match error.kind {
-                    StoreErrorKind::Device => Bad::Unreadable(error),
-                    _ => Bad::NoAnswer(error),
-                })]);
-            }
-        }
     }
 
     /// Finds out whether a block that was not had is damaged.
@@ -380,6 +293,8 @@ impl<'a> Looking<'a> {
                     }
                 }
                 Present::Unknown(words) => why = words,
+                // It is not that something keeps changing.
+                Present::NoAnswer(words) => return Ok(Verdict::Unknown(words)),
             }
             tokio::time::sleep(pause).await;
             pause *= 2;
@@ -408,7 +323,7 @@ impl<'a> Looking<'a> {
                     (Ok(None), _) => return Ok(Present::Gone),
                     (Err(error), _) if error.kind == StoreErrorKind::Closing => return Err(error),
                     (Err(error), Whose::Disk(_)) => ((head.root, head.height), Some(error)),
-                    (Err(error), _) => return Ok(Present::Unknown(error.to_string())),
+                    (Err(error), _) => return Ok(Present::of(&error)),
                 };
                 let (root, height) = tree;
                 let child = |level: u8| (block / entry_span(level)) as u8;
@@ -420,19 +335,32 @@ impl<'a> Looking<'a> {
                     (Some(_), Present::At(now)) if wanted.is_some_and(|it| same(it, *now)) => {
                         Ok(found)
                     }
-                    (Some(error), _) => Ok(Present::Unknown(error.to_string())),
+                    (Some(error), _) => Ok(Present::of(&error)),
                     (None, _) => Ok(found),
                 }
             }
         }
     }
 
-    /// The root of a tree, and its height: of one that was the disk's, what holds now all that is left of it.
+    /// The root of a tree, and its height: of one that was the disk's, what holds now all that is left of it. A list for a block of
+    /// which the device does not answer is not searched again for the same.
     pub(super) async fn tree_of(
         &self,
         head: &VdiHead,
         whose: Whose,
     ) -> Result<Option<(Pointer, u8)>> {
+        let known = self.silent.lock().search(head.uuid, whose);
+        if let Some(error) = known {
+            return Err(error);
+        }
+        let found = self.listed(head, whose).await;
+        if matches!(&found, Err(error) if error.kind == StoreErrorKind::Unreachable) {
+            self.silent.lock().add_search(head.uuid, whose);
+        }
+        found
+    }
+
+    async fn listed(&self, head: &VdiHead, whose: Whose) -> Result<Option<(Pointer, u8)>> {
         let found = match whose {
             Whose::Snapshot(lsn) => {
                 let find = || self.reader.find_snapshot(&head.snapshots, lsn);
@@ -466,6 +394,7 @@ impl<'a> Looking<'a> {
             }
             let node = match self.read(&[at]).await?.remove(0) {
                 Ok(block) => Node::decode(&block),
+                Err(Bad::NoAnswer(error)) => return Ok(Present::NoAnswer(error.to_string())),
                 Err(bad) => return Ok(Present::Unknown(bad.error().to_string())),
             };
             match node {

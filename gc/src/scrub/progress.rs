@@ -25,7 +25,7 @@ pub struct Scrubbed {
     /// Blocks that were not what they were to be, since something else had taken their place meanwhile.
     pub replaced: u64,
     /// Blocks of which it could not be found out: they never were the same for long enough, or the device does not answer for
-    /// them. What lies below a block of a map is not counted.
+    /// them, or for what leads to them. What lies below a block of a map is not counted.
     pub unverified: u64,
     /// The last of those, in words.
     pub unverified_last: Option<String>,

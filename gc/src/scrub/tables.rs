@@ -17,6 +17,10 @@ pub(super) async fn verify(looking: &mut Looking<'_>) -> Result<()> {
             looking.found(damage(None, format!("the store's tables: {error}"), DEVICE_ADVICE));
             return Ok(());
         }
+        Err(error) if error.kind == StoreErrorKind::Unreachable => {
+            looking.unverified(format!("the store's tables: {error}"));
+            return Ok(());
+        }
         problems => problems?,
     };
     for _ in 1..LOOKS {
@@ -26,6 +30,11 @@ pub(super) async fn verify(looking: &mut Looking<'_>) -> Result<()> {
         tokio::time::sleep(PAUSE).await;
         let now = match looking.tables().await {
             Err(error) if error.kind == StoreErrorKind::Device => continue,
+            // What was found may have been a change under way.
+            Err(error) if error.kind == StoreErrorKind::Unreachable => {
+                looking.unverified(format!("the store's tables: {error}"));
+                return Ok(());
+            }
             now => now?,
         };
         problems.retain(|problem| now.iter().any(|other| other.what == problem.what));

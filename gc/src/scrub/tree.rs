@@ -3,9 +3,10 @@
 
 use super::damage::Part;
 use super::disk::Named;
-use super::looking::{BATCH, Bad, Looking, Place, Verdict, Whose, same};
+use super::looking::{BATCH, Looking, Place, Verdict, Whose, same};
 use super::passed::Missed;
 use super::progress::Start;
+use super::reading::Bad;
 use crate::mark::{DATA_ADVICE, MAP_ADVICE};
 use blockstore::Result;
 use blockstore::format::node::{Node, entry_span, tree_span};

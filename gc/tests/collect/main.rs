@@ -5,6 +5,7 @@
 
 mod death;
 mod rules;
+mod scrub_sectors;
 mod scrub_sharing;
 mod scrubbing;
 mod sectors;

@@ -39,8 +39,8 @@ pub(super) struct State {
     in_flight: BTreeMap<u64, InFlight>,
     next_id: u64,
     pub(super) full: bool,
-    /// Bytes that fail operations of a kind.
-    pub(super) bad: Vec<(Range<u64>, OpKind)>,
+    /// Bytes that fail operations of a kind, and how.
+    pub(super) bad: Vec<(Range<u64>, OpKind, Fault)>,
 }
 
 pub(super) struct Session {
@@ -181,8 +181,9 @@ impl State {
         }
         let (kind, (offset, len)) = (action.kind(), action.range());
         let touches = |bad: &Range<u64>| offset < bad.end && bad.start < offset + len;
-        if self.bad.iter().any(|(bad, of)| *of == kind && touches(bad)) {
-            return Fate::Fail(Fault::Io);
+        if let Some((.., fault)) = self.bad.iter().find(|(bad, of, _)| *of == kind && touches(bad))
+        {
+            return Fate::Fail(*fault);
         }
         session.plan.next(kind, &mut self.media.rng).map_or(Fate::Succeed, Fate::Fail)
     }

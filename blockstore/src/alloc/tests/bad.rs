@@ -368,6 +368,9 @@ async fn a_cycle_that_knows_a_later_record_has_it_looked_at() {
 async fn what_is_freed_is_had_at_once_from_a_device_that_refuses_all() {
     let (sim, io, allocator) = large(GIB, 12, 0).await;
     let blocks = take(&io, &allocator, u64::MAX).await;
+    let (free, blocks): (Vec<Gba>, Vec<Gba>) = blocks.into_iter().partition(|gba| gba.0 % 3 == 0);
+    allocator.free(free);
+    allocator.release_all(&io).await.expect("released");
     sim.set_bad(0, GIB, &[OpKind::Write, OpKind::CompareAndWrite]);
     let patient = io.with_patience(Patience::Forever);
     let of_task = Arc::clone(&allocator);

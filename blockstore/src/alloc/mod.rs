@@ -146,7 +146,7 @@ impl Allocator {
     /// An allocator over the extents that the catalogue gives to this host.
     ///
     /// # Errors
-    /// The device's; an own extent that was claimed but not set up is set up first.
+    /// The device's; an own extent that was claimed but not set up is set up first, or given back if the device does not take it.
     pub(crate) async fn open(
         io: &Io,
         territory: Territory,
@@ -212,6 +212,7 @@ impl Allocator {
         }
         loop {
             let freed = self.freed.notified();
+            tokio::pin!(freed);
             if let Some(runs) = self.try_take(kind, blocks, purpose) {
                 return Ok(runs);
             }
@@ -225,12 +226,28 @@ impl Allocator {
                 Refill::Refused(error) => {
                     // That there is no room is not known.
                     waiting = None;
+                    if self.withdraw(kind, wanted) {
+                        continue;
+                    }
                     let refusals = refusals.get_or_insert_with(|| io.attempts());
-                    refusals.refused(refused(io, error)).await?;
+                    let pause = refusals.refused(refused(io, error));
+                    tokio::pin!(pause);
+                    // What is freed needs no bitmap. The device is not asked again for each of these.
+                    loop {
+                        tokio::select! {
+                            biased;
+                            paused = &mut pause => break paused?,
+                            () = &mut freed => freed.set(self.freed.notified()),
+                        }
+                        if self.has_room(kind, wanted) {
+                            break;
+                        }
+                    }
                     continue;
                 }
                 Refill::Full(refusal) => refusal,
             };
+            let left_out = refusal.as_ref().map(|error| error.message.clone());
             refusals = None;
             if self.withdraw(kind, wanted) {
                 continue;
@@ -244,7 +261,7 @@ impl Allocator {
             if let Patience::Limited(limit) = io.patience()
                 && started.elapsed() >= limit.min(SPACE_POLL)
             {
-                return Err(refusal.unwrap_or_else(|| self.full(io, kind, blocks)));
+                return Err(refusal.unwrap_or_else(|| self.full(io, kind, blocks, left_out)));
             }
             waiting.get_or_insert_with(|| {
                 tracing::warn!(store = io.url(), ?kind, blocks, "no space left in the store");
@@ -253,20 +270,34 @@ impl Allocator {
             tokio::select! {
                 biased;
                 () = io.closed() => return Err(io.closing_error()),
-                () = freed => {}
+                () = &mut freed => {}
                 () = tokio::time::sleep(SPACE_POLL) => {}
             }
         }
     }
 
-    fn full(&self, io: &Io, kind: ExtentType, blocks: u64) -> StoreError {
+    /// The pool holds so much, or what is to go back does, or a cycle that can be given up for it.
+    fn has_room(&self, kind: ExtentType, wanted: u64) -> bool {
+        self.pools.lock().of(kind).total() >= wanted
+            || self.draw(kind, wanted)
+            || self.withdraw(kind, wanted)
+    }
+
+    /// The error for a store without room; `left_out` is what the device said of free space that it does not let be used.
+    fn full(&self, io: &Io, kind: ExtentType, blocks: u64, left_out: Option<String>) -> StoreError {
+        let left_out = left_out.map_or_else(String::new, |error| {
+            format!(
+                "; some of it may be free, and is left out as the device does not read or write what describes it, see to the \
+                 device: {error}"
+            )
+        });
         let what = if kind == ExtentType::Metadata { "metadata" } else { "data" };
         StoreError::new(
             StoreErrorKind::NoSpace,
             io.url(),
             format!(
                 "the store has no {blocks} free {what} blocks left; delete virtual disks or \
-                 discard unused data in the guests"
+                 discard unused data in the guests{left_out}"
             ),
         )
     }
@@ -483,12 +514,18 @@ impl Allocator {
         }
     }
 
-    /// Makes sure that data cannot take the last extent: this host always has one for metadata.
+    /// Makes sure that data cannot take the last extent: this host always has one for metadata. But for a thin device that is full:
+    /// what gives it space again (collecting, discards, unmapping) needs a store that is open.
     async fn ensure_metadata(&self, io: &Io) -> Result<()> {
         let mut attempts = io.attempts();
         while !self.owns_any(ExtentType::Metadata) {
             let claim = Claim::Missing(Purpose::GivesBack);
             match self.refill_now(io, ExtentType::Metadata, 1, claim).await? {
+                Refill::Refused(error) if error.kind == StoreErrorKind::NoSpace => {
+                    let error = refused(io, error);
+                    tracing::warn!(%error, "this host has no extent for metadata: commits wait until it gets one");
+                    break;
+                }
                 Refill::Refused(error) => attempts.refused(refused(io, error)).await?,
                 Refill::Enough | Refill::Full(_) => break,
             }

@@ -36,6 +36,10 @@ pub(super) struct Pages {
     /// Where the search for free blocks goes on, so that a disk's blocks lie in order.
     data_cursor: (u32, u32),
     metadata_cursor: (u32, u32),
+    /// Where the search for an unused extent goes on after one for which a thin device had no space.
+    unused_cursor: u32,
+    /// It had none for the last one that was to be set up.
+    is_thin_full: bool,
     /// The device is told of free blocks: an extent is given up only after that.
     unmaps: bool,
     /// Pages that the device did not read or write (`bad.rs`).
@@ -77,6 +81,8 @@ impl Pages {
             catalogue: Vec::with_capacity(catalogue.len()),
             data_cursor: (0, 0),
             metadata_cursor: (0, 0),
+            unused_cursor: 0,
+            is_thin_full: false,
             unmaps: false,
             bad: bad::BadPages::default(),
         };

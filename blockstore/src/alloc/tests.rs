@@ -5,6 +5,7 @@
 //! crash, as the blocks of committed trees do.
 
 mod bad;
+mod thin;
 mod waiting;
 
 use super::*;
@@ -39,7 +40,10 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 async fn open(sim: &SimDevice, generation: u64) -> (Io, Arc<Allocator>) {
-    let patience = Patience::Limited(Duration::from_millis(100));
+    open_with(sim, generation, Patience::Limited(Duration::from_millis(100))).await
+}
+
+async fn open_with(sim: &SimDevice, generation: u64, patience: Patience) -> (Io, Arc<Allocator>) {
     let io = Io::new(sim.device(), patience);
     let block = sim.peek(0, BLOCK_SIZE);
     let head: Head<Superblock> = Head::decode(&block, Gba(0)).expect("superblock");

@@ -10,7 +10,7 @@ use crate::error::{Result, StoreError};
 use crate::format::bitmap::{BitmapKind, BitmapPage, WORD_BITS};
 use crate::format::extent::{ExtentRecord, ExtentType};
 use crate::io::Io;
-use crate::slot::View;
+use crate::slot::{Swap, View};
 use crate::types::BLOCK_SIZE;
 use roaring::RoaringTreemap;
 
@@ -97,6 +97,7 @@ impl Pages {
         let made_for = (epoch, view.sequence(), record.owner_generation.0);
         let reclaim = io.read(g.reclaim_page(number, 0), u64::from(g.bmap_pages())).await?;
         let mut pages = Vec::new();
+        let mut is_behind = false;
         for (page, block) in (0..).zip(reclaim.chunks_exact(BLOCK_SIZE)) {
             let (address, store) = (g.reclaim_page(number, page), territory.records.store);
             let reclaim = match BitmapPage::decode(block, BitmapKind::Reclaim, store, address) {
@@ -107,6 +108,7 @@ impl Pages {
                 }
             };
             if (reclaim.gc_epoch, reclaim.extent_sequence, reclaim.owner_generation) != made_for {
+                is_behind |= reclaim.gc_epoch == epoch && reclaim.extent_sequence > view.sequence();
                 continue;
             }
             let words = || (0..g.page_bits(page)).step_by(WORD_BITS as usize);
@@ -130,6 +132,10 @@ impl Pages {
                 pages.push((page, free));
             }
         }
+        if is_behind {
+            self.look_anew(io, territory, number, &view).await?;
+            return Ok(None);
+        }
         if pages.is_empty() {
             return Ok(None);
         }
@@ -137,6 +143,29 @@ impl Pages {
         let owner_generation = territory.generation;
         let record = ExtentRecord { sweep_epoch: epoch, owner_generation, ready: true, ..record };
         Ok(Some(Found { number, kind, view, record, pages }))
+    }
+
+    /// The leader saw a later record of an own extent than is known here: a change that was reported as failed had landed. The
+    /// next cycle finds what is known from now on.
+    async fn look_anew(
+        &mut self,
+        io: &Io,
+        territory: &Territory,
+        number: u32,
+        known: &View<ExtentRecord>,
+    ) -> Result<()> {
+        let found: View<ExtentRecord> = territory.records.read(io, known.slot).await?;
+        let (known, found_sequence) = (known.sequence(), found.sequence());
+        let Some(extent) = self.extents.get_mut(&number) else { return Ok(()) };
+        let is_own = extent.keep_up(territory, &Swap::Lost(found));
+        tracing::warn!(
+            extent = number,
+            known,
+            found = found_sequence,
+            is_own,
+            "the record of an extent changed unseen: what this cycle found there is left to the next one"
+        );
+        Ok(())
     }
 
     /// Puts the epoch on the records of extents in which something is to be freed: nothing of this cycle is applied to them a

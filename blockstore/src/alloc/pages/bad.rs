@@ -10,7 +10,7 @@
 
 use super::Pages;
 use crate::alloc::Territory;
-use crate::error::{Result, StoreError};
+use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::io::Io;
 use std::collections::BTreeMap;
 
@@ -25,6 +25,13 @@ pub(super) struct BadPages {
     all_refused: bool,
     /// How often that was looked at.
     probes: usize,
+    /// Where claims go on with what they come back to.
+    cursor: (u32, u32),
+}
+
+/// True if an error says something of the bitmap page or record in question, not of the device or the store as a whole.
+pub(super) fn is_of_place(error: &StoreError) -> bool {
+    error.is_of_blocks() || error.kind == StoreErrorKind::Damaged
 }
 
 impl BadPages {
@@ -54,15 +61,24 @@ impl BadPages {
     /// The device takes something: what it refused while it took nothing were no bad sectors, perhaps.
     fn note_taken(&mut self) {
         if std::mem::take(&mut self.all_refused) {
-            self.try_again();
+            self.pages.values_mut().for_each(|avoided| *avoided = false);
         }
     }
 
-    /// Claims come back to what they avoided; false if that is nothing.
+    /// Claims come back to some of what they avoided, in turn, since a page that is tried is tried with the lock; false if that is
+    /// nothing.
     fn try_again(&mut self) -> bool {
-        let any = self.pages.values().any(|avoided| *avoided);
-        self.pages.values_mut().for_each(|avoided| *avoided = false);
-        any
+        let avoided = |from: (u32, u32)| {
+            self.pages.range(from..).filter(|(_, avoided)| **avoided).map(|(place, _)| *place)
+        };
+        let before = avoided((0, 0)).take_while(|place| *place < self.cursor);
+        let next = avoided(self.cursor).chain(before).take(REFUSALS_MAX as usize);
+        let next: Vec<(u32, u32)> = next.collect();
+        for place in &next {
+            self.pages.insert(*place, false);
+            self.cursor = (place.0, place.1 + 1);
+        }
+        !next.is_empty()
     }
 
     pub(super) fn is_avoided(&self, place: (u32, u32)) -> bool {
@@ -86,21 +102,24 @@ pub(super) struct Search {
     io: Io,
     /// Since a page was written.
     refusals: u32,
-    /// The last of them.
+    /// The last of them, or one that says that a thin device has no space.
     refusal: Option<StoreError>,
+    /// Some of what was refused before is tried once more.
     again: bool,
+    /// Unused extents for which a thin device had no space.
+    lacks_space: u32,
 }
 
 impl Search {
     pub(super) fn new(io: &Io) -> Self {
-        Self { io: io.giving_up(), refusals: 0, refusal: None, again: false }
+        Self { io: io.giving_up(), refusals: 0, refusal: None, again: false, lacks_space: 0 }
     }
 
     pub(super) fn io(&self) -> &Io {
         &self.io
     }
 
-    /// True, once, if bad pages are all that is left: the device may take them by now.
+    /// True if bad pages are all that is left: the device may take some by now. Once, or again if it took all of those.
     pub(super) fn begins_again(&mut self, bad: &mut BadPages) -> bool {
         !std::mem::replace(&mut self.again, true) && bad.try_again()
     }
@@ -111,9 +130,27 @@ impl Search {
         self.refusals = 0;
     }
 
+    /// What was tried once more was taken: there may be more of that.
+    pub(super) fn note_mended(&mut self) {
+        self.again = false;
+    }
+
+    /// A thin device had no space for an unused extent.
+    pub(super) fn note_lack_of_space(&mut self) {
+        self.lacks_space += 1;
+    }
+
+    /// For how many unused extents it had none.
+    pub(super) fn lacks_space(&self) -> u32 {
+        self.lacks_space
+    }
+
     pub(super) fn note_refusal(&mut self, error: StoreError) {
         self.refusals += 1;
-        self.refusal = Some(error);
+        // That a thin device is full is what an operator can do something about.
+        if self.refusal.as_ref().is_none_or(|known| known.kind != StoreErrorKind::NoSpace) {
+            self.refusal = Some(error);
+        }
     }
 
     /// Something was refused since a page was written.
@@ -126,7 +163,7 @@ impl Search {
         self.refusals > REFUSALS_MAX
     }
 
-    /// What the device said last of what it refused.
+    /// What the device said of what it refused: that it has no space, if so, or what it said last.
     pub(super) fn into_refusal(self) -> Option<StoreError> {
         self.refusal
     }
@@ -158,7 +195,7 @@ impl Pages {
         number: u32,
     ) -> Result<bool> {
         match self.take_up(&search.io, territory, number).await {
-            Err(error) if error.is_of_blocks() => {
+            Err(error) if is_of_place(&error) => {
                 self.note_bad_extent(number, &error);
                 search.note_refusal(error);
                 Ok(false)
@@ -264,11 +301,16 @@ impl Pages {
         self.load_to_look(io, territory, place).await?;
         let taken_up = self.take_up(io, territory, place.0).await;
         if let Err(error) = &taken_up
-            && error.is_of_blocks()
+            && is_of_place(error)
         {
             self.note_bad_extent(place.0, error);
         }
         taken_up
+    }
+
+    /// One of these pages was refused before.
+    pub(super) fn was_any_bad(&self, places: &[(u32, u32)]) -> bool {
+        places.iter().any(|place| self.bad.pages.contains_key(place))
     }
 
     fn note_bad_extent(&mut self, number: u32, error: &StoreError) {

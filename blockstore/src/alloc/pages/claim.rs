@@ -17,7 +17,7 @@ const LOOKED_AT_MAX: usize = 48;
 #[derive(Debug)]
 pub(in crate::alloc) struct Claimed {
     pub runs: Vec<Run>,
-    /// What the device refused last.
+    /// What the device said of what it refused: that it has no space, if so, or what it said last.
     pub refusal: Option<StoreError>,
     /// It takes nothing at the moment.
     pub is_refused: bool,
@@ -35,6 +35,10 @@ impl Pages {
         wanted: u64,
     ) -> Result<Claimed> {
         let mut bad = Search::new(io);
+        if least == 0 && self.is_thin_full {
+            // Only who needs a block asks a thin device that is full for more.
+            bad.note_lack_of_space();
+        }
         let mut runs: Vec<Run> = Vec::new();
         let outcome = self.claim_all(&mut bad, territory, kind, least, wanted, &mut runs).await;
         if let Err(error) = outcome {
@@ -120,7 +124,11 @@ impl Pages {
         if sabotage::on(Bug::ClaimUnwritten) {
             return Ok(0);
         }
+        let was_bad = self.was_any_bad(changed);
         let refused = self.write_pages(&bad.io().clone(), territory, changed, true).await?;
+        if was_bad && refused.is_empty() {
+            bad.note_mended();
+        }
         let is_answered = refused.len() < changed.len();
         let mut places = Vec::with_capacity(refused.len());
         for (place, error) in refused {
@@ -162,7 +170,10 @@ impl Pages {
             return Ok(claimed);
         }
         let outcome = async {
-            if self.unused_are_plenty() && !self.has_room_for(territory, kind, wanted) {
+            if !self.is_thin_full
+                && self.unused_are_plenty()
+                && !self.has_room_for(territory, kind, wanted)
+            {
                 self.claim_extent(&mut bad, territory, kind).await?;
             }
             for (extent, page) in self.pages_by_room(kind) {

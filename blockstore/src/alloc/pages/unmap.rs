@@ -234,13 +234,13 @@ impl Pages {
         self.give_up_if_empty(&io.giving_up(), territory, kind, number).await
     }
 
-    /// Gives up an extent of another kind that is all free, though the device was not told of it; false if there is none.
+    /// Gives up an extent of another kind that is all free, though the device was not told of it; none if there is none.
     pub(super) async fn give_up_unmapped(
         &mut self,
         io: &Io,
         territory: &Territory,
         wanted: ExtentType,
-    ) -> Result<bool> {
+    ) -> Result<Option<u32>> {
         let is_idle = |e: &Extent| e.kind != wanted && e.is_stale() && is_all_free(territory, e);
         let idle = self.extents.iter().filter(|(_, extent)| is_idle(extent));
         let numbers: Vec<u32> = idle.map(|(&number, _)| number).collect();
@@ -253,10 +253,10 @@ impl Pages {
                 outcome => outcome?,
             }
             if !self.extents.contains_key(&number) {
-                return Ok(true);
+                return Ok(Some(number));
             }
         }
-        Ok(false)
+        Ok(None)
     }
 }
 

@@ -3,10 +3,10 @@
 //! Order of writes: record (owner, not ready), flush; header and empty bitmaps, flush; record (ready), flush. A crash in between
 //! leaves an unready extent, whose owner starts again.
 
-use super::bad::Search;
+use super::bad::{Search, is_of_place};
 use super::{Pages, page_write};
 use crate::alloc::Territory;
-use crate::error::{Result, StoreError};
+use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::bitmap::{BitmapKind, BitmapPage};
 use crate::format::extent::{ExtentHeader, ExtentRecord, ExtentType};
 use crate::format::head::Head;
@@ -19,7 +19,10 @@ use bytes::Bytes;
 const UNUSED_PLENTY: usize = 4;
 
 impl Pages {
-    /// Sets up extents whose claim a crash cut off.
+    /// Sets up extents whose claim a crash cut off. Those that the device does not take are given back: a start waits for none.
+    ///
+    /// # Errors
+    /// `Closing`, and what concerns the store as a whole.
     pub(in crate::alloc) async fn finish_claims(
         &mut self,
         io: &Io,
@@ -31,14 +34,27 @@ impl Pages {
             .filter(|(_, e)| e.view.record().is_some_and(|r| !r.ready))
             .map(|(&number, _)| number)
             .collect();
+        let io = &io.giving_up();
         for number in unready {
-            self.set_up(io, territory, number).await?;
+            match self.set_up(io, territory, number).await {
+                Err(error) if error.is_of_blocks() => {
+                    tracing::warn!(
+                        extent = number, %error,
+                        "an extent that was being claimed cannot be set up: it is given back"
+                    );
+                    self.give_back_unready(io, territory, number).await?;
+                    if error.kind != StoreErrorKind::NoSpace {
+                        self.bad.note((number, 0), &error);
+                    }
+                }
+                outcome => outcome?,
+            }
         }
         Ok(())
     }
 
     /// Takes an unused extent; false if there is none to be had for this type, or too much was refused. One that cannot be set up is
-    /// given back.
+    /// given back. If a thin device has no space for one, it has none for the others: after that only one is tried that was in use.
     pub(super) async fn claim_extent(
         &mut self,
         bad: &mut Search,
@@ -46,12 +62,20 @@ impl Pages {
         kind: ExtentType,
     ) -> Result<bool> {
         loop {
-            let Some(number) = self.next_unused(kind) else {
+            let number = match bad.lacks_space() {
+                0 => self.next_unused(kind),
+                1 => None,
+                _ => return Ok(false),
+            };
+            let number = match number {
+                Some(number) => number,
                 // One that only waits for the device to be told is needed now.
-                if self.give_up_unmapped(bad.io(), territory, kind).await? {
-                    continue;
-                }
-                return Ok(false);
+                None => match self.give_up_unmapped(bad.io(), territory, kind).await? {
+                    None => return Ok(false),
+                    Some(number) if bad.lacks_space() > 0 && self.unused_for(kind) > 0 => number,
+                    Some(_) if bad.lacks_space() > 0 => return Ok(false),
+                    Some(_) => continue,
+                },
             };
             let slot = Slot { first: territory.geometry.extent_slot(number), paired: false };
             let view: View<ExtentRecord> = match territory.records.read(bad.io(), slot).await {
@@ -82,7 +106,7 @@ impl Pages {
             };
             let swap = match territory.records.swap(bad.io(), &view, record).await {
                 // If it was carried out after all, the next start finds it.
-                Err(error) if error.is_of_blocks() => {
+                Err(error) if is_of_place(&error) => {
                     if self.avoid(bad, number, error) {
                         return Ok(false);
                     }
@@ -98,15 +122,20 @@ impl Pages {
                     extent.stale.fill(0..0);
                 }
                 match self.set_up(bad.io(), territory, number).await {
-                    Err(error) if error.is_of_blocks() => {
+                    Err(error) if is_of_place(&error) => {
                         self.give_back_unready(bad.io(), territory, number).await?;
                         if self.avoid(bad, number, error) {
                             return Ok(false);
                         }
                     }
-                    outcome => {
-                        outcome?;
+                    Err(error) => {
+                        // It is not ready: the next start sees to it.
+                        self.extents.remove(&number);
+                        return Err(error);
+                    }
+                    Ok(()) => {
                         bad.note_answer();
+                        self.is_thin_full = false;
                         self.bad.is_whole((number, 0));
                         return Ok(true);
                     }
@@ -128,7 +157,7 @@ impl Pages {
         match territory.records.swap(io, &extent.view, unused).await {
             Ok(Swap::Done(_)) => self.catalogue[number as usize] = ExtentType::Unused,
             Ok(Swap::Lost(_)) => {}
-            Err(error) if error.is_of_blocks() => {}
+            Err(error) if is_of_place(&error) => {}
             Err(error) => return Err(error),
         }
         Ok(())
@@ -136,7 +165,14 @@ impl Pages {
 
     /// An unused extent that cannot be taken is passed over. True if that is enough for now.
     fn avoid(&mut self, bad: &mut Search, number: u32, error: StoreError) -> bool {
-        self.bad.note((number, 0), &error);
+        if error.kind == StoreErrorKind::NoSpace {
+            // Nothing is wrong with it. The next claim tries another one, for which there may be space already.
+            self.unused_cursor = number + 1;
+            self.is_thin_full = true;
+            bad.note_lack_of_space();
+        } else {
+            self.bad.note((number, 0), &error);
+        }
         bad.note_refusal(error);
         bad.has_many_refusals()
     }
@@ -156,12 +192,21 @@ impl Pages {
     /// The first of them; if there is none, one that was bad and is to be tried once more, unless that might be what data must leave.
     fn next_unused(&self, kind: ExtentType) -> Option<u32> {
         if self.unused_for(kind) > 0 {
-            return self.unused().find(|number| !self.bad.has_any_of(*number));
+            return self.first(self.unused().filter(|number| !self.bad.has_any_of(*number)));
         }
         let usable = || self.unused().filter(|number| !self.bad.is_avoided((*number, 0)));
         let kept = if kind == ExtentType::Data { self.kept_for_metadata() } else { 0 };
-        let mut doubtful = usable().filter(|number| self.bad.has_any_of(*number));
-        doubtful.next().filter(|_| usable().count() as u64 > kept)
+        let doubtful = usable().filter(|number| self.bad.has_any_of(*number));
+        self.first(doubtful).filter(|_| usable().count() as u64 > kept)
+    }
+
+    /// From the cursor on, around.
+    fn first(&self, mut numbers: impl Iterator<Item = u32>) -> Option<u32> {
+        let first = numbers.next()?;
+        if first >= self.unused_cursor {
+            return Some(first);
+        }
+        numbers.find(|number| *number >= self.unused_cursor).or(Some(first))
     }
 
     fn unused(&self) -> impl Iterator<Item = u32> + '_ {

@@ -8,11 +8,13 @@ use super::*;
 use crate::alloc::pages::LOADED_MAX;
 use crate::alloc::unmap::UnmapOptions;
 use crate::device::sim::OpKind;
+use crate::format::bitmap::{BitmapKind, BitmapPage, PAGE_BITS};
 use crate::slot::{Slot, Swap};
 use crate::{FormatOptions, Store};
+use bytes::Bytes;
 
 /// In hours of the device's time: what waits for a bad sector waits for ever.
-async fn soon<T>(what: &str, done: impl Future<Output = T>) -> T {
+pub(super) async fn soon<T>(what: &str, done: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(3600), done).await.expect(what)
 }
 
@@ -26,7 +28,12 @@ async fn huge(size: u64, seed: u64) -> (SimDevice, Io, Arc<Allocator>) {
 }
 
 /// Makes all pages of an extent's bitmap bad.
-fn set_bitmap_bad(sim: &SimDevice, allocator: &Allocator, extent: u32, kinds: &[OpKind]) {
+pub(super) fn set_bitmap_bad(
+    sim: &SimDevice,
+    allocator: &Allocator,
+    extent: u32,
+    kinds: &[OpKind],
+) {
     let g = &allocator.territory.geometry;
     let len = u64::from(g.bmap_pages()) * BLOCK_SIZE as u64;
     sim.set_bad(g.bmap_page(extent, 0).byte_offset(), len, kinds);
@@ -41,7 +48,7 @@ fn of_data(allocator: &Allocator) -> Vec<u32> {
     numbers
 }
 
-async fn allocate(io: &Io, allocator: &Arc<Allocator>, blocks: u64) -> Result<Vec<Run>> {
+pub(super) async fn allocate(io: &Io, allocator: &Arc<Allocator>, blocks: u64) -> Result<Vec<Run>> {
     let kind = ExtentType::Data;
     soon("blocks", allocator.allocate(io, kind, blocks, Purpose::Normal)).await
 }
@@ -101,6 +108,7 @@ async fn a_claim_takes_what_is_elsewhere_however_many_pages_are_bad() {
     assert!(rest >= 1700, "{rest}");
     let error = allocate(&io, &allocator, 5000).await.expect_err("there is no more");
     assert_eq!(error.kind, StoreErrorKind::NoSpace, "{error}");
+    assert!(error.to_string().contains("left out"), "some of it is free: {error}");
     assert_healthy(&io);
 
     // Once they are whole they are found so.
@@ -268,4 +276,115 @@ async fn a_pass_without_room_keeps_few_pages() {
     allocator.unmap(&io, UnmapOptions::default()).await.expect("a pass");
     let loaded = allocator.pages.lock().await.loaded_count();
     assert!(loaded <= LOADED_MAX, "{loaded}");
+}
+
+/// Many bad pages in a store without room elsewhere: a claim, which holds the lock, tries some of them again, in turn; the one that is
+/// whole is found.
+#[tokio::test(start_paused = true)]
+async fn a_claim_tries_few_bad_pages_again() {
+    let (sim, io, allocator) = huge(10 * GIB, 9).await;
+    let blocks = take(&io, &allocator, u64::MAX).await;
+    let g = allocator.territory.geometry.clone();
+    // Some of each page.
+    let freed = |gba: &Gba| gba.0 % g.extent_blocks % PAGE_BITS < 100;
+    allocator.free(blocks.into_iter().filter(freed).collect());
+    let (sim, io, allocator) = reopen(&sim, &io, &allocator).await;
+    let data = of_data(&allocator);
+    data.iter().for_each(|extent| set_bitmap_bad(&sim, &allocator, *extent, &[OpKind::Write]));
+    let pages = data.len() as u64 * u64::from(g.bmap_pages());
+    assert!(pages > 50, "{pages}");
+    allocate(&io, &allocator, 10).await.expect_err("all are bad");
+    for _ in 0..3 {
+        let before = sim.counts().writes;
+        let claim = Claim::Missing(Purpose::Normal);
+        allocator.refill(&io, ExtentType::Data, 10, claim).await.expect("a claim");
+        let writes = sim.counts().writes - before;
+        assert!(writes < 24, "{writes} for {pages} pages");
+    }
+    // The last one is whole again.
+    let last = *data.last().expect("extents");
+    set_bitmap_bad(&sim, &allocator, last, &[]);
+    let rest = g.bmap_page(last, 0).byte_offset();
+    let len = u64::from(g.bmap_pages() - 2) * BLOCK_SIZE as u64;
+    sim.set_bad(rest, len, &[OpKind::Write]);
+    let patient = io.with_patience(Patience::Forever);
+    let runs = allocate(&patient, &allocator, 10).await.expect("there is room");
+    assert_eq!(g.extent_of(runs[0].start), last);
+}
+
+/// An own extent's record that rotted since the agent began: claims take blocks elsewhere.
+#[tokio::test(start_paused = true)]
+async fn an_own_record_that_rots_is_passed_over() {
+    let (sim, io, allocator) = large(GIB, 10, 0).await;
+    let blocks = take(&io, &allocator, 60_000).await;
+    let data = of_data(&allocator);
+    assert!(data.len() > 1, "{data:?}");
+    let g = allocator.territory.geometry.clone();
+    allocator.free(blocks.into_iter().filter(|gba| gba.0 % 2 == 0).collect());
+    let (sim, io, allocator) = reopen(&sim, &io, &allocator).await;
+    sim.corrupt(g.extent_slot(data[0]).byte_offset() + 40, 0x10);
+    for _ in 0..2 {
+        let runs = allocate(&io, &allocator, 6000).await.expect("there is room elsewhere");
+        assert!(runs.iter().all(|run| g.extent_of(run.start) != data[0]), "{runs:?}");
+    }
+}
+
+/// A change of an extent's record that was reported as failed, and had landed: the leader of a cycle has seen it, and this host looks
+/// anew. The next cycle frees what is garbage there.
+#[tokio::test(start_paused = true)]
+async fn a_cycle_that_knows_a_later_record_has_it_looked_at() {
+    let (_sim, io, allocator) = large(GIB, 11, 0).await;
+    take(&io, &allocator, 1000).await;
+    let extent = of_data(&allocator)[0];
+    let g = allocator.territory.geometry.clone();
+    let records = &allocator.territory.records;
+    let slot = Slot { first: g.extent_slot(extent), paired: false };
+    let view = records.read::<ExtentRecord>(&io, slot).await.expect("the record");
+    let record = view.record().expect("an own one").clone();
+    let swap = records.swap(&io, &view, record.clone()).await.expect("a swap");
+    let Swap::Done(view) = swap else { panic!("{swap:?}") };
+    let mut freed = Vec::new();
+    for epoch in 1..=2 {
+        allocator.begin_cycle(epoch).await.expect("begin");
+        allocator.end_quarantine(epoch).expect("it goes on");
+        let mut garbage = BitmapPage::clear().with_sequence(epoch);
+        (0..g.page_bits(0)).for_each(|bit| garbage.set(bit, true));
+        garbage.gc_epoch = epoch;
+        garbage.extent_sequence = view.sequence();
+        garbage.owner_generation = record.owner_generation.0;
+        let address = g.reclaim_page(extent, 0);
+        let page = garbage.encode(BitmapKind::Reclaim, records.store, address);
+        io.write(address, vec![Bytes::from(page)]).await.expect("a write");
+        let mut outcome = allocator.apply(&io, vec![extent], epoch).await.expect("applied");
+        freed.push(outcome.remove(0).expect("an extent"));
+        allocator.end_cycle(epoch);
+    }
+    assert_eq!(freed[0], 0, "it is not known for which record that was");
+    assert!(freed[1] >= 1000, "{freed:?}");
+}
+
+/// What is freed needs no bitmap: who waits for a device that refuses these has it at once.
+#[tokio::test(start_paused = true)]
+async fn what_is_freed_is_had_at_once_from_a_device_that_refuses_all() {
+    let (sim, io, allocator) = large(GIB, 12, 0).await;
+    let blocks = take(&io, &allocator, u64::MAX).await;
+    let (free, blocks): (Vec<Gba>, Vec<Gba>) = blocks.into_iter().partition(|gba| gba.0 % 3 == 0);
+    allocator.free(free);
+    allocator.release_all(&io).await.expect("released");
+    sim.set_bad(0, GIB, &[OpKind::Write, OpKind::CompareAndWrite]);
+    let patient = io.with_patience(Patience::Forever);
+    let of_task = Arc::clone(&allocator);
+    let waiting = tokio::spawn(async move {
+        of_task.allocate(&patient, ExtentType::Data, 100, Purpose::Normal).await
+    });
+    // Its pauses are long by now.
+    tokio::time::sleep(Duration::from_secs(602)).await;
+    assert!(!waiting.is_finished());
+    allocator.free(blocks[..50].to_vec());
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    assert!(!waiting.is_finished());
+    allocator.free(blocks[50..100].to_vec());
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    assert!(waiting.is_finished(), "it listens to what is freed");
+    waiting.await.expect("a task").expect("blocks");
 }

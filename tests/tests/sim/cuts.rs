@@ -147,7 +147,7 @@ pub async fn check_snapshots(
     }
     model.lock().check_listed(lsn, &asked);
     for lsn in lsns.iter().skip(picks).step_by(7).chain(lsns.last()) {
-        match read_out(store, disk, Some(*lsn), model).await {
+        match read_out(store, &name(disk), Some(*lsn), model).await {
             Err(_) if store_harmed => {}
             Err(error) => panic!("P5: snapshot {lsn} cannot be read: {error}"),
             Ok((_, found)) => model.lock().check_store(*lsn, &found),

@@ -1,6 +1,7 @@
 //! One life of the agent: the store and the cache are opened, disks come up, guests use them, and it ends somehow.
 
 use crate::chaos;
+use crate::clones::Clones;
 use crate::damage;
 use crate::device::Timed;
 use crate::model::Model;
@@ -203,8 +204,10 @@ async fn bring_up_and_use(
     let grows = world.profile.grows && !orderly;
     let looks_ahead = world.profile.looks_ahead;
     let (cuts, collects) = (world.profile.cuts, world.profile.collects);
+    let clones = world.profile.clones;
     let mut collect_rng = SmallRng::seed_from_u64(world.collect_rng.random());
     let mut cut_rng = SmallRng::seed_from_u64(world.cut_rng.random());
+    let mut clone_rng = SmallRng::seed_from_u64(world.clone_rng.random());
     // What the agent does beside serving.
     let beside = async {
         if is_alone {
@@ -221,6 +224,7 @@ async fn bring_up_and_use(
             () = wind_down => {}
             () = agent.now_and_then(&mut rng, grows, looks_ahead) => {}
             () = agent.cut(&mut cut_rng, &orders), if cuts => {}
+            () = agent.clone_some(&mut clone_rng, &orders), if clones => {}
             () = agent.collect(&mut collect_rng), if collects => {}
         }
         Ok(())
@@ -281,6 +285,7 @@ pub struct Agent {
     store: Mutex<Option<Arc<Store>>>,
     pub vdis: Mutex<Vec<Arc<Vdi>>>,
     pub models: Vec<Arc<Mutex<Model>>>,
+    pub clones: Clones,
     legs: Vec<Device>,
     /// The only leg, if it was damaged.
     damaged: Option<SimDevice>,
@@ -311,10 +316,10 @@ impl Agent {
         cache.set_witness(Arc::<Memory>::clone(&world.witness));
         *world.cache.lock() = Arc::downgrade(&cache);
         let damaged = world.legs.may_have_lost().then(|| world.legs.victim_sim().clone());
-        let models = world.models.clone();
+        let (models, clones) = (world.models.clone(), Arc::clone(&world.clones));
         let (store, vdis) = (Mutex::default(), Mutex::default());
         let unmaps = world.profile.unmaps;
-        Ok(Self { cache, san, store, vdis, models, legs, damaged, may_have_lost, unmaps })
+        Ok(Self { cache, san, store, vdis, models, clones, legs, damaged, may_have_lost, unmaps })
     }
 
     /// Waits for the store.

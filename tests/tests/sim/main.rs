@@ -8,6 +8,7 @@
 //! `SIM_SEEDS=N SIM_FIRST_SEED=F SIM_REQUESTS=R cargo test -p tests --test sim` runs others, or more.
 
 mod chaos;
+mod clones;
 mod cold;
 mod collecting;
 mod cuts;

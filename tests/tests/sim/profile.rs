@@ -47,6 +47,8 @@ pub struct Profile {
     pub looks_ahead: bool,
     /// Snapshots are taken now and then, and deleted: drawn apart.
     pub cuts: bool,
+    /// Some of them are cloned in the store, and the clones deleted.
+    pub clones: bool,
     /// Garbage is collected, one cycle after the other.
     pub collects: bool,
     /// The store's device is told of free blocks after cycles, and beside them.
@@ -173,6 +175,7 @@ impl Profile {
             grows: rng.random_bool(0.3),
             looks_ahead: rng.random_bool(0.3),
             cuts: false,
+            clones: false,
             collects: false,
             unmaps: false,
         }

@@ -1,5 +1,6 @@
 //! One seed: devices, disks, and the agent's lives on them, up to the end in peace.
 
+use crate::clones::{self, Clones};
 use crate::cuts;
 use crate::damage;
 use crate::device::{Pace, Timed};
@@ -66,6 +67,9 @@ pub struct World {
     pub rng: SmallRng,
     /// For snapshots alone, so that seeds without them take the course that they would take if there were none.
     pub cut_rng: SmallRng,
+    /// For clones alone, likewise.
+    pub clone_rng: SmallRng,
+    pub clones: Clones,
     /// For collection alone, likewise.
     pub collect_rng: SmallRng,
     pub trace: Arc<Trace>,
@@ -124,10 +128,12 @@ impl World {
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut cut_rng = SmallRng::seed_from_u64(seed ^ 0xc07);
         let cuts = cut_rng.random_bool(0.4);
+        let mut clone_rng = SmallRng::seed_from_u64(seed ^ 0xc10e);
+        let clones = cuts && clone_rng.random_bool(0.5);
         let mut collect_rng = SmallRng::seed_from_u64(seed ^ 0x6c);
         let collects = collect_rng.random_bool(0.5);
         let unmaps = collects && SmallRng::seed_from_u64(seed ^ 0x0a9).random_bool(0.5);
-        let profile = Profile { cuts, collects, unmaps, ..Profile::draw(&mut rng) };
+        let profile = Profile { cuts, clones, collects, unmaps, ..Profile::draw(&mut rng) };
         let legs = Legs::new(profile.legs, CACHE_BYTES, profile.rots, &mut rng);
         let logical_block = if rng.random_bool(0.8) { 512 } else { 4096 };
         let options = SimOptions {
@@ -151,6 +157,8 @@ impl World {
             profile,
             rng,
             cut_rng,
+            clone_rng,
+            clones: Clones::default(),
             collect_rng,
             trace: Arc::new(Trace::new()),
             legs,
@@ -237,7 +245,7 @@ impl World {
                 opened => opened.expect("the store opens at any time"),
             };
             for ((n, model), made) in models.iter().enumerate().zip(made) {
-                match read_out(&store, n, None, model).await {
+                match read_out(&store, &name(n), None, model).await {
                     Ok((lsn, image)) => {
                         model.lock().check_store(lsn, &image);
                         cuts::check_snapshots(&store, n, model, lsn, picks, self.store_harmed)
@@ -248,6 +256,7 @@ impl World {
                     Err(error) => panic!("P2: the store's image cannot be read: {error}"),
                 }
             }
+            clones::check_clones(&store, &self.clones, models, self.store_harmed).await;
             let report = match gc::check(&store, gc::CheckOptions { data: false }).await {
                 Err(_) if self.store_harmed => return,
                 report => report.expect("check"),
@@ -269,7 +278,10 @@ impl World {
             let host = hosts.iter().find_map(|view| view.record()).expect("a host");
             let options = OpenOptions { host_uuid: host.uuid, ..OpenOptions::default() };
             let store = Store::open(session.device(), options).await.expect("the store opens");
-            for info in store.list_vdis().await.expect("the disks") {
+            let mut disks = store.list_vdis().await.expect("the disks");
+            // A source goes after what was cloned from it.
+            disks.sort_by_key(|info| !clones::is_clone(&info.name));
+            for info in disks {
                 let uuid = info.uuid.to_string();
                 store.delete_vdi_and_snapshots(&uuid).await.expect("a detached disk is deleted");
             }
@@ -307,7 +319,7 @@ impl World {
 /// Reads a disk, or a snapshot of it, from the store: of which LSN it says that it is, and what it holds.
 pub async fn read_out(
     store: &Store,
-    disk: usize,
+    disk: &str,
     snapshot: Option<u64>,
     model: &Mutex<Model>,
 ) -> Result<(u64, Image), StoreError> {
@@ -322,8 +334,8 @@ pub async fn read_out(
         Ok(())
     };
     let report = match snapshot {
-        Some(lsn) => store.export_snapshot(&name(disk), &lsn.to_string(), &mut sink).await,
-        None => store.export_vdi(&name(disk), &mut sink).await,
+        Some(lsn) => store.export_snapshot(disk, &lsn.to_string(), &mut sink).await,
+        None => store.export_vdi(disk, &mut sink).await,
     };
     Ok((report?.lsn.0, image))
 }

@@ -1,0 +1,135 @@
+//! Clones of snapshots, made in the store and deleted while the agent runs, and never served: each is for good what its source was
+//! at that LSN (P5), whatever is written, deleted and collected beside it.
+
+use crate::host::{Agent, few};
+use crate::model::Model;
+use crate::worker::Orders;
+use crate::world::{name, read_out};
+use blockstore::types::Lsn;
+use blockstore::{Store, StoreErrorKind, WhenOffline};
+use parking_lot::Mutex;
+use rand::Rng;
+use rand::rngs::SmallRng;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Clones that there are at once.
+const CLONES_MAX: usize = 6;
+/// What the names of clones begin with, and those of no other disk.
+const PREFIX: &str = "clone";
+
+/// What is known of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// It was asked for, and nobody heard how that went.
+    MayBe,
+    Is,
+    /// Its deletion was asked for, likewise.
+    MayBeGone,
+    Gone,
+}
+
+/// A clone that was asked for.
+#[derive(Debug)]
+pub struct CloneOf {
+    disk: usize,
+    lsn: u64,
+    fate: Fate,
+}
+
+/// All that were ever asked for: each is called by its place.
+pub type Clones = Arc<Mutex<Vec<CloneOf>>>;
+
+fn clone_name(number: usize) -> String {
+    format!("{PREFIX}{number}")
+}
+
+/// By its name.
+pub fn is_clone(disk: &str) -> bool {
+    disk.starts_with(PREFIX)
+}
+
+impl Agent {
+    /// Makes clones and deletes some, until the guests stop.
+    pub async fn clone_some(&self, rng: &mut SmallRng, orders: &Orders) {
+        for round in 0_u32.. {
+            let pause = Duration::from_millis(few(rng, 8_000));
+            tokio::time::sleep(pause * (1 + round / 50)).await;
+            if orders.wind_down.get() {
+                break;
+            }
+            let there: Vec<usize> = {
+                let clones = self.clones.lock();
+                (0..clones.len()).filter(|n| clones[*n].fate == Fate::Is).collect()
+            };
+            if there.len() >= CLONES_MAX || !there.is_empty() && rng.random_bool(0.3) {
+                self.delete_clone(there[rng.random_range(0..there.len())]).await;
+            } else {
+                self.make_clone(rng).await;
+            }
+        }
+        std::future::pending().await
+    }
+
+    async fn make_clone(&self, rng: &mut SmallRng) {
+        let (disk, committed) = {
+            let vdis = self.vdis.lock();
+            let disk = rng.random_range(0..vdis.len());
+            (disk, vdis[disk].committed().lsn.0)
+        };
+        let snapshots = {
+            let model = self.models[disk].lock();
+            let mut there = model.cuts(0, committed);
+            there.retain(|lsn| !model.deleted.contains(lsn) && !model.maybe_deleted.contains(lsn));
+            there
+        };
+        if snapshots.is_empty() {
+            return;
+        }
+        let lsn = snapshots[rng.random_range(0..snapshots.len())];
+        let number = {
+            let mut clones = self.clones.lock();
+            clones.push(CloneOf { disk, lsn, fate: Fate::MayBe });
+            clones.len() - 1
+        };
+        let (store, source) = (self.store(), name(disk));
+        let policy = WhenOffline::default();
+        if store.clone_vdi(&clone_name(number), &source, Lsn(lsn), policy).await.is_ok() {
+            self.clones.lock()[number].fate = Fate::Is;
+        }
+    }
+
+    async fn delete_clone(&self, number: usize) {
+        self.clones.lock()[number].fate = Fate::MayBeGone;
+        if self.store().delete_vdi(&clone_name(number)).await.is_ok() {
+            self.clones.lock()[number].fate = Fate::Gone;
+        }
+    }
+}
+
+/// The store has the clones that it should have, and each holds what its source was.
+pub async fn check_clones(
+    store: &Store,
+    clones: &Clones,
+    models: &[Arc<Mutex<Model>>],
+    store_harmed: bool,
+) {
+    let known: Vec<(usize, u64, Fate)> =
+        clones.lock().iter().map(|clone| (clone.disk, clone.lsn, clone.fate)).collect();
+    for (number, (disk, lsn, fate)) in known.into_iter().enumerate() {
+        let clone = clone_name(number);
+        if fate == Fate::Gone {
+            let found = store.lookup_vdi(&clone).await;
+            assert!(found.is_err() || store_harmed, "P5: {clone} was deleted, and is there");
+            continue;
+        }
+        let model = &models[disk];
+        match read_out(store, &clone, None, model).await {
+            Ok((_, found)) if fate != Fate::MayBe => model.lock().check_store(lsn, &found),
+            Err(error) if error.kind == StoreErrorKind::NotFound && fate != Fate::Is => {}
+            Ok(_) => {}
+            Err(_) if store_harmed => {}
+            Err(error) => panic!("P5: {clone} of disk {disk} at LSN {lsn}: {error}"),
+        }
+    }
+}

@@ -205,6 +205,7 @@ impl Local {
         if let Err(error) = self.put_out(gone, why).await {
             tracing::error!(%error, "the cache's last leg failed");
             self.now_members(LegSet::NONE);
+            self.note_lost(gone, why);
         }
     }
 

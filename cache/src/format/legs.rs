@@ -99,8 +99,16 @@ pub struct Membership {
     pub legs: Vec<Uuid>,
     /// Those that hold everything; never empty.
     pub members: LegSet,
-    /// Ids of sets that a leg may hold although nobody ever acted on them, since writing them failed; the latest [`VOIDED_MAX`].
-    pub voided: Vec<Uuid>,
+    /// Sets that a leg may hold although nobody ever acted on them, since writing them failed; the latest [`VOIDED_MAX`].
+    pub voided: Vec<Voided>,
+}
+
+/// A set of members that does not hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Voided {
+    pub id: Uuid,
+    /// Up to this event count: beyond it the same set may have been written after all.
+    pub events: u64,
 }
 
 impl Membership {
@@ -133,9 +141,9 @@ impl Membership {
     }
 
     /// Notes sets as void, the latest last.
-    pub fn void(&mut self, sets: impl IntoIterator<Item = Uuid>) {
+    pub fn void(&mut self, sets: impl IntoIterator<Item = Voided>) {
         for set in sets {
-            self.voided.retain(|known| *known != set);
+            self.voided.retain(|known| known.id != set.id);
             self.voided.push(set);
         }
         let too_many = self.voided.len().saturating_sub(VOIDED_MAX);
@@ -150,7 +158,8 @@ impl Membership {
         let is_alone = own.is_some_and(|own| self.members == LegSet::NONE.with(own));
         let is_named =
             others.number_of(own_leg).is_some_and(|number| others.members.contains(number));
-        self.legs.len() > 1 && is_alone && !is_named && !others.voided.contains(&self.id)
+        let is_void = others.voided.iter().any(|v| v.id == self.id && self.events <= v.events);
+        self.legs.len() > 1 && is_alone && !is_named && !is_void
     }
 
     /// The number that a new leg gets: the place of one that is no member, or the next one; none if all are members.

@@ -19,7 +19,7 @@ pub mod superblock;
 mod tests;
 
 pub use geometry::Geometry;
-pub use legs::{LegSet, Membership};
+pub use legs::{LegSet, Membership, Voided};
 
 use blockstore::crc::crc32c;
 use blockstore::types::BLOCK_SIZE;

@@ -3,7 +3,7 @@
 //! A cache of one leg, as all were before there were two, has zeros from byte 124 to 183. Caches made before machines were
 //! noted have zeros from byte 184 on; those made before sets could be void, from byte 268 on.
 
-use super::legs::{LEGS_MAX, LegSet, Membership, VOIDED_MAX};
+use super::legs::{LEGS_MAX, LegSet, Membership, VOIDED_MAX, Voided};
 use super::{FormatError, Geometry, VERSION, open_block, seal_block};
 use blockstore::format::fill_text;
 use blockstore::types::BLOCK_SIZE;
@@ -38,10 +38,17 @@ struct Raw {
     machine: [u8; 16],
     machine_name_len: U32,
     machine_name: [u8; MACHINE_NAME_MAX],
-    voided: [[u8; 16]; VOIDED_MAX],
-    reserved: [u8; BLOCK_SIZE - 332],
+    voided: [RawVoided; VOIDED_MAX],
+    reserved: [u8; BLOCK_SIZE - 364],
 }
 const _: () = assert!(size_of::<Raw>() == BLOCK_SIZE);
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct RawVoided {
+    set: [u8; 16],
+    events: U64,
+}
 
 /// Bytes of a machine's name that are kept.
 pub const MACHINE_NAME_MAX: usize = 64;
@@ -86,9 +93,9 @@ impl Superblock {
         for (raw, leg) in all_legs.iter_mut().zip(&membership.legs).filter(|_| mirrored) {
             *raw = leg.into_bytes();
         }
-        let mut voided = [[0; 16]; VOIDED_MAX];
+        let mut voided = [RawVoided { set: [0; 16], events: U64::ZERO }; VOIDED_MAX];
         for (raw, set) in voided.iter_mut().zip(&membership.voided) {
-            *raw = set.into_bytes();
+            *raw = RawVoided { set: set.id.into_bytes(), events: set.events.into() };
         }
         let name = self.machine.as_ref().map_or("", |machine| &machine.name);
         let mut machine_name = [0; MACHINE_NAME_MAX];
@@ -116,7 +123,7 @@ impl Superblock {
             machine_name_len: u32::from(name_len).into(),
             machine_name,
             voided,
-            reserved: [0; BLOCK_SIZE - 332],
+            reserved: [0; BLOCK_SIZE - 364],
         };
         let mut block = [0u8; BLOCK_SIZE];
         block.copy_from_slice(raw.as_bytes());
@@ -149,8 +156,11 @@ impl Superblock {
         };
         let store = Uuid::from_bytes(raw.store);
         let leg = Uuid::from_bytes(raw.leg);
-        let voided = raw.voided.iter().map(|set| Uuid::from_bytes(*set));
-        let voided = voided.filter(|set| !set.is_nil()).collect();
+        let voided = raw
+            .voided
+            .iter()
+            .map(|raw| Voided { id: Uuid::from_bytes(raw.set), events: raw.events.get() });
+        let voided = voided.filter(|set| !set.id.is_nil()).collect();
         let membership = match raw.legs.get() as usize {
             1 => Membership {
                 events: raw.events.get(),

@@ -1,8 +1,8 @@
 //! Changes of the cache's legs that could not be written: a leg may say so all the same, at its next start. What holds counts beyond
 //! them, and names them as void: so that such a leg, should it come back, is told from one that went on alone.
 
-use crate::format::Membership;
 use crate::format::superblock::Superblock;
+use crate::format::{Membership, Voided};
 
 /// Superblocks whose writing failed: nobody acted on them, and they may be there all the same.
 #[derive(Clone, Debug, Default)]
@@ -35,7 +35,8 @@ impl Attempted {
         let beyond = latest.events + u64::from(latest.id != changed.id);
         changed.events = changed.events.max(beyond);
         let own = changed.id;
-        changed.void(self.sets.iter().map(|set| set.id).filter(|id| *id != own));
+        let others = self.sets.iter().filter(|set| set.id != own);
+        changed.void(others.map(|set| Voided { id: set.id, events: set.events }));
         changed
     }
 }

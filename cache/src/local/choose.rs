@@ -90,7 +90,7 @@ mod tests {
     //! Goal: each row of the table above. Method: superblocks made up by hand.
 
     use super::*;
-    use crate::format::{Geometry, Membership};
+    use crate::format::{Geometry, Membership, Voided};
     use uuid::Uuid;
 
     fn pair() -> [Superblock; 2] {
@@ -168,10 +168,16 @@ mod tests {
         }
         // That one only tried, and never went on: it is known.
         let mut knowing = again;
-        knowing.membership.void([a.membership.id]);
+        knowing.membership.void([Voided { id: a.membership.id, events: a.membership.events }]);
         let choice = decide(&[a.clone(), knowing.clone()]).unwrap();
         assert_eq!((choice.best, choice.members), (1, vec![(1, 1)]));
-        // It went on after all: a start gives its set another id.
+        // It went on after all: under the same id at a later attempt, which was written.
+        let mut written = Superblock { membership: a.membership.clone(), ..a.clone() };
+        written.membership.events += 1;
+        let mut later = knowing.clone();
+        later.membership.events += 5;
+        assert!(matches!(decide(&[written, later]), Err(CacheError::SplitLegs { .. })));
+        // Or at a start, which gives its set another id.
         let started = Superblock { membership: a.membership.renewed(), ..a };
         let knowing = Superblock { membership: knowing.membership.renewed(), ..knowing };
         assert!(matches!(decide(&[started, knowing]), Err(CacheError::SplitLegs { .. })));

@@ -20,6 +20,9 @@ use std::time::Duration;
 /// One of two legs that takes longer to give its superblock counts as one that cannot be read. The only one is waited for.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
 
+/// How often a start is noted on a leg that gives errors.
+const NOTED_TRIES: u32 = 4;
+
 /// How to open a cache device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -183,21 +186,25 @@ impl Local {
         let goes_on_alone = self.members().len() < self.superblock().await.membership.legs.len();
         if goes_on_alone {
             // Under an id of its own: that it goes on from here the other leg does not know.
-            let noted = self
-                .rewrite_superblock(|superblock| {
-                    let membership = &superblock.membership;
-                    let left = membership.without(missing).filter(|_| !missing.is_empty());
-                    superblock.membership = left.unwrap_or_else(|| membership.renewed());
-                })
-                .await;
-            return match noted {
-                Err(error) if missing.is_empty() && !behind => {
-                    // A leg that takes no superblock takes no log either: the store does then.
-                    tracing::warn!(%error, "the cache's start is not noted on its only leg");
-                    Ok(())
-                }
-                noted => noted,
+            let change = |superblock: &mut Superblock| {
+                let membership = &superblock.membership;
+                let left = membership.without(missing).filter(|_| !missing.is_empty());
+                superblock.membership = left.unwrap_or_else(|| membership.renewed());
             };
+            let mut noted = self.rewrite_superblock(change).await;
+            if missing.is_empty() && !behind {
+                for _ in 1..NOTED_TRIES {
+                    if noted.is_ok() {
+                        break;
+                    }
+                    noted = self.rewrite_superblock(change).await;
+                }
+                // A leg that takes no superblock takes no log either: the store does then.
+                if let Err(error) = std::mem::replace(&mut noted, Ok(())) {
+                    tracing::warn!(%error, "the cache's start is not noted on its only leg");
+                }
+            }
+            return noted;
         }
         if behind {
             // A crash came between the copies, or one rotted: the other must not bring a leg back, should this one rot.

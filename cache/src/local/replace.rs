@@ -113,8 +113,12 @@ async fn open_blank(local: &Local, new: &Path) -> Result<Device, CacheError> {
         let is_behind = other.membership.events < own.events;
         if !is_behind || other.membership.is_split_from(other.leg, &own) {
             // It was served after the other, or beside it: what it holds may be nowhere else.
-            let (path, twin) = (local.path.clone(), new.into());
-            return Err(CacheError::SplitLegs { path, twin });
+            let why = format!(
+                "it went on without {} at some time, and may hold writes that are nowhere else; if they are to be given up, wipe its \
+                 first 8 KiB, or remove the file, and try again",
+                local.path.display()
+            );
+            return Err(CacheError::NewLeg { path: new.into(), why });
         }
     }
     let options = OpenOptions {

@@ -360,6 +360,29 @@ mod tests {
         }
     }
 
+    /// An attempt that failed on the one leg, one on the other, which knows of the first, and then the first once more, which holds.
+    #[tokio::test(start_paused = true)]
+    async fn a_leg_that_was_put_out_never_wins_over_the_one_that_went_on() {
+        let (local, sims) = pair().await;
+        let named = |which: &[usize]| -> Vec<_> {
+            which.iter().map(|n| (format!("/leg{n}").into(), sims[*n].device())).collect()
+        };
+        for out in [1_u8, 0] {
+            let other = &sims[1 - usize::from(out)];
+            other.set_rates(FaultRates { flush_io: 1.0, ..FaultRates::default() });
+            local.leg_silent(out, None).await;
+            other.set_rates(FaultRates::default());
+        }
+        local.leg_failed(1, None, "for the test").await;
+        assert_eq!(local.members(), LegSet::FIRST);
+        drop(local);
+        for _ in 0..3 {
+            drop(Local::on_devices(named(&[1]), true).await.unwrap());
+        }
+        let refused = Local::on_devices(named(&[0, 1]), true).await.unwrap_err();
+        assert!(matches!(refused, CacheError::SplitLegs { .. }), "{refused}");
+    }
+
     /// What a leg may have of an attempt that failed does not stay beside what holds.
     #[tokio::test(start_paused = true)]
     async fn after_an_attempt_that_failed_both_copies_are_written_anew() {

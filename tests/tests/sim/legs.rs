@@ -133,9 +133,22 @@ impl Legs {
         }
     }
 
-    /// The good leg says that the victim is no member.
+    /// The good leg says that the victim is no member, and the victim does not know better.
     pub fn victim_is_out(&self) -> bool {
         self.good().is_some_and(|good| leaves_out(&self.sims[good], self.victim))
+            && !self.victim_counts()
+    }
+
+    /// The good leg says so after an attempt that failed; then it was put out itself, and the victim knows of both.
+    fn victim_counts(&self) -> bool {
+        let Some(good) = self.good().and_then(|good| newest(&self.sims[good])) else {
+            return false;
+        };
+        newest(self.victim_sim()).is_some_and(|victim| {
+            let mut voided = victim.membership.voided.iter();
+            let (id, events) = (good.membership.id, good.membership.events);
+            voided.any(|set| set.id == id && events <= set.events)
+        })
     }
 
     /// Nobody lives: a lost leg may be replaced, the other may become the victim, copies may rot. True if power failed.
@@ -150,7 +163,8 @@ impl Legs {
             if !self.is_harmed() && !self.is_gone() && !self.victim_is_out() {
                 self.victim = rng.random_range(0..2);
             }
-            self.absent = rng.random_bool(0.08);
+            // The other one would open without it: only a witness would know.
+            self.absent = rng.random_bool(0.08) && !self.victim_counts();
         }
         if self.rots && rng.random_bool(0.3) {
             for _ in 0..rng.random_range(1..4) {
@@ -189,6 +203,7 @@ impl Legs {
         let way = |leg: usize| (PathBuf::from(NOWHERE), Arc::clone(&devices[leg]));
         if let Some(good) = self.good()
             && rng.random_bool(0.1)
+            && !self.victim_counts()
         {
             self.must_refuse(self.victim, way(self.victim)).await;
             if !self.victim_is_out() {
@@ -239,10 +254,13 @@ impl Legs {
 
 /// What a leg's newest superblock says: that the other is no member.
 pub fn leaves_out(leg: &SimDevice, other: usize) -> bool {
+    newest(leg).is_some_and(|superblock| !superblock.membership.members.contains(other as u8))
+}
+
+fn newest(leg: &SimDevice) -> Option<Superblock> {
     let block = |n: u64| leg.peek(n * BLOCK_SIZE as u64, BLOCK_SIZE);
     let copies = [0, 1].map(|n| Superblock::decode(&block(n)).ok());
-    let newest = copies.into_iter().flatten().max_by_key(|superblock| superblock.sequence);
-    newest.is_some_and(|superblock| !superblock.membership.members.contains(other as u8))
+    copies.into_iter().flatten().max_by_key(|superblock| superblock.sequence)
 }
 
 /// Runs a future for so many polls at most.

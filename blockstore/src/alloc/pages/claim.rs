@@ -68,6 +68,10 @@ impl Pages {
         {
             return Ok(());
         }
+        if kind == ExtentType::Data && self.extents.values().all(|e| e.kind == ExtentType::Data) {
+            // A start on a full thin device found no room for one: metadata comes first.
+            self.claim_extent(bad, territory, ExtentType::Metadata).await?;
+        }
         let mut changed: Vec<(u32, u32)> = Vec::new();
         let mut total = 0;
         loop {

@@ -146,7 +146,9 @@ impl Pages {
         self.load_to_look(io, territory, (number, page)).await?;
         let in_extents = self.free_known(kind) + pooled;
         let g = &territory.geometry;
-        let unused = self.unused_for(kind) * (g.extent_blocks - g.extent_overhead());
+        // A thin device that is full has no space for any of them.
+        let unused = if self.is_thin_full { 0 } else { self.unused_for(kind) };
+        let unused = unused * (g.extent_blocks - g.extent_overhead());
         pieces.most = pieces.most.min((in_extents + unused).saturating_sub(keep));
         if unused == 0 {
             pieces.most = pieces.most.min(in_extents / 2);

@@ -554,7 +554,8 @@ pub async fn again(what: &str, error: &CacheError, may_have_lost: bool) -> Resul
     }
 }
 
-/// An outage of the store is waited out; anything else is a broken promise, unless damage did it.
+/// An outage of the store, or a device that is full, is waited out; anything else is a broken promise, unless damage did it. That there is
+/// room again is found out, or a life comes to no end.
 pub async fn transient(
     what: &str,
     error: &blockstore::StoreError,
@@ -563,6 +564,7 @@ pub async fn transient(
     match error.kind {
         StoreErrorKind::Unreachable
         | StoreErrorKind::Device
+        | StoreErrorKind::NoSpace
         | StoreErrorKind::Corrupt
         | StoreErrorKind::Damaged => {
             pause().await;

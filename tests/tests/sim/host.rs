@@ -544,6 +544,8 @@ pub async fn again(what: &str, error: &CacheError, may_have_lost: bool) -> Resul
         CacheError::Device(_)
         | CacheError::Flush { .. }
         | CacheError::NoSegments { .. }
+        // The last one that takes writes failed just now, perhaps with its host.
+        | CacheError::NoLegLeft { .. }
         // A device that says something else each time.
         | CacheError::LogChanged { .. } => {
             pause().await;

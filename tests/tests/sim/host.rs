@@ -287,6 +287,8 @@ pub struct Agent {
     pub models: Vec<Arc<Mutex<Model>>>,
     pub clones: Clones,
     legs: Vec<Device>,
+    /// The legs themselves: they die with their host.
+    hosts: Vec<SimDevice>,
     /// The only leg, if it was damaged.
     damaged: Option<SimDevice>,
     /// There was damage without a second copy, on whatever device.
@@ -316,10 +318,23 @@ impl Agent {
         cache.set_witness(Arc::<Memory>::clone(&world.witness));
         *world.cache.lock() = Arc::downgrade(&cache);
         let damaged = world.legs.may_have_lost().then(|| world.legs.victim_sim().clone());
+        let hosts = world.legs.sims.clone();
         let (models, clones) = (world.models.clone(), Arc::clone(&world.clones));
         let (store, vdis) = (Mutex::default(), Mutex::default());
         let unmaps = world.profile.unmaps;
-        Ok(Self { cache, san, store, vdis, models, clones, legs, damaged, may_have_lost, unmaps })
+        Ok(Self {
+            cache,
+            san,
+            store,
+            vdis,
+            models,
+            clones,
+            legs,
+            hosts,
+            damaged,
+            may_have_lost,
+            unmaps,
+        })
     }
 
     /// Waits for the store.
@@ -381,6 +396,8 @@ impl Agent {
                     match store.create_vdi(&name(n), bytes).await {
                         Ok(info) => return Ok((info.uuid, info.size_bytes)),
                         Err(error) if error.kind == StoreErrorKind::AlreadyExists => {}
+                        // A device that is full, on which this host has no room for nodes yet.
+                        Err(error) if error.kind == StoreErrorKind::NoSpace => pause().await,
                         Err(error) => transient("creating a disk", &error, lenient).await?,
                     }
                 }
@@ -425,6 +442,10 @@ impl Agent {
                     return Ok(Some(attached));
                 }
                 Err(CacheError::NoSegments { .. }) if n > 0 => return Ok(None),
+                // Nobody hears of it.
+                Err(_) if self.hosts.iter().any(SimDevice::is_dead) => {
+                    std::future::pending::<()>().await;
+                }
                 Err(error) => again("recovering a log", &error, lenient).await?,
             }
         }
@@ -544,8 +565,6 @@ pub async fn again(what: &str, error: &CacheError, may_have_lost: bool) -> Resul
         CacheError::Device(_)
         | CacheError::Flush { .. }
         | CacheError::NoSegments { .. }
-        // The last one that takes writes failed just now, perhaps with its host.
-        | CacheError::NoLegLeft { .. }
         // A device that says something else each time.
         | CacheError::LogChanged { .. } => {
             pause().await;
@@ -556,8 +575,7 @@ pub async fn again(what: &str, error: &CacheError, may_have_lost: bool) -> Resul
     }
 }
 
-/// An outage of the store, or a device that is full, is waited out; anything else is a broken promise, unless damage did it. That there is
-/// room again is found out, or a life comes to no end.
+/// An outage of the store is waited out; anything else is a broken promise, unless damage did it.
 pub async fn transient(
     what: &str,
     error: &blockstore::StoreError,
@@ -566,7 +584,6 @@ pub async fn transient(
     match error.kind {
         StoreErrorKind::Unreachable
         | StoreErrorKind::Device
-        | StoreErrorKind::NoSpace
         | StoreErrorKind::Corrupt
         | StoreErrorKind::Damaged => {
             pause().await;

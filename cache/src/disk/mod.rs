@@ -275,7 +275,7 @@ impl Disk {
             Some(_) => {
                 let range = self.slots_of(segment);
                 self.index.evict(lba, &range);
-                self.removals += 1;
+                self.note_removal();
                 BadBlock::Refetch
             }
             // Not sealed: the open segment, which holds uncommitted records, unless the segment was evicted while
@@ -345,7 +345,7 @@ impl Disk {
             ToDisk::Committed { lsn } => {
                 self.committed = self.committed.max(lsn);
                 if self.index.committed(lsn) {
-                    self.removals += 1;
+                    self.note_removal();
                 }
                 self.log.committed(lsn);
             }
@@ -369,7 +369,7 @@ impl Disk {
                 // The store has everything: nothing is kept here any more.
                 self.committed = self.committed.max(lsn);
                 self.index = Index::default();
-                self.removals += 1;
+                self.note_removal();
                 self.log.write_through_from(lsn);
             }
             ToDisk::Snapshot { id, time_ms, label } => self.snapshot(id, time_ms, label),
@@ -403,13 +403,23 @@ impl Disk {
         self.boot_trace = ranges;
     }
 
-    /// About once a second.
-    fn tick(&mut self) {
+    fn count_held(&self) {
         let blocks = self.size_bytes.div_ceil(BLOCK_SIZE as u64);
         let known = self.index.known_blocks().min(blocks);
         self.progress.held_blocks.store(known, Ordering::Relaxed);
         let zeros = self.index.zero_blocks().min(blocks);
         self.progress.zero_blocks.store(zeros, Ordering::Relaxed);
+    }
+
+    /// Something left the index. What came may be counted a moment late; what left is not shown as held any more.
+    fn note_removal(&mut self) {
+        self.removals += 1;
+        self.count_held();
+    }
+
+    /// About once a second.
+    fn tick(&mut self) {
+        self.count_held();
         if let Some(recorder) = &mut self.recorder {
             recorder.tick();
             if recorder.is_complete() {
@@ -463,7 +473,7 @@ impl Disk {
         for lba in lbas {
             self.index.evict(*lba, &range);
         }
-        self.removals += 1;
+        self.note_removal();
         match self.sealed.get_mut(&segment) {
             Some(sealed) if sealed.pins > 0 && !sabotage::on(Bug::IgnorePins) => {
                 sealed.evicting = true;

@@ -168,3 +168,21 @@ async fn nothing_newer_is_overridden() {
     cache.release(vdi.uuid, attached).await.unwrap();
     assert_eq!(stored(&store, 0..16), vec![Some(8); 16]);
 }
+
+/// What a segment's eviction takes out of the index is not shown as held a moment longer: an operator, or a test, that
+/// sees the segment given back and everything held may cut the store off right then.
+#[tokio::test(start_paused = true)]
+async fn what_leaves_is_not_shown_as_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut guest = Guest::new(&cache, 1).await;
+    guest.write(0..600, 8).await;
+    guest.drain(&cache).await;
+    guest.attached.on_message(ToDisk::Tick);
+    let held = || cache.vdi_status(Uuid::from_u128(1)).unwrap().held_bytes;
+    assert_eq!(held(), 600 * BLOCK_SIZE as u64);
+    let lbas = (0..8).map(Lba).collect();
+    guest.attached.on_message(ToDisk::Evict { segment: SegmentId(0), lbas, holes: Vec::new() });
+    assert_eq!(known(&guest, 0), '-');
+    assert_eq!(held(), 592 * BLOCK_SIZE as u64);
+}

@@ -2,7 +2,8 @@
 //!
 //! Every block of the disk was written before the first snapshot, and a few random ones between any two: what a snapshot, or an
 //! overlay, is normally like. Reads go to the store: the agent's cache is much smaller than the disk. Depths of one kind are
-//! measured in turn, so that each is compared with depth 0 of its own kind in the same minutes.
+//! measured in turn, there and back, and each is compared with depth 0 of its own kind in the same round. One more disk had
+//! as many snapshots as the deepest, all deleted since: its blocks lie as scattered as with them.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,6 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::ballast::Ballast;
+use crate::collecting::delete_snapshots_of;
 use crate::compare::median;
 use crate::load::{Limit, Pattern, Random, Workload};
 use crate::peer::StorageDaemon;
@@ -36,6 +38,8 @@ pub struct Depth {
     pub server: &'static str,
     /// Snapshots, or overlays.
     pub depth: u32,
+    /// The snapshots are deleted.
+    pub deleted: bool,
     /// Reads in a second, per round.
     pub rounds: Vec<f64>,
 }
@@ -45,6 +49,13 @@ impl Depth {
     #[must_use]
     pub fn median(&self) -> f64 {
         median(&self.rounds)
+    }
+
+    /// Median of the ratios to `other` in the same rounds.
+    #[must_use]
+    pub fn against(&self, other: &Self) -> f64 {
+        let ratios = self.rounds.iter().zip(&other.rounds).map(|(own, other)| own / other);
+        median(&ratios.collect::<Vec<_>>())
     }
 }
 
@@ -62,15 +73,24 @@ pub fn run(settings: &Settings) -> Result<Vec<Depth>> {
 
 fn ours(settings: &Settings) -> Result<Vec<Depth>> {
     let (mut servers, mut stages): (Vec<Box<dyn Server>>, Vec<_>) = Default::default();
-    for snapshots in SNAPSHOTS {
+    let deepest = SNAPSHOTS.into_iter().max().unwrap_or(0);
+    let depths: Vec<_> = SNAPSHOTS
+        .map(|snapshots| (snapshots, false))
+        .into_iter()
+        .chain([(deepest, true)])
+        .collect();
+    for &(snapshots, deleted) in &depths {
         let used_bytes = settings.disk_bytes;
         let shape = Shape { used_bytes, snapshots, content: Content::Noise, ..Shape::default() };
         let stage = Stage::new(settings, &shape, CACHE_BYTES, Some(SERVER_CORE), &NO_CYCLES)?;
+        if deleted {
+            delete_snapshots_of(&mut stage.control()?, &disk_name(0))?;
+        }
         let (agent, files) = stage.into_parts();
         servers.push(Box::new(Ballast::attach(agent, &disk_name(0))?));
         stages.push(files);
     }
-    rounds(settings, &SNAPSHOTS, &mut servers)
+    rounds(settings, &depths, &mut servers)
 }
 
 fn peers(settings: &Settings) -> Result<Vec<Depth>> {
@@ -101,7 +121,7 @@ fn peers(settings: &Settings) -> Result<Vec<Depth>> {
         let chain = &images[..=depth as usize];
         servers.push(Box::new(StorageDaemon::start_chain(chain, &sockets, SERVER_CORE)?));
     }
-    rounds(settings, &OVERLAYS, &mut servers)
+    rounds(settings, &OVERLAYS.map(|overlays| (overlays, false)), &mut servers)
 }
 
 fn qemu_img(arguments: &[&str], images: &[&PathBuf]) -> Result<()> {
@@ -114,17 +134,26 @@ fn qemu_img(arguments: &[&str], images: &[&PathBuf]) -> Result<()> {
 
 fn rounds(
     settings: &Settings,
-    depths: &[u32],
+    depths: &[(u32, bool)],
     servers: &mut [Box<dyn Server>],
 ) -> Result<Vec<Depth>> {
     let mut found: Vec<Depth> = depths
         .iter()
         .zip(&*servers)
-        .map(|(&depth, server)| Depth { server: server.name(), depth, rounds: Vec::new() })
+        .map(|(&(depth, deleted), server)| Depth {
+            server: server.name(),
+            depth,
+            deleted,
+            rounds: Vec::new(),
+        })
         .collect();
     // The first round warms up.
     for round in 0..=settings.rounds {
-        for (server, found) in servers.iter_mut().zip(&mut found) {
+        let mut turns: Vec<_> = servers.iter_mut().zip(&mut found).collect();
+        if round % 2 == 0 {
+            turns.reverse();
+        }
+        for (server, found) in turns {
             let workload = Workload {
                 pattern: Pattern::RandomRead,
                 block_bytes: 4096,

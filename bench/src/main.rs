@@ -420,7 +420,7 @@ fn snapshots_depth(settings: &Settings, out: &Output) -> Result<()> {
     let text = format!(
         "`{}`\n\n4k random reads, depth 32, of a disk of {} MiB that was written once, and {} random blocks of it before each \
          snapshot or into each overlay; the agent's cache is too small for it, so reads go to the store. {} rounds, depths in \
-         turn. Servers are on core {}, the client on core {}.\n\n{}\n{}",
+         turn, there and back; \"against none\" is the median of the rounds' own ratios. Servers are on core {}, the client on core {}.\n\n{}\n{}",
         out.command,
         settings.disk_bytes.min(depths::DISK_BYTES_MAX) >> 20,
         synthetic::WRITES_PER_SNAPSHOT,

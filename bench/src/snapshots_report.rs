@@ -119,11 +119,16 @@ pub fn depths(found: &[Depth]) -> String {
     let rows: Vec<Vec<String>> = found
         .iter()
         .map(|depth| {
-            let ratio = depth.median() / first_of(found, depth.server);
+            let ratio = against_none(found, depth);
             let ours = depth.server == "Ballast";
+            let of = match (ours, depth.deleted) {
+                (true, true) => "snapshots, deleted since",
+                (true, false) => "snapshots",
+                (false, _) => "overlays",
+            };
             vec![
                 depth.server.to_owned(),
-                format!("{} {}", depth.depth, if ours { "snapshots" } else { "overlays" }),
+                format!("{} {of}", depth.depth),
                 depth.rounds.iter().map(|&n| number(n)).collect::<Vec<_>>().join(", "),
                 number(depth.median()),
                 format!("{ratio:.2}"),
@@ -134,8 +139,9 @@ pub fn depths(found: &[Depth]) -> String {
     table(&["server", "depth", "rounds, IOPS", "median", "against none", "within 5 %"], &rows)
 }
 
-fn first_of(found: &[Depth], server: &str) -> f64 {
-    found.iter().find(|depth| depth.server == server).map_or(1.0, Depth::median)
+fn against_none(found: &[Depth], depth: &Depth) -> f64 {
+    let none = found.iter().find(|none| none.server == depth.server);
+    none.map_or(1.0, |none| depth.against(none))
 }
 
 /// Reads against depth.
@@ -145,8 +151,8 @@ pub fn depth_plot(found: &[Depth]) -> Plot {
         name: name.to_owned(),
         points: found
             .iter()
-            .filter(|depth| depth.server == server)
-            .map(|depth| (f64::from(depth.depth), 100.0 * depth.median() / first_of(found, server)))
+            .filter(|depth| depth.server == server && !depth.deleted)
+            .map(|depth| (f64::from(depth.depth), 100.0 * against_none(found, depth)))
             .collect(),
     };
     Plot {

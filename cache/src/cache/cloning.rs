@@ -8,7 +8,7 @@ use super::{Cache, VdiIdentity};
 use crate::clone::{self, CLONE_EPOCH, Content};
 use crate::disk::Identity;
 use crate::error::CacheError;
-use crate::format::slot::{CloneOrigin, DiskPolicy, SlotVdi};
+use crate::format::slot::{CloneOrigin, DiskPolicy, SlotVdi, VdiSlot};
 use crate::vdi::Leave;
 use blockstore::Policy;
 use blockstore::format::vdi::Origin;
@@ -88,21 +88,17 @@ impl Cache {
         };
         let mut inner = self.inner.lock().await;
         let slots = self.ground.local.geometry.slots;
-        let free = inner.slots.iter().position(super::VdiSlot::is_free);
+        let free = inner.slots.iter().position(VdiSlot::is_free);
         let at = free.ok_or(CacheError::NoSlot { slots })?;
         // Both copies: former programs, to which this slot means nothing, must not find the one before and take the segments.
         for _ in 0..2 {
             let next = inner.slots[at].next(Some(record.clone()));
             if let Err(error) = self.ground.local.write_slot(&next).await {
-                let free = next.next(None);
-                match self.ground.local.write_slot(&free).await {
-                    Ok(()) => inner.slots[at] = free,
+                let (slot, is_free) = Box::pin(self.undo(next)).await;
+                inner.slots[at] = slot;
+                if !is_free {
                     // It may name the segments: neither is used again before the next start, which looks.
-                    Err(undoing) => {
-                        tracing::error!(slot = at, %undoing, "a slot cannot be freed again");
-                        inner.slots[at] = next;
-                        written.keep();
-                    }
+                    written.keep();
                 }
                 return Err(error);
             }
@@ -111,6 +107,20 @@ impl Cache {
         let headers = written.keep();
         inner.found.insert(new.disk.uuid, headers);
         Ok(())
+    }
+
+    /// Frees a slot whose writing failed. That may have torn its copy: what comes next must go there again, not to the good one.
+    /// Returns what the slot is now, and whether it is free.
+    async fn undo(&self, failed: VdiSlot) -> (VdiSlot, bool) {
+        let again = VdiSlot { sequence: failed.sequence + 1, ..failed };
+        let free = again.next(None);
+        match self.ground.local.write_slot(&free).await {
+            Ok(()) => (free, true),
+            Err(undoing) => {
+                tracing::error!(slot = free.slot, %undoing, "a slot cannot be freed again");
+                (VdiSlot { sequence: free.sequence + 1, ..again }, false)
+            }
+        }
     }
 
     fn refuse_too_large(&self, origin: &Origin, content: &Content) -> Result<(), CacheError> {

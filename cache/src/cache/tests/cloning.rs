@@ -5,6 +5,7 @@
 //! looked up in the image that the store will have of the snapshot. For deaths the cache lies on a simulated device.
 
 use super::*;
+use crate::format::slot::VdiSlot;
 use crate::index::{Found, PatchBase, PatchSource};
 use crate::{NewClone, SnapshotTaken};
 use blockstore::format::vdi::Origin;
@@ -415,6 +416,55 @@ async fn a_clone_that_is_given_up_or_too_large_leaves_nothing() {
     assert_eq!(cache.attached().await.len(), 1);
 }
 
+/// A simulated device with these bytes.
+fn simulated(bytes: &[u8], seed: u64) -> SimDevice {
+    let sim = SimDevice::new(CACHE_BYTES, seed);
+    for (at, block) in bytes.chunks_exact(BLOCK_SIZE).enumerate() {
+        if block.iter().any(|byte| *byte != 0) {
+            sim.misplace((at * BLOCK_SIZE) as u64, block.try_into().unwrap());
+        }
+    }
+    sim
+}
+
+/// The cache on it; workers write to the file.
+async fn on_sim(path: &Path, sim: &SimDevice) -> Arc<Cache> {
+    let local = Local::on_devices(vec![(path.into(), sim.device())], false).await.unwrap();
+    Cache::on_local(options(path.into()), local).await.unwrap()
+}
+
+/// The copy in the other place is the only good one then.
+#[tokio::test(start_paused = true)]
+async fn a_slot_whose_writing_failed_is_freed_in_the_same_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cache");
+    let cache = open(&dir).await;
+    let (mut disk, _) = parent(&cache, 5).await;
+    let lsn = disk.snapshot(&cache).await.lsn;
+    let (now, uuid) = (disk.now.clone(), disk.guest.vdi.uuid);
+    drop(reopened(cache, &dir, vec![disk]).await);
+    let sim = simulated(&std::fs::read(&path).unwrap(), 1);
+    let cache = on_sim(&path, &sim).await;
+    let attached = cache.attach_alone(uuid).await.unwrap();
+    let mut parent = Disk::with(vdi(1), attached, Arc::default(), now, 1);
+    // One slot was used before, the next one never.
+    cache.reserve(&vdi(4)).await.unwrap();
+    cache.unreserve(vdi(4).uuid).await.unwrap();
+    let slots = cache.ground.local.read_slots().await.unwrap();
+    let used = slots.iter().position(|slot| slot.is_free() && slot.sequence == 2).unwrap() as u32;
+    let peek = |slot, copy| sim.peek(Geometry::slot_offset(slot, copy), BLOCK_SIZE);
+    // The first of a clone's two writes fails, then the second one of another.
+    for (n, slot, good) in [(2, used, 0), (3, used + 1, 1)] {
+        let bad = Geometry::slot_offset(slot, good + 1);
+        sim.set_bad(bad, BLOCK_SIZE as u64, &[OpKind::Write]);
+        parent.clone_of(&cache, n, lsn).await.unwrap_err();
+        let found = VdiSlot::decode(&peek(slot, good), slot).unwrap();
+        assert_eq!((found.sequence, found.is_free()), (2 - good, good == 0));
+        let next = cache.inner.lock().await.slots[slot as usize].next(None).sequence;
+        assert_eq!(Geometry::slot_offset(slot, next), bad);
+    }
+}
+
 /// A power loss after each number of operations while a clone is made.
 #[tokio::test(start_paused = true)]
 async fn a_death_while_a_clone_is_made_leaves_all_of_it_or_nothing() {
@@ -429,25 +479,13 @@ async fn a_death_while_a_clone_is_made_leaves_all_of_it_or_nothing() {
     let parent_now = disk.now.clone();
     drop(reopened(cache, &dir, vec![disk]).await);
     let bytes = std::fs::read(&path).unwrap();
-    let on_sim = |sim: &SimDevice| {
-        let (path, device) = (path.clone(), sim.device());
-        async move {
-            let local = Local::on_devices(vec![(path.clone(), device)], false).await?;
-            Cache::on_local(options(path), local).await
-        }
-    };
     let mut outcomes = [0, 0];
     let mut operations = 0;
     // What is lost of what was not flushed differs from try to try.
     for seed in 0.. {
         let is_last_try = seed % 4 == 3;
-        let sim = SimDevice::new(CACHE_BYTES, seed);
-        for (at, block) in bytes.chunks_exact(BLOCK_SIZE).enumerate() {
-            if block.iter().any(|byte| *byte != 0) {
-                sim.misplace((at * BLOCK_SIZE) as u64, block.try_into().unwrap());
-            }
-        }
-        let cache = on_sim(&sim).await.unwrap();
+        let sim = simulated(&bytes, seed);
+        let cache = on_sim(&path, &sim).await;
         let attached = cache.attach_alone(uuid).await.unwrap();
         let mut parent = Disk::with(vdi(1), attached, Arc::default(), parent_now.clone(), 1);
         sim.crash_after(operations);
@@ -456,7 +494,7 @@ async fn a_death_while_a_clone_is_made_leaves_all_of_it_or_nothing() {
         assert_eq!(made.is_err(), died, "{made:?}");
         sim.crash();
         drop((parent, cache));
-        let cache = on_sim(&sim.connect()).await.unwrap();
+        let cache = on_sim(&path, &sim.connect()).await;
         let attached = cache.attach_alone(uuid).await.unwrap();
         let parent = Disk::with(vdi(1), attached, Arc::default(), Model::new(), 1);
         let (content, _) = parent.content(&cache, &in_store).await;

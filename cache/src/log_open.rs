@@ -105,10 +105,10 @@ impl Ground {
 
     /// Recovers the log of `record`, which says how far the store is, from `headers` (by sequence), and opens it under
     /// the next epoch, `alone` if the store is not there to compare it with. If this fails, nothing was changed, or nothing
-    /// that the next attempt would not do again.
+    /// that the next attempt would not do again; `slot` then says after which sequence it has to be written.
     pub async fn open_log(
         &self,
-        slot: &VdiSlot,
+        slot: &mut VdiSlot,
         record: SlotVdi,
         headers: &[SegmentHeader],
         alone: bool,
@@ -148,13 +148,14 @@ impl Ground {
         // Known to former versions again once nothing in it says otherwise.
         let record =
             SlotVdi { has_cuts: recovered.live.iter().any(|live| live.cuts > 0), ..record };
-        let mut slot = slot.next(Some(record.clone()));
-        let mut written = self.local.write_slot(&slot).await;
+        let mut next = slot.next(Some(record.clone()));
+        let mut written = self.local.write_slot(&next).await;
         if written.is_ok() && (grew || record.may_have_cuts()) {
             // In both copies. A former version would go by the one that it knows; and should one rot, a start without the
-            // store must not shrink the disk.
-            slot = slot.next(Some(record.clone()));
-            written = self.local.write_slot(&slot).await;
+            // store must not shrink the disk. Should this fail, it may be torn, and the first one is not to be written over.
+            slot.sequence = next.sequence;
+            next = next.next(Some(record.clone()));
+            written = self.local.write_slot(&next).await;
         }
         if let Err(error) = written {
             // Nothing was appended: the next attempt recovers to the same end.
@@ -179,7 +180,7 @@ impl Ground {
         disk.set_boot_trace(record.boot_trace.clone());
         disk.set_cadence(record.policy.chosen.schedule.cadence());
         let disk = AttachedDisk { disk, link, legs, leg_timeout: self.local.leg_timeout() };
-        Ok(OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn, snapshots })
+        Ok(OpenLog { slot: next, record, disk, sender, from_disk, segments, last_lsn, snapshots })
     }
 
     /// Reads the log and makes all legs agree on it. A leg that is lost between the two takes along what only it had: the

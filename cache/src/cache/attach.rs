@@ -158,7 +158,7 @@ impl Cache {
 
     async fn open_log(
         &self,
-        slot: VdiSlot,
+        mut slot: VdiSlot,
         record: SlotVdi,
         headers: &[SegmentHeader],
         backing: Deferred,
@@ -170,10 +170,12 @@ impl Cache {
         self.ground.pool.await_disk(vdi);
         let alone = !backing.is_joined();
         let progress_too = Arc::clone(&progress);
-        let opened = self.ground.open_log(&slot, record, headers, alone, progress_too).await;
-        let open = opened.inspect_err(|_| self.ground.pool.disk_joined(vdi, None, None))?;
+        let opened = self.ground.open_log(&mut slot, record, headers, alone, progress_too).await;
+        let opened = opened.inspect_err(|_| self.ground.pool.disk_joined(vdi, None, None));
         let mut inner = self.inner.lock().await;
-        inner.slots[slot.slot as usize] = open.slot.clone();
+        let at = slot.slot as usize;
+        inner.slots[at] = opened.as_ref().map_or(slot, |open| open.slot.clone());
+        let open = opened?;
         inner.found.remove(&open.record.uuid);
         Ok(self.start(open, backing, progress))
     }

@@ -224,6 +224,32 @@ async fn an_attach_whose_slot_cannot_be_written_gives_its_segments_back() {
     assert_eq!(cache.ground.pool.counts().free, counts.free - 2);
 }
 
+/// The one before it is the only good copy.
+#[tokio::test(start_paused = true)]
+async fn a_second_copy_of_a_slot_that_fails_when_a_log_is_opened_is_written_to_the_same_place_again()
+ {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let sim = SimDevice::new(CACHE_BYTES, 1);
+    let local = Local::make_on(file.path(), sim.device()).await.unwrap();
+    let cache = Cache::on_local(options(file.path().into()), local).await.unwrap();
+    let mut vdi = vdi(1);
+    cache.reserve(&vdi).await.unwrap();
+    // It grew meanwhile, so that both copies are written: the second and the third of all, of which the third fails.
+    vdi.size_bytes *= 2;
+    let bad = Geometry::slot_offset(0, 3);
+    sim.set_bad(bad, BLOCK_SIZE as u64, &[OpKind::Write]);
+    let good = |sim: &SimDevice| sim.peek(Geometry::slot_offset(0, 2), BLOCK_SIZE);
+    cache.attach(&vdi, Arc::new(Store::default())).await.unwrap_err();
+    let first = good(&sim);
+    let next = cache.inner.lock().await.slots[0].next(None).sequence;
+    assert_eq!(Geometry::slot_offset(0, next), bad);
+    cache.attach(&vdi, Arc::new(Store::default())).await.unwrap_err();
+    assert_eq!(good(&sim), first);
+    sim.set_bad(bad, BLOCK_SIZE as u64, &[]);
+    let attached = cache.attach(&vdi, Arc::new(Store::default())).await.unwrap();
+    assert_eq!(attached.disk.size_bytes(), vdi.size_bytes);
+}
+
 /// Two segments or none (rule L10): of fifteen, seven disks take two each.
 #[tokio::test(start_paused = true)]
 async fn a_disk_for_which_two_segments_are_not_left_is_refused_and_takes_none() {

@@ -246,7 +246,7 @@ impl VdiTask {
 
     /// The log, the headers that it was recovered from, and the segments that the disk had.
     async fn open_log_again(
-        &self,
+        &mut self,
     ) -> Result<(OpenLog, Vec<SegmentHeader>, Vec<SegmentId>), CacheError> {
         let owned = self.p.ground.pool.owned(self.p.vdi);
         let mut headers = self.p.ground.local.read_headers().await?;
@@ -255,7 +255,8 @@ impl VdiTask {
         let progress = Arc::clone(&self.p.progress);
         let record = self.p.record.clone();
         let alone = !self.p.backing.is_joined();
-        let open = self.p.ground.open_log(&self.p.slot, record, &headers, alone, progress).await?;
+        let slot = &mut self.p.slot;
+        let open = self.p.ground.open_log(slot, record, &headers, alone, progress).await?;
         Ok((open, headers, owned))
     }
 }

@@ -241,3 +241,23 @@ async fn a_leg_that_was_left_behind_is_never_a_member_again() {
     let error = rig.refused(&["a", "b"], &["/a", "/b", "without the other"]).await;
     assert!(matches!(error, CacheError::SplitLegs { .. }), "{error}");
 }
+
+/// One that was put out at an earlier time, and was started alone since, does not count for more by the number of its starts.
+#[tokio::test]
+async fn a_leg_that_was_mirrored_again_is_not_overwritten_by_an_older_one() {
+    let rig = Rig::new();
+    drop(rig.make(&["a", "b"]).await);
+    drop(rig.open(&["a"], true).await.unwrap());
+    replace(&rig, "a", "h").await.unwrap();
+    for _ in 0..6 {
+        drop(rig.open(&["b"], true).await.unwrap());
+    }
+    let before = bytes(&rig.path("a"));
+    let error = replace(&rig, "b", "a").await.unwrap_err();
+    assert!(error.to_string().contains("wipe") && before == bytes(&rig.path("a")), "{error}");
+    for names in [["a", "b"], ["b", "a"]] {
+        let error = rig.refused(&names, &["/a", "/b", "without the other"]).await;
+        assert!(matches!(error, CacheError::SplitLegs { .. }), "{error}");
+    }
+    assert_eq!(rig.open(&["a", "h"], false).await.unwrap().members(), LegSet::first(2));
+}

@@ -90,9 +90,10 @@ impl Local {
             let why = "both legs of the cache are there and in step".into();
             return Err(CacheError::NewLeg { path: self.path.clone(), why });
         };
-        let next = Superblock { membership, ..superblock };
-        write_both_copies(&source.device, next.clone()).await?;
-        write_both_copies(device, Superblock { leg, ..next }).await?;
+        let sequence = self.attempted.lock().following(superblock.sequence) - 1;
+        let next = Superblock { membership, sequence, ..superblock };
+        write_both_copies(&source.device, &mut next.clone()).await?;
+        write_both_copies(device, &mut Superblock { leg, ..next }).await?;
         Ok(self.geometry.size - COPIED_FROM)
     }
 }

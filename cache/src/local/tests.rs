@@ -1,6 +1,7 @@
 //! Goal: a wrong set of legs is refused with both sides named, and nothing is written; the right one opens in any order.
 //! Method: real files. Which superblock counts is tested in `choose.rs`, what happens while legs fail in tests/log_crash.
 
+use super::opening::may_create;
 use super::{Local, Mode, Terms};
 use crate::error::CacheError;
 use crate::format::LegSet;
@@ -260,4 +261,12 @@ async fn a_leg_that_was_mirrored_again_is_not_overwritten_by_an_older_one() {
         assert!(matches!(error, CacheError::SplitLegs { .. }), "{error}");
     }
     assert_eq!(rig.open(&["a", "h"], false).await.unwrap().members(), LegSet::first(2));
+}
+
+/// A start that may create a cache opens the one that is there, though not all of its first MiB can be read.
+#[tokio::test]
+async fn what_cannot_be_read_is_not_new() {
+    let rig = Rig::new();
+    // A directory can be opened, and not be read.
+    assert!(!may_create(&[rig.dir.path().into()]).await.unwrap());
 }

@@ -63,7 +63,7 @@ impl Local {
         if !self.attempted.lock().is_unnoted {
             return Ok(());
         }
-        self.rewrite_superblock(|_| ()).await.map_err(|error| match error {
+        Box::pin(self.rewrite_superblock(|_| ())).await.map_err(|error| match error {
             CacheError::Device(mut error) => {
                 error.message.push_str(
                     "; the cache is not used before its start is noted there: see to the device, or copy all of it to a sound one and \

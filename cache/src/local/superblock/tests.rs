@@ -218,3 +218,18 @@ async fn a_survivor_that_refuses_the_note_for_a_moment_is_not_given_up() {
     local.leg_failed(0, None, "for the test").await;
     assert_eq!(local.members(), LegSet::NONE);
 }
+
+/// No log is open that could lack what was lost. While nothing is durable, though, the good copy is left alone.
+#[tokio::test(start_paused = true)]
+async fn a_flush_that_fails_at_a_start_is_tried_again_in_one_place() {
+    let (sims, _) = lone().await;
+    sims[1].inject(OpKind::Flush, 0, Fault::Io);
+    let local = open(&sims[1]).await.unwrap();
+    assert!(!local.attempted.lock().is_unnoted);
+    drop(local);
+    let good = newest(&sims[1]);
+    sims[1].set_rates(FaultRates { flush_io: 1.0, ..FaultRates::default() });
+    let local = open(&sims[1]).await.unwrap();
+    local.note_members().await.unwrap_err();
+    assert!(found(&sims[1]).contains(&good), "it is not written over");
+}

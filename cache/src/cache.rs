@@ -265,6 +265,7 @@ impl Cache {
         if counts.free + counts.clean < 2 {
             return Err(CacheError::NoSegments { free: counts.free });
         }
+        self.ground.local.note_members().await?;
         let slots = self.ground.local.geometry.slots;
         let free = inner.slots.iter_mut().find(|slot| slot.is_free());
         let slot = free.ok_or(CacheError::NoSlot { slots })?;

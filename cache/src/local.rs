@@ -8,7 +8,7 @@
 //! A leg that does not answer is treated as one that failed, while another does: `local/waiting.rs`.
 //!
 //! Where to read on: `local/opening.rs` (which legs are the cache), `local/create.rs`, `local/joining.rs` (a leg that is to
-//! become a member), `local/slots.rs`.
+//! become a member), `local/superblock.rs`, `local/slots.rs`.
 
 mod attempted;
 mod choose;
@@ -17,6 +17,7 @@ mod joining;
 mod opening;
 mod replace;
 mod slots;
+mod superblock;
 #[cfg(test)]
 mod tests;
 mod waiting;
@@ -152,11 +153,6 @@ impl Local {
         self.cache
     }
 
-    /// A copy of the superblock.
-    pub async fn superblock(&self) -> Superblock {
-        self.superblock.lock().await.clone()
-    }
-
     /// The legs that are written together now.
     #[must_use]
     pub fn members(&self) -> LegSet {
@@ -172,17 +168,6 @@ impl Local {
         }
         mirror.disks.push(disk);
         mirror.members
-    }
-
-    /// Changes the superblock durably, on every member.
-    pub async fn rewrite_superblock(
-        &self,
-        change: impl FnOnce(&mut Superblock),
-    ) -> Result<(), CacheError> {
-        let mut superblock = self.superblock.lock().await;
-        let mut next = superblock.clone();
-        change(&mut next);
-        self.store_superblock(&mut superblock, next).await
     }
 
     /// A leg failed: puts it out of the set of members, durably on those that are left, and then tells all disks. If that
@@ -228,73 +213,6 @@ impl Local {
             next.membership.without(gone).ok_or_else(|| self.no_leg_left(why.to_string()))?;
         self.note_lost(gone, why);
         self.store_superblock(&mut superblock, next).await
-    }
-
-    /// Writes `next` to its members. One that fails is put out of the set, and the rest written anew, until all that
-    /// are left agree. A changed set goes to both copies: should the newer one rot, the older must not bring a leg back. So does
-    /// what follows an attempt that failed, and it counts further than that: what a leg may have of it must not stand beside it.
-    async fn store_superblock(
-        &self,
-        superblock: &mut Superblock,
-        mut next: Superblock,
-    ) -> Result<(), CacheError> {
-        let attempted = self.attempted.lock().clone();
-        let mut is_doubtful = attempted.sequence > superblock.sequence;
-        next.sequence = next.sequence.max(attempted.sequence);
-        if next.membership != superblock.membership {
-            next.membership = attempted.beyond(next.membership);
-            is_doubtful = true;
-        }
-        let mut copies = 0;
-        while copies < if is_doubtful { 2 } else { 1 } {
-            next.sequence += 1;
-            let offset = Geometry::superblock_offset(next.sequence);
-            let members = next.membership.members;
-            let results = self
-                .on_legs(members, false, |leg| {
-                    let own = next.membership.legs[usize::from(leg.number)];
-                    let block = Superblock { leg: own, ..next.clone() }.encode();
-                    async move {
-                        let block = AlignedBuf::copy_of(&block).freeze();
-                        leg.device.write(offset, vec![block]).await?;
-                        leg.device.flush().await
-                    }
-                })
-                .await;
-            let (failed, error) = failures(results);
-            let Some(error) = error else {
-                copies += 1;
-                continue;
-            };
-            (copies, is_doubtful) = (0, true);
-            let why = error.to_string();
-            let attempted = {
-                let mut attempted = self.attempted.lock();
-                attempted.note(&next, superblock);
-                attempted.clone()
-            };
-            next.membership = match next.membership.without(failed) {
-                Some(left) => attempted.beyond(left),
-                None => {
-                    self.mirror.lock().members_are_no_outsiders();
-                    return Err(error.into());
-                }
-            };
-            self.note_lost(failed, &why);
-        }
-        let lost = superblock.membership.members.minus(next.membership.members);
-        for leg in lost.iter() {
-            let path = self.leg_path(leg);
-            let why = self.mirror.lock().why_out(&path);
-            tracing::error!(
-                leg, path = %path.display(), why,
-                "a leg of the cache failed: the cache goes on without it, unmirrored; replace it"
-            );
-        }
-        let members = next.membership.members;
-        *superblock = next;
-        self.now_members(members);
-        Ok(())
     }
 
     /// Legs are being put out: why.

@@ -115,6 +115,8 @@ impl Ground {
         progress: Arc<Progress>,
     ) -> Result<OpenLog, CacheError> {
         let started = Instant::now();
+        // What is acknowledged from here on must be known to be this start's.
+        self.local.note_members().await?;
         let mut recovered = self.recover(&record, headers).await?;
         let mut snapshots = std::mem::take(&mut recovered.snapshots);
         // A log that was opened empty has none of what they are of.

@@ -7,6 +7,7 @@ mod cloning;
 mod cuts;
 mod durable;
 mod hydrate;
+mod legs;
 mod replacing;
 mod slowing;
 mod snapshots;

@@ -150,16 +150,24 @@ impl Membership {
         self.voided.drain(..too_many);
     }
 
-    /// True if the leg whose word this is went on without `others`' leg, and `others` does not know that as an attempt that
-    /// failed: it may hold what was acknowledged, and is nowhere else.
+    /// True if a leg whose word this is may have gone on without the legs of `others`, alone or with one that it got since: no leg is
+    /// a member of both, and `others` does not know this set as an attempt that failed. What it holds may then be nowhere else.
     #[must_use]
-    pub fn is_split_from(&self, own_leg: Uuid, others: &Self) -> bool {
-        let own = self.number_of(own_leg);
-        let is_alone = own.is_some_and(|own| self.members == LegSet::NONE.with(own));
-        let is_named =
-            others.number_of(own_leg).is_some_and(|number| others.members.contains(number));
+    pub fn is_split_from(&self, others: &Self) -> bool {
+        let shares = self.member_legs().any(|leg| others.member_legs().any(|other| other == leg));
         let is_void = others.voided.iter().any(|v| v.id == self.id && self.events <= v.events);
-        self.legs.len() > 1 && is_alone && !is_named && !is_void
+        self.legs.len() > 1 && !shares && !is_void
+    }
+
+    /// Both say that the same legs hold everything.
+    #[must_use]
+    pub fn has_members_of(&self, other: &Self) -> bool {
+        self.member_legs().eq(other.member_legs())
+    }
+
+    /// The legs that hold everything, by their numbers.
+    fn member_legs(&self) -> impl Iterator<Item = Uuid> {
+        self.members.iter().filter_map(|number| self.legs.get(usize::from(number)).copied())
     }
 
     /// The number that a new leg gets: the place of one that is no member, or the next one; none if all are members.

@@ -5,7 +5,7 @@
 //! | two caches, or one leg twice (a clone) | refused |
 //! | equal event counts, one id | both are members |
 //! | equal event counts, two ids | each went on without the other: refused, the operator says which one counts |
-//! | unequal event counts, the lower one's leg alone in its set, and neither a member of the other's nor known there as a change that failed | the same |
+//! | unequal event counts, no leg a member of both sets, and the lower one not known to the other as a change that failed | the same |
 //! | unequal event counts else | the higher is the cache; the other was left behind and is no member |
 //! | a member is not there | the one that is there may be the one left behind: only on the operator's word |
 
@@ -45,8 +45,8 @@ pub(super) fn choose(found: &[(PathBuf, Superblock)]) -> Result<Choice, CacheErr
     let (of_a, of_b) = (&a.membership, &b.membership);
     let is_split = match of_a.events.cmp(&of_b.events) {
         Ordering::Equal => of_a.id != of_b.id,
-        Ordering::Less => of_a.is_split_from(a.leg, of_b),
-        Ordering::Greater => of_b.is_split_from(b.leg, of_a),
+        Ordering::Less => of_a.is_split_from(of_b),
+        Ordering::Greater => of_b.is_split_from(of_a),
     };
     if is_split && !(of_a.events != of_b.events && sabotage::on(Bug::UseStaleLeg)) {
         return Err(CacheError::SplitLegs { path, twin });
@@ -181,6 +181,31 @@ mod tests {
         let started = Superblock { membership: a.membership.renewed(), ..a };
         let knowing = Superblock { membership: knowing.membership.renewed(), ..knowing };
         assert!(matches!(decide(&[started, knowing]), Err(CacheError::SplitLegs { .. })));
+    }
+
+    /// It is not alone any more, and has served all the while.
+    #[test]
+    fn a_leg_that_was_mirrored_again_is_not_left_behind_by_one_that_was_started_alone() {
+        let [a, mut b] = pair();
+        let mut mirrored = alone(&a, 0);
+        mirrored.membership = mirrored.membership.with_new(Uuid::from_u128(3)).unwrap();
+        b = alone(&b, 1);
+        for _ in 0..3 {
+            b.membership = b.membership.renewed();
+            for found in [[mirrored.clone(), b.clone()], [b.clone(), mirrored.clone()]] {
+                let error = decide(&found).unwrap_err();
+                assert!(matches!(error, CacheError::SplitLegs { .. }), "{error}");
+            }
+        }
+        // Its new twin goes on without it, and is mirrored itself: that one knows of it.
+        let gone = LegSet::NONE.with(0);
+        let twin = Superblock { leg: Uuid::from_u128(3), ..mirrored.clone() };
+        let alone = Superblock { membership: twin.membership.without(gone).unwrap(), ..twin };
+        let again = alone.membership.with_new(Uuid::from_u128(4)).unwrap();
+        for later in [alone.clone(), Superblock { membership: again, ..alone }] {
+            let choice = decide(&[mirrored.clone(), later]).unwrap();
+            assert_eq!((choice.best, choice.outsiders.len()), (1, 1));
+        }
     }
 
     /// A crash while a leg became a member again: it is named already, and does not know it yet.

@@ -163,25 +163,25 @@ impl Local {
         let place_taken =
             || CacheError::NewLeg { path: leg.path.clone(), why: "its place was taken".into() };
         let membership = superblock.membership.with_new(uuid).ok_or_else(place_taken)?;
-        let next = Superblock { membership, ..superblock.clone() };
-        let named = self.name_member(&next).await;
-        // What is written from now on must be newer than what may have got through.
-        superblock.sequence += 2;
-        if let Err(error) = named {
+        let sequence = self.attempted.lock().following(superblock.sequence) - 1;
+        let mut next = Superblock { membership, sequence, ..superblock.clone() };
+        if let Err(error) = self.name_member(&mut next).await {
             self.mirror.lock().give_up(&error.to_string());
+            // What is written from now on must be newer than what may have got through.
+            self.attempted.lock().sequence = next.sequence;
             let gone = LegSet::NONE.with(leg.number);
             if let Some(left) = next.membership.without(gone) {
-                let sequence = superblock.sequence;
-                let undone = Superblock { membership: left, sequence, ..next };
+                let undone = Superblock { membership: left, ..next };
                 self.store_superblock(&mut superblock, undone).await?;
             }
             return Err(error);
         }
-        *superblock = Superblock { sequence: superblock.sequence, ..next.clone() };
+        *superblock = next.clone();
+        self.attempted.lock().holds(&next.membership);
         // From here on it is a member that may fail like any other.
         let members = next.membership.members;
-        let (to, own) = (Arc::clone(&leg), Superblock { leg: uuid, ..next });
-        let own = async move { write_both_copies(&to.device, own).await };
+        let (to, mut own) = (Arc::clone(&leg), Superblock { leg: uuid, sequence, ..next });
+        let own = async move { write_both_copies(&to.device, &mut own).await };
         let own = self.in_time(&leg, own).await;
         self.now_members(members);
         drop(superblock);
@@ -201,11 +201,16 @@ impl Local {
         }
     }
 
-    /// Writes `next` to the members that were there before; all of them must take it.
-    async fn name_member(&self, next: &Superblock) -> Result<(), CacheError> {
+    /// Writes `next` to the members that were there before; all of them must take it. Its sequence is then that of what was
+    /// written last, or failed.
+    async fn name_member(&self, next: &mut Superblock) -> Result<(), CacheError> {
+        let before = next.sequence;
         for leg in self.members_now() {
             let own = next.membership.legs[usize::from(leg.number)];
-            write_both_copies(&leg.device, Superblock { leg: own, ..next.clone() }).await?;
+            let mut own = Superblock { leg: own, sequence: before, ..next.clone() };
+            let written = write_both_copies(&leg.device, &mut own).await;
+            next.sequence = next.sequence.max(own.sequence);
+            written?;
         }
         Ok(())
     }
@@ -232,16 +237,16 @@ impl Local {
     }
 }
 
-/// Writes a superblock over both copies, durably, under the two sequence numbers after its own.
+/// Writes a superblock over both copies, durably, under the two sequence numbers after its own. It has that of the one that
+/// was written last, or failed, then.
 pub(super) async fn write_both_copies(
     device: &Device,
-    superblock: Superblock,
+    superblock: &mut Superblock,
 ) -> Result<(), DeviceError> {
-    let mut next = superblock;
     for _ in 0..2 {
-        next.sequence += 1;
-        let block = AlignedBuf::copy_of(&next.encode()).freeze();
-        device.write(Geometry::superblock_offset(next.sequence), vec![block]).await?;
+        superblock.sequence += 1;
+        let block = AlignedBuf::copy_of(&superblock.encode()).freeze();
+        device.write(Geometry::superblock_offset(superblock.sequence), vec![block]).await?;
         device.flush().await?;
     }
     Ok(())

@@ -9,8 +9,9 @@ use crate::error::CacheError;
 use crate::format::FormatError;
 use crate::format::legs::LegSet;
 use crate::format::superblock::{Machine, Superblock};
+use blockstore::buf::AlignedBuf;
 use blockstore::device::file::FileDevice;
-use blockstore::device::{Device, DeviceErrorKind, OpenOptions};
+use blockstore::device::{Device, DeviceError, DeviceErrorKind, OpenOptions};
 use blockstore::types::BLOCK_SIZE;
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -19,9 +20,6 @@ use std::time::Duration;
 
 /// One of two legs that takes longer to give its superblock counts as one that cannot be read. The only one is waited for.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
-
-/// How often a start is noted on a leg that gives errors.
-const NOTED_TRIES: u32 = 4;
 
 /// How to open a cache device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +63,8 @@ pub(super) struct FoundLeg {
     pub superblock: Superblock,
     /// Both copies are good and name the same members: either may rot.
     pub agrees: bool,
+    /// The older copy is good, and names other members than the newer one.
+    pub misleads: bool,
 }
 
 impl Local {
@@ -112,10 +112,8 @@ impl Local {
         let mut found = Found { legs: Vec::new(), failed: Vec::new() };
         let is_alone = devices.len() < 2;
         for (path, device) in devices {
-            match read_superblock(&device, &path, is_alone).await {
-                Ok((superblock, agrees)) => {
-                    found.legs.push(FoundLeg { path, device, superblock, agrees });
-                }
+            match read_leg(&path, device, is_alone).await {
+                Ok(leg) => found.legs.push(leg),
                 Err(error) => found.failed.push((path, error)),
             }
         }
@@ -153,6 +151,7 @@ impl Local {
             .members
             .iter()
             .any(|(at, _)| found[*at].superblock.sequence != best.sequence || !found[*at].agrees);
+        let misleads = choice.members.iter().any(|(at, _)| found[*at].misleads);
         let mut outsiders: Vec<_> =
             failed.into_iter().map(|(path, error)| (path, error.to_string())).collect();
         for (at, why) in &choice.outsiders {
@@ -176,41 +175,40 @@ impl Local {
         legs.sort_by_key(|leg| leg.number);
         let local = Self::with(best.clone(), legs, outsiders, read_only);
         if !read_only {
-            local.note_start(choice.missing, behind).await?;
+            local.note_start(choice.missing, behind, misleads).await?;
         }
         Ok(local)
     }
 
-    /// Writes the set without `missing` members, and whatever legs are `behind` in, before anything is served.
-    async fn note_start(&self, missing: LegSet, behind: bool) -> Result<(), CacheError> {
-        let goes_on_alone = self.members().len() < self.superblock().await.membership.legs.len();
+    /// Writes the set without `missing` members, and whatever legs are `behind` in, before anything is served. A copy that
+    /// `misleads` must not stay.
+    async fn note_start(
+        &self,
+        missing: LegSet,
+        behind: bool,
+        misleads: bool,
+    ) -> Result<(), CacheError> {
+        let mut superblock = self.superblock.lock().await;
+        let membership = &superblock.membership;
+        let goes_on_alone = self.members().len() < membership.legs.len();
+        if !goes_on_alone && !behind {
+            return Ok(());
+        }
         if goes_on_alone {
-            // Under an id of its own: that it goes on from here the other leg does not know.
-            let change = |superblock: &mut Superblock| {
-                let membership = &superblock.membership;
-                let left = membership.without(missing).filter(|_| !missing.is_empty());
-                superblock.membership = left.unwrap_or_else(|| membership.renewed());
-            };
-            let mut noted = self.rewrite_superblock(change).await;
-            if missing.is_empty() && !behind {
-                for _ in 1..NOTED_TRIES {
-                    if noted.is_ok() {
-                        break;
-                    }
-                    noted = self.rewrite_superblock(change).await;
-                }
-                // A leg that takes no superblock takes no log either: the store does then.
-                if let Err(error) = std::mem::replace(&mut noted, Ok(())) {
-                    tracing::warn!(%error, "the cache's start is not noted on its only leg");
-                }
-            }
-            return noted;
+            // Under an id of its own: that it goes on from here the other leg does not know. From now on, whatever is written.
+            let left = membership.without(missing).filter(|_| !missing.is_empty());
+            superblock.membership = left.unwrap_or_else(|| membership.renewed());
         }
-        if behind {
-            // A crash came between the copies, or one rotted: the other must not bring a leg back, should this one rot.
-            self.rewrite_superblock(|_| ()).await?;
-            self.rewrite_superblock(|_| ()).await?;
+        drop(superblock);
+        // Both copies: a crash came between them, or one rotted; the other must not bring a leg back, should this one rot.
+        self.attempted.lock().is_unnoted = true;
+        let Err(error) = self.note_members().await else { return Ok(()) };
+        if misleads || !missing.is_empty() || self.members().len() > 1 {
+            return Err(error);
         }
+        tracing::warn!(%error, "the cache's start is not noted on its only leg");
+        // No log is opened before it is, but where there was never another leg: what is there says all there is to say.
+        self.attempted.lock().is_unnoted = goes_on_alone;
         Ok(())
     }
 }
@@ -238,18 +236,22 @@ pub(super) async fn open_leg(
     }
     let options = OpenOptions { exclusive: !read_only, read_only, ..OpenOptions::default() };
     let device = FileDevice::open(path, &options)?;
-    let (superblock, agrees) = read_superblock(&device, path, is_alone).await?;
-    Ok(FoundLeg { path: path.into(), device, superblock, agrees })
+    read_leg(path, device, is_alone).await
 }
 
 /// True if nothing would be lost: at each path is nothing, or a leg that was never used because its twin's creation was
 /// cut short.
-async fn may_create(paths: &[PathBuf]) -> Result<bool, CacheError> {
+pub(super) async fn may_create(paths: &[PathBuf]) -> Result<bool, CacheError> {
     let mut unmade = 0;
     for path in paths {
-        if is_unmade(path)? {
-            unmade += 1;
-            continue;
+        match is_unmade(path) {
+            Ok(true) => {
+                unmade += 1;
+                continue;
+            }
+            Ok(false) => {}
+            // A bad sector there does not make it new, nor useless.
+            Err(_) => return Ok(false),
         }
         let Ok(FoundLeg { superblock, .. }) = open_leg(path, true, paths.len() < 2).await else {
             return Ok(false);
@@ -302,17 +304,13 @@ fn refuse_cut_short(
     Ok(())
 }
 
-/// The newer copy, and whether both are good and name the same members.
-async fn read_superblock(
-    device: &Device,
-    path: &Path,
-    is_alone: bool,
-) -> Result<(Superblock, bool), CacheError> {
+/// The newer copy of the superblock that can be read, and how both stand to each other.
+async fn read_leg(path: &Path, device: Device, is_alone: bool) -> Result<FoundLeg, CacheError> {
     let not_a_cache = |source| CacheError::NotACache { path: path.into(), source };
     if device.info().capacity < 2 * BLOCK_SIZE as u64 {
         return Err(not_a_cache(FormatError::Absent("cache superblock")));
     }
-    let read = device.read(0, 2 * BLOCK_SIZE);
+    let read = read_copies(&device);
     let read = match is_alone {
         true => read.await,
         false => tokio::time::timeout(ANSWERS_WITHIN, read).await.unwrap_or_else(|_| {
@@ -322,26 +320,57 @@ async fn read_superblock(
             Err(device.info().error(DeviceErrorKind::Io, "read", 0, 2 * BLOCK_SIZE as u64, message))
         }),
     };
-    let bytes = match read {
+    let (bytes, unread) = match read {
         Err(error) if error.kind == DeviceErrorKind::OutOfRange => {
             return Err(not_a_cache(FormatError::Absent("cache superblock")));
         }
         other => other?,
     };
     let copies = [0, 1].map(|n| Superblock::decode(&bytes[n * BLOCK_SIZE..(n + 1) * BLOCK_SIZE]));
-    match copies {
+    let (superblock, agrees, misleads) = match copies {
         [Ok(a), Ok(b)] => {
             let agrees = a.membership == b.membership;
-            Ok((if a.sequence >= b.sequence { a } else { b }, agrees))
+            let misleads = !a.membership.has_members_of(&b.membership);
+            (if a.sequence >= b.sequence { a } else { b }, agrees, misleads)
         }
         [Ok(one), Err(error)] | [Err(error), Ok(one)] => {
-            tracing::warn!(path = %path.display(), %error, "one copy of the cache superblock is damaged; the other is used");
-            Ok((one, false))
+            let why = unread.map_or_else(|| error.to_string(), |unread| unread.to_string());
+            tracing::warn!(path = %path.display(), why, "one copy of the cache superblock is damaged; the other is used");
+            (one, false, false)
         }
-        // With one good copy it is finished: the mark's place is written last.
-        [Err(_), Err(_)] if says_unfinished(&bytes) => {
-            Err(CacheError::Unfinished { path: path.into() })
+        [Err(error), Err(_)] => {
+            return Err(match unread {
+                // It may be whole.
+                Some(unread) => unread.into(),
+                // With one good copy it is finished: the mark's place is written last.
+                None if says_unfinished(&bytes) => CacheError::Unfinished { path: path.into() },
+                None => not_a_cache(error),
+            });
         }
-        [Err(error), Err(_)] => Err(not_a_cache(error)),
+    };
+    Ok(FoundLeg { path: path.into(), device, superblock, agrees, misleads })
+}
+
+/// Both copies of the superblock. Of one that cannot be read zeros, with the error: a bad sector under the one says nothing of
+/// the other.
+async fn read_copies(device: &Device) -> Result<(AlignedBuf, Option<DeviceError>), DeviceError> {
+    let error = match device.read(0, 2 * BLOCK_SIZE).await {
+        Ok(bytes) => return Ok((bytes, None)),
+        Err(error) => error,
+    };
+    if !matches!(error.kind, DeviceErrorKind::Io | DeviceErrorKind::Unreachable) {
+        return Err(error);
+    }
+    let mut bytes = AlignedBuf::zeroed(2 * BLOCK_SIZE);
+    let mut unread = Vec::new();
+    for (copy, offset) in bytes.chunks_exact_mut(BLOCK_SIZE).zip([0, BLOCK_SIZE as u64]) {
+        match device.read(offset, BLOCK_SIZE).await {
+            Ok(block) => copy.copy_from_slice(&block),
+            Err(error) => unread.push(error),
+        }
+    }
+    match unread.len() {
+        0 | 1 => Ok((bytes, unread.pop())),
+        _ => Err(error),
     }
 }

@@ -90,9 +90,10 @@ impl Local {
             let why = "both legs of the cache are there and in step".into();
             return Err(CacheError::NewLeg { path: self.path.clone(), why });
         };
-        let next = Superblock { membership, ..superblock };
-        write_both_copies(&source.device, next.clone()).await?;
-        write_both_copies(device, Superblock { leg, ..next }).await?;
+        let sequence = self.attempted.lock().following(superblock.sequence) - 1;
+        let next = Superblock { membership, sequence, ..superblock };
+        write_both_copies(&source.device, &mut next.clone()).await?;
+        write_both_copies(device, &mut Superblock { leg, ..next }).await?;
         Ok(self.geometry.size - COPIED_FROM)
     }
 }
@@ -111,10 +112,10 @@ async fn open_blank(local: &Local, new: &Path) -> Result<Device, CacheError> {
         }
         let own = local.superblock().await.membership;
         let is_behind = other.membership.events < own.events;
-        if !is_behind || other.membership.is_split_from(other.leg, &own) {
+        if !is_behind || other.membership.is_split_from(&own) {
             // It was served after the other, or beside it: what it holds may be nowhere else.
             let why = format!(
-                "it went on without {} at some time, and may hold writes that are nowhere else; if they are to be given up, wipe its \
+                "it went on without {} at some time, or is from before that one's last twin, and may hold writes that are nowhere else; if they are to be given up, wipe its \
                  first 8 KiB, or remove the file, and try again",
                 local.path.display()
             );

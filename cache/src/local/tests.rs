@@ -1,6 +1,7 @@
 //! Goal: a wrong set of legs is refused with both sides named, and nothing is written; the right one opens in any order.
 //! Method: real files. Which superblock counts is tested in `choose.rs`, what happens while legs fail in tests/log_crash.
 
+use super::opening::may_create;
 use super::{Local, Mode, Terms};
 use crate::error::CacheError;
 use crate::format::LegSet;
@@ -240,4 +241,32 @@ async fn a_leg_that_was_left_behind_is_never_a_member_again() {
     drop(rig.open(&["a"], true).await.unwrap());
     let error = rig.refused(&["a", "b"], &["/a", "/b", "without the other"]).await;
     assert!(matches!(error, CacheError::SplitLegs { .. }), "{error}");
+}
+
+/// One that was put out at an earlier time, and was started alone since, does not count for more by the number of its starts.
+#[tokio::test]
+async fn a_leg_that_was_mirrored_again_is_not_overwritten_by_an_older_one() {
+    let rig = Rig::new();
+    drop(rig.make(&["a", "b"]).await);
+    drop(rig.open(&["a"], true).await.unwrap());
+    replace(&rig, "a", "h").await.unwrap();
+    for _ in 0..6 {
+        drop(rig.open(&["b"], true).await.unwrap());
+    }
+    let before = bytes(&rig.path("a"));
+    let error = replace(&rig, "b", "a").await.unwrap_err();
+    assert!(error.to_string().contains("wipe") && before == bytes(&rig.path("a")), "{error}");
+    for names in [["a", "b"], ["b", "a"]] {
+        let error = rig.refused(&names, &["/a", "/b", "without the other"]).await;
+        assert!(matches!(error, CacheError::SplitLegs { .. }), "{error}");
+    }
+    assert_eq!(rig.open(&["a", "h"], false).await.unwrap().members(), LegSet::first(2));
+}
+
+/// A start that may create a cache opens the one that is there, though not all of its first MiB can be read.
+#[tokio::test]
+async fn what_cannot_be_read_is_not_new() {
+    let rig = Rig::new();
+    // A directory can be opened, and not be read.
+    assert!(!may_create(&[rig.dir.path().into()]).await.unwrap());
 }

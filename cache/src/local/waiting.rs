@@ -187,11 +187,16 @@ impl Local {
         mirror.suspected = mirror.suspected.minus(this);
     }
 
-    /// A member other than this leg can be read.
+    /// A member other than this leg can be read: either place of its superblock, of which one may be a bad sector.
     async fn another_answers(&self, leg: u8) -> bool {
         for other in self.legs_in(self.members().minus(LegSet::NONE.with(leg))) {
             let device = Arc::clone(&other);
-            let read = async move { device.device.read(0, BLOCK_SIZE).await };
+            let read = async move {
+                match device.device.read(0, BLOCK_SIZE).await {
+                    Err(_) => device.device.read(BLOCK_SIZE as u64, BLOCK_SIZE).await,
+                    read => read,
+                }
+            };
             if self.in_time(&other, read).await.is_ok() {
                 return true;
             }

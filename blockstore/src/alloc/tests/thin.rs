@@ -32,8 +32,14 @@ async fn use_up(io: &Io, allocator: &Arc<Allocator>) -> Vec<Gba> {
 async fn a_start_does_not_wait_for_an_extent_that_cannot_be_set_up() {
     let (sim, io, allocator) = large(GIB, 1, 0).await;
     use_up(&io, &allocator).await;
-    io.device().flush().await.expect("flush");
     let left = unused(&allocator);
+    // The device has the places of their records: as they are if there are none.
+    for number in &left {
+        let record = vec![Bytes::from(vec![0; BLOCK_SIZE])];
+        let place = allocator.territory.geometry.extent_slot(*number);
+        io.write(place, record).await.expect("a write");
+    }
+    io.device().flush().await.expect("flush");
     for is_full in [false, true] {
         let mut unready = 0;
         for operations in 0.. {
@@ -128,6 +134,9 @@ async fn a_claim_asks_a_full_device_for_few_extents() {
     sim.set_full(false);
     let overhead = vec![Bytes::from(vec![0; BLOCK_SIZE]); g.extent_overhead() as usize];
     io.write(g.extent_base(number), overhead).await.expect("a write");
+    // Its record, too: as it is if there is none.
+    let record = vec![Bytes::from(vec![0; BLOCK_SIZE])];
+    io.write(g.extent_slot(number), record).await.expect("a write");
     sim.set_full(true);
     let patient = io.with_patience(Patience::Forever);
     let missing = allocator.pooled().0 + 20_000;

@@ -98,6 +98,7 @@ impl Host {
             since: health.since_ms,
             last_error: health.last_error,
             waiting_for_space: health.waiting_for_space,
+            waiting_for_device_space: health.waiting_for_device_space,
             single_host: superblock.is_some_and(|s| s.single_host),
             capacity: superblock.map_or(0, |s| s.device_size),
             space: space.map(|space| StoreSpace {
@@ -429,6 +430,13 @@ fn degraded(
     }
     if store.waiting_for_space > 0 {
         found.push("the store is full: commits wait for free space".to_owned());
+    }
+    if store.waiting_for_device_space > 0 {
+        let why = store.last_error.as_deref().unwrap_or("see the agent's log");
+        found.push(format!(
+            "the store's device refuses writes for lack of space, although the store has free blocks: commits wait; extend it, or free \
+             space on it: {why}"
+        ));
     }
     if let Some((space, mark)) = store.space.and_then(|space| Some((space, space.over_mark?))) {
         let percent = space.used as f64 * 100.0 / space.capacity.max(1) as f64;

@@ -230,6 +230,9 @@ pub struct StoreStatus {
     pub last_error: Option<String>,
     /// Operations that wait because the store is full.
     pub waiting_for_space: u32,
+    /// Operations that wait because the store's device, a thin one, has no space for blocks that are free in the store.
+    #[serde(default)]
+    pub waiting_for_device_space: u32,
     /// The device has no compare-and-write: this host has the store for itself.
     pub single_host: bool,
     /// Bytes of the device that the store manages.

@@ -66,6 +66,11 @@ fn of_host(registry: &mut Registry, status: &Status) {
         "Operations that wait because the store is full",
         Some(f64::from(store.waiting_for_space)),
     );
+    gauge(
+        "store_waiting_for_device_space",
+        "Operations that wait because the store's device, a thin one, is full",
+        Some(f64::from(store.waiting_for_device_space)),
+    );
     let space = store.space;
     gauge(
         "store_capacity_bytes",
@@ -384,6 +389,7 @@ mod tests {
                 since: 5000,
                 last_error: None,
                 waiting_for_space: 0,
+                waiting_for_device_space: 2,
                 single_host: false,
                 capacity: 1 << 40,
                 space: Some(StoreSpace {
@@ -477,6 +483,7 @@ mod tests {
             "ballast_store_used_bytes 920.0",
             "ballast_store_free_bytes 80.0",
             "ballast_store_watermark_percent 90.0",
+            "ballast_store_waiting_for_device_space 2.0",
             "ballast_runway_seconds 60.0",
             "ballast_degraded 1.0",
             "ballast_unmap_supported 1.0",

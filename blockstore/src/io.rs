@@ -8,8 +8,12 @@
 //!   a target's restart dropped (rule C1).
 //! * The outcome of a compare-and-write that failed is unknown: it is resolved by reading, in `slot`.
 
+mod attempts;
+
+pub use attempts::{Attempts, Errors};
+
 use crate::buf::AlignedBuf;
-use crate::device::{BlockDevice, Device, DeviceError, DeviceErrorKind};
+use crate::device::{BlockDevice, Device};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::sabotage::{self, Bug};
 use crate::types::{BLOCK_SIZE, Gba};
@@ -17,17 +21,11 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use serde::Serialize;
 use std::fmt;
-use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::Instant;
 
-const BACKOFF_MIN: Duration = Duration::from_millis(20);
-const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// How often a read is tried again after the device reported a lasting error.
-const READ_ATTEMPTS: u32 = 3;
 /// Requests that one operation keeps under way at once.
 const IN_FLIGHT_MAX: usize = 8;
 
@@ -50,8 +48,18 @@ pub struct Health {
     pub last_error_ms: Option<u64>,
     /// Operations that wait for free space in the store now.
     pub waiting_for_space: u32,
+    /// Operations that wait now because the device, a thin one, has no space for blocks that are free in the store.
+    pub waiting_for_device_space: u32,
     /// Times that a commit was written again because the device may have lost it.
     pub rewrites: u64,
+}
+
+impl Health {
+    /// Somebody waits for space: a cycle of collection, and the unmapping after it, may find some.
+    #[must_use]
+    pub fn lacks_space(&self) -> bool {
+        self.waiting_for_space > 0 || self.waiting_for_device_space > 0
+    }
 }
 
 /// How long an operation keeps trying.
@@ -70,8 +78,18 @@ pub struct Io {
     device: Device,
     shared: Arc<Shared>,
     patience: Patience,
-    /// What the device reports as lasting ends an operation at once.
-    gives_up: bool,
+    on_refusal: OnRefusal,
+}
+
+/// What becomes of a write or a compare-and-write that the device refuses lastingly, as opposed to an outage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OnRefusal {
+    /// It is tried again.
+    Retry,
+    /// The same, but if what a thin device lacks is space, only for a moment.
+    EndIfFull,
+    /// It ends at once, and so does a read.
+    End,
 }
 
 #[derive(Debug)]
@@ -89,7 +107,7 @@ impl Io {
     pub fn new(device: Device, patience: Patience) -> Self {
         let health = Health { reachable: true, since_ms: now_ms(), ..Health::default() };
         let shared = Shared { health: Mutex::new(health), closing: watch::channel(false).0 };
-        Self { device, shared: Arc::new(shared), patience, gives_up: false }
+        Self { device, shared: Arc::new(shared), patience, on_refusal: OnRefusal::Retry }
     }
 
     /// The same device with another patience.
@@ -103,12 +121,25 @@ impl Io {
     /// and says nothing of the device's health. Outages are waited out, and flushes repeated, as ever.
     #[must_use]
     pub fn giving_up(&self) -> Self {
-        Self { gives_up: true, ..self.clone() }
+        Self { on_refusal: OnRefusal::End, ..self.clone() }
+    }
+
+    /// The same device for who holds what others need to give space back (the registry, a disk): that a thin device has no space for
+    /// blocks never written ends a write or a compare-and-write after a moment. All else is retried as ever.
+    ///
+    /// A write that ended so will not land later, and an earlier attempt at it neither.
+    #[must_use]
+    pub fn unless_full(&self) -> Self {
+        Self { on_refusal: OnRefusal::EndIfFull, ..self.clone() }
     }
 
     /// Which errors end a write or a compare-and-write.
     pub(crate) fn errors_of_changes(&self) -> Errors {
-        if self.gives_up { Errors::LastingAreFinal } else { Errors::AllAreRetried }
+        match self.on_refusal {
+            OnRefusal::Retry => Errors::AllAreRetried,
+            OnRefusal::EndIfFull => Errors::FullIsFinal,
+            OnRefusal::End => Errors::LastingAreFinal,
+        }
     }
 
     /// How long operations keep trying.
@@ -156,7 +187,7 @@ impl Io {
     /// Starts a series of attempts.
     #[must_use]
     pub fn attempts(&self) -> Attempts<'_> {
-        Attempts { io: self, started: Instant::now(), backoff: BACKOFF_MIN, lasting: 0 }
+        Attempts::new(self)
     }
 
     /// Reads `blocks` blocks.
@@ -177,7 +208,8 @@ impl Io {
     /// Writes, without making it durable.
     ///
     /// # Errors
-    /// As [`read`](Self::read); lasting errors of the device are retried like an outage, unless this [gives up](Self::giving_up).
+    /// As [`read`](Self::read); lasting errors of the device are retried like an outage, unless this [gives up](Self::giving_up), or
+    /// [does if there is no space](Self::unless_full).
     pub async fn write(&self, gba: Gba, data: Vec<Bytes>) -> Result<()> {
         let mut attempts = self.attempts();
         loop {
@@ -311,9 +343,9 @@ impl Io {
     }
 
     /// Notes that an operation waits for free space, until the guard is dropped.
-    pub(crate) fn waiting_for_space(&self) -> SpaceWaiter {
-        self.shared.health.lock().waiting_for_space += 1;
-        SpaceWaiter { shared: Arc::clone(&self.shared) }
+    pub(crate) fn waiting_for(&self, space: Lacking) -> SpaceWaiter {
+        *space.waiting(&mut self.shared.health.lock()) += 1;
+        SpaceWaiter { shared: Arc::clone(&self.shared), space }
     }
 
     /// Waits, as long as this patience lasts, for a task that goes on by itself.
@@ -373,107 +405,41 @@ impl Io {
     }
 }
 
+/// Where there is no free space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lacking {
+    /// In the store: whoever gives blocks back helps, and whoever claims some harms.
+    InStore,
+    /// On the device, which is thin: its space comes back when it is told of free blocks, or extended.
+    OnDevice,
+}
+
+impl Lacking {
+    fn waiting(self, health: &mut Health) -> &mut u32 {
+        match self {
+            Self::InStore => &mut health.waiting_for_space,
+            Self::OnDevice => &mut health.waiting_for_device_space,
+        }
+    }
+}
+
 /// Lives while an operation waits for free space.
 #[derive(Debug)]
 pub(crate) struct SpaceWaiter {
     shared: Arc<Shared>,
+    space: Lacking,
+}
+
+impl SpaceWaiter {
+    /// What it waits for.
+    pub(crate) fn space(&self) -> Lacking {
+        self.space
+    }
 }
 
 impl Drop for SpaceWaiter {
     fn drop(&mut self) {
-        self.shared.health.lock().waiting_for_space -= 1;
-    }
-}
-
-/// Which errors end a series of attempts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Errors {
-    /// Lasting I/O errors do, after a few tries, or at once if the [`Io`] gives up: another copy of the block may exist elsewhere.
-    LastingAreFinal,
-    /// Only those that no repetition can cure do: what was acknowledged must get through.
-    AllAreRetried,
-}
-
-/// A series of attempts at one thing, with growing pauses.
-#[derive(Debug)]
-pub struct Attempts<'a> {
-    io: &'a Io,
-    started: Instant,
-    backoff: Duration,
-    lasting: u32,
-}
-
-impl Attempts<'_> {
-    /// Runs an operation once. `None`: it failed, a pause was made, try again. Its effect is unknown.
-    ///
-    /// # Errors
-    /// `Closing`, `Unreachable` when patience ended, or the device's error if it is final.
-    pub async fn once<T>(
-        &mut self,
-        operation: impl Future<Output = Result<T, DeviceError>>,
-        errors: Errors,
-    ) -> Result<Option<T>> {
-        let outcome = tokio::select! {
-            biased;
-            () = self.io.closed() => return Err(self.io.closing_error()),
-            outcome = self.within_patience(operation) => outcome?,
-        };
-        let error = match outcome {
-            Ok(value) => {
-                self.io.note_success();
-                return Ok(Some(value));
-            }
-            Err(error) => error,
-        };
-        let retry = match error.kind {
-            _ if errors == Errors::AllAreRetried => {
-                error.is_transient() || error.kind == DeviceErrorKind::Io
-            }
-            DeviceErrorKind::Io | DeviceErrorKind::NoSpace if self.io.gives_up => false,
-            DeviceErrorKind::Io => self.lasting + 1 < READ_ATTEMPTS,
-            _ => error.is_transient(),
-        };
-        if !retry {
-            return Err(error.into());
-        }
-        if error.kind == DeviceErrorKind::Io {
-            self.lasting += 1;
-        }
-        self.io.note_failure(&error, error.kind == DeviceErrorKind::NoSpace);
-        self.pause(error).await?;
-        Ok(None)
-    }
-
-    /// The device refused every one of several things of which any would have done: notes that, as of an operation that is retried,
-    /// and waits before the next attempt.
-    ///
-    /// # Errors
-    /// `Closing`, or `error` when patience ended.
-    pub(crate) async fn refused(&mut self, error: StoreError) -> Result<()> {
-        self.io.note_failure(&error, error.kind == StoreErrorKind::NoSpace);
-        self.pause(error).await
-    }
-
-    /// Waits before the next attempt.
-    async fn pause(&mut self, error: impl Into<StoreError>) -> Result<()> {
-        if let Patience::Limited(limit) = self.io.patience
-            && self.started.elapsed() + self.backoff > limit
-        {
-            return Err(error.into());
-        }
-        tokio::select! {
-            biased;
-            () = self.io.closed() => return Err(self.io.closing_error()),
-            () = tokio::time::sleep(self.backoff) => {}
-        }
-        self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
-        Ok(())
-    }
-
-    async fn within_patience<T>(&self, operation: impl Future<Output = T>) -> Result<T> {
-        let Patience::Limited(limit) = self.io.patience else { return Ok(operation.await) };
-        let bounded = tokio::time::timeout_at(self.started + limit, operation);
-        bounded.await.map_err(|_| self.io.no_answer(limit))
+        *self.space.waiting(&mut self.shared.health.lock()) -= 1;
     }
 }
 

@@ -333,7 +333,7 @@ impl VdiInner {
 }
 
 /// The head of a grown disk, and the nodes that a taller tree needs, which are written; `patience` says how long to wait for
-/// room for them.
+/// room for them, in the store and on its device.
 pub(crate) async fn grow(
     core: &Core,
     patience: &Io,
@@ -371,6 +371,6 @@ pub(crate) async fn grow(
         next.root = Pointer { gba, read_only: false, birth, crc: node.crc() };
         writes.push((gba, vec![Bytes::copy_from_slice(node.bytes())]));
     }
-    core.io.write_durable(&writes).await?;
+    core.write_fresh(patience, object, &writes).await?;
     Ok((next, runs))
 }

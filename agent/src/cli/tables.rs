@@ -257,6 +257,9 @@ fn store_line(store: &StoreStatus) -> String {
     if store.waiting_for_space > 0 {
         line.push_str("  FULL: commits wait for free space");
     }
+    if store.waiting_for_device_space > 0 {
+        line.push_str("  DEVICE FULL: commits wait for space on it");
+    }
     if store.single_host {
         line.push_str("  (single host: no compare-and-write)");
     }

@@ -316,7 +316,7 @@ pub(super) async fn by_itself(host: Weak<Host>) {
         {
             host.note_space(space);
         }
-        if collecting.is_due(&host.parts.config.gc, health.waiting_for_space > 0) {
+        if collecting.is_due(&host.parts.config.gc, health.lacks_space()) {
             host.begin_cycle(Arc::clone(&store));
         }
         if host.parts.config.gc_unmap && collecting.begins_unmapping() {

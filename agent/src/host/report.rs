@@ -98,6 +98,7 @@ impl Host {
             since: health.since_ms,
             last_error: health.last_error,
             waiting_for_space: health.waiting_for_space,
+            waiting_for_device_space: health.waiting_for_device_space,
             single_host: superblock.is_some_and(|s| s.single_host),
             capacity: superblock.map_or(0, |s| s.device_size),
             space: space.map(|space| StoreSpace {
@@ -336,6 +337,17 @@ fn damaged(scrub: &ScrubSummary) -> Option<String> {
     Some(format!("the store is damaged in {places}: 'ballast scrub status' lists them"))
 }
 
+/// The words for a thin device that is full.
+fn full_device(store: &StoreStatus) -> Option<String> {
+    let why = store.last_error.as_deref().unwrap_or("see the agent's log");
+    (store.waiting_for_device_space > 0).then(|| {
+        format!(
+            "the store's device refuses writes for lack of space, although the store has free blocks: commits wait; extend it, or free \
+             space on it: {why}"
+        )
+    })
+}
+
 /// What is not as it should be, the worst first.
 fn degraded(
     store: &StoreStatus,
@@ -430,6 +442,7 @@ fn degraded(
     if store.waiting_for_space > 0 {
         found.push("the store is full: commits wait for free space".to_owned());
     }
+    found.extend(full_device(store));
     if let Some((space, mark)) = store.space.and_then(|space| Some((space, space.over_mark?))) {
         let percent = space.used as f64 * 100.0 / space.capacity.max(1) as f64;
         found.push(format!(
@@ -442,4 +455,29 @@ fn degraded(
         found.push(format!("an outage drill cuts disk '{}' off from the store", info.vdi.name));
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_device_is_told_from_a_full_store() {
+        let store = |waiting_for_space, waiting_for_device_space| StoreStatus {
+            url: "file:/x".into(),
+            uuid: uuid::Uuid::nil(),
+            reachable: true,
+            down_since: None,
+            since: 0,
+            last_error: Some("the array is full".into()),
+            waiting_for_space,
+            waiting_for_device_space,
+            single_host: false,
+            capacity: 1 << 40,
+            space: None,
+        };
+        assert_eq!(full_device(&store(1, 0)), None, "that it was refused once is over");
+        let words = full_device(&store(0, 1)).expect("it is said");
+        assert!(words.contains("extend it") && words.ends_with("the array is full"), "{words}");
+    }
 }

@@ -40,7 +40,7 @@ use crate::alloc::unmap::Unmapping;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::extent::{ExtentRecord, ExtentType};
 use crate::format::geometry::Geometry;
-use crate::io::{Io, Patience};
+use crate::io::{Io, Lacking, Patience, SpaceWaiter};
 use crate::slot::{Records, View};
 use crate::types::{Gba, Generation};
 use hashbrown::HashMap;
@@ -255,18 +255,22 @@ impl Allocator {
             // A thin device that is full takes what it has once more, and nothing new.
             let refusal = refusal.filter(|error| error.kind == StoreErrorKind::NoSpace);
             let refusal = refusal.map(|error| refused(io, error));
-            if let Some(error) = &refusal {
-                io.note_full(error);
-            }
+            let space = match &refusal {
+                Some(error) => {
+                    io.note_full(error);
+                    Lacking::OnDevice
+                }
+                None => Lacking::InStore,
+            };
             if let Patience::Limited(limit) = io.patience()
                 && started.elapsed() >= limit.min(SPACE_POLL)
             {
                 return Err(refusal.unwrap_or_else(|| self.full(io, kind, blocks, left_out)));
             }
-            waiting.get_or_insert_with(|| {
-                tracing::warn!(store = io.url(), ?kind, blocks, "no space left in the store");
-                io.waiting_for_space()
-            });
+            if waiting.as_ref().is_none_or(|waiter: &SpaceWaiter| waiter.space() != space) {
+                tracing::warn!(store = io.url(), ?kind, blocks, ?space, "no space left");
+                waiting = Some(io.waiting_for(space));
+            }
             tokio::select! {
                 biased;
                 () = io.closed() => return Err(io.closing_error()),

@@ -21,6 +21,7 @@ use crate::types::Gba;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use tokio::time::Instant;
 
 pub(super) use unmap::{Pieces, Room};
 
@@ -40,6 +41,8 @@ pub(super) struct Pages {
     unused_cursor: u32,
     /// It had none for the last one that was to be set up.
     is_thin_full: bool,
+    /// When it was asked for one last, and what it said.
+    thin_asked: Option<(Instant, String)>,
     /// The device is told of free blocks: an extent is given up only after that.
     unmaps: bool,
     /// Pages that the device did not read or write (`bad.rs`).
@@ -83,6 +86,7 @@ impl Pages {
             metadata_cursor: (0, 0),
             unused_cursor: 0,
             is_thin_full: false,
+            thin_asked: None,
             unmaps: false,
             bad: bad::BadPages::default(),
         };

@@ -178,7 +178,8 @@ impl SimDevice {
         self.target.state.lock().sessions[self.session].plan.rates = rates;
     }
 
-    /// A full thin-provisioned target: writes to blocks never written before fail with `NoSpace`.
+    /// A full thin-provisioned target: writes and compare-and-writes to blocks never written before fail with
+    /// `NoSpace`.
     pub fn set_full(&self, full: bool) {
         self.target.state.lock().full = full;
     }

@@ -161,7 +161,7 @@ impl VdiInner {
             let Some(Changed { head: next, edited, snapshots }) = changed else {
                 return Ok(Vec::new());
             };
-            self.core.io.write_durable(&writes(&edited)).await?;
+            self.core.write_fresh(io, &self.object(), &writes(&edited)).await?;
             control.last_leaf = None;
             let added = merge(edited.writes.iter().map(|(gba, _)| *gba).collect());
             if let Some(since) = self.swap_head(&mut control, next.clone()).await? {

@@ -42,12 +42,13 @@ use crate::format::host::{HostRecord, HostState};
 use crate::format::superblock::Superblock;
 use crate::format::vdi::VdiHead;
 use crate::holds::SnapshotHolds;
-use crate::io::{Health, Io, Patience, now_ms};
+use crate::io::{Health, Io, Patience, Write, now_ms};
 use crate::slot::{Content, Records, Slot, View};
 use crate::tree::Reader;
 use crate::tree::reclaim::Reclaimer;
-use crate::types::Generation;
+use crate::types::{BLOCK_SIZE, Gba, Generation};
 use crate::vdi::VdiInner;
+use bytes::Bytes;
 use hashbrown::HashMap;
 use parking_lot::Mutex;
 use std::sync::{Arc, Weak};
@@ -91,6 +92,47 @@ impl Core {
     fn geometry(&self) -> &Geometry {
         &self.superblock.geometry
     }
+
+    /// Writes what goes to blocks that were just allocated, durably. With limited `patience` a thin device that is full ends this after a
+    /// moment, as a full store ends the allocation: who asks holds the registry, or a disk, and what would give space back needs
+    /// these. The blocks are free again then, since nothing names them and none of their writes lands later.
+    ///
+    /// # Errors
+    /// `NoSpace`, in the name of `object`; `Closing`, the device's: the blocks stay in flight.
+    pub(crate) async fn write_fresh(
+        &self,
+        patience: &Io,
+        object: &str,
+        writes: &[Write],
+    ) -> Result<()> {
+        let io = match patience.patience() {
+            Patience::Forever => self.io.clone(),
+            Patience::Limited(_) => self.io.unless_full(),
+        };
+        let outcome = io.write_durable(writes).await;
+        let Err(error) = outcome else { return Ok(()) };
+        if error.kind == StoreErrorKind::NoSpace {
+            let blocks = writes.iter().flat_map(|(start, pieces)| {
+                let bytes: usize = pieces.iter().map(Bytes::len).sum();
+                (start.0..start.0 + (bytes / BLOCK_SIZE) as u64).map(Gba)
+            });
+            self.allocator()?.free(blocks.collect());
+        }
+        Err(device_full(&format!("{object} in {}", self.io.url()), error))
+    }
+}
+
+/// The error of a control operation; what to do about it, if it is that a thin device has no space.
+pub(crate) fn device_full(object: &str, error: StoreError) -> StoreError {
+    if error.kind != StoreErrorKind::NoSpace {
+        return error;
+    }
+    let message = format!(
+        "the device has no space for it, though the store has: it is thin, and full; extend it or free space on it, or let the store do \
+         that ('ballast vdi delete' what is not needed, then 'ballast gc run'), then try again: {}",
+        error.message
+    );
+    StoreError { message, ..error.about(object) }
 }
 
 /// An open store.
@@ -256,6 +298,9 @@ impl Store {
 
     /// Runs a change of the registry or the host table as a task that nobody stops: a write in place
     /// that was given up half way might land after a later one. The caller waits only so long.
+    ///
+    /// It waits for the device as long as that is away, but not for space on it: a cycle of collection, which may give some back, needs
+    /// the registry. So what it writes to places that a thin device may not have yet ends when that is full ([`Io::unless_full`]).
     async fn change<T, F, R>(self: &Arc<Self>, operation: F) -> Result<T>
     where
         T: Send + 'static,
@@ -282,7 +327,7 @@ impl Store {
             return Err(self.lost_host("its record was taken over or marked down"));
         }
         change(&mut record);
-        let swap = core.records.swap(&core.io, view, record).await?;
+        let swap = core.records.swap(&core.io.unless_full(), view, record).await?;
         swap.done(|| format!("{}, own host record", core.io.url()))?;
         Ok(())
     }

@@ -96,7 +96,7 @@ impl Store {
             let (allocator, io) = (reclaimer.allocator(), &self.control_io);
             let ground = Ground { reader, allocator, io, purpose: Purpose::Normal };
             let edited = ground.append(head.snapshots, vec![present], birth, None).await?;
-            core.io.write_durable(&writes(&edited)).await?;
+            core.write_fresh(io, &object, &writes(&edited)).await?;
             added = merge(edited.writes.iter().map(|(gba, _)| *gba).collect());
             next.snapshots = edited.index;
             garbage.blocks = edited.replaced;

@@ -276,7 +276,7 @@ impl Store {
         let Some(Changed { head: next, edited, snapshots }) = changed else {
             return Ok(Vec::new());
         };
-        core.io.write_durable(&writes(&edited)).await?;
+        core.write_fresh(ground.io, &found.object(), &writes(&edited)).await?;
         let since = reclaimer.stay();
         let swap = core.records.swap(&core.io, &found.view, next).await?;
         swap.done(|| found.object())?;

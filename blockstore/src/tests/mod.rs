@@ -4,6 +4,7 @@ mod basics;
 mod crash;
 mod diff;
 mod faults;
+mod full_device;
 mod held;
 mod hosts;
 mod model;

@@ -115,8 +115,11 @@ async fn a_full_target_stalls_and_recovers() {
     assert!(!commit.is_finished());
     let health = store.health();
     assert!(health.last_error.is_some_and(|e| e.contains("full")));
+    assert!(health.waiting_for_device_space > 0, "a cycle is due, and it is said");
+    assert_eq!(health.waiting_for_space, 0, "the store has some: nothing is kept from unmapping");
     sim.set_full(false);
     commit.await.expect("runs").expect("commit");
+    assert!(!store.health().lacks_space());
     let mut model = Model::default();
     model.apply(&run(0, 2000, 2), 2);
     model.check(&store, "d").await;

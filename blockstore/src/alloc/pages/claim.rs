@@ -2,9 +2,9 @@
 
 use super::bad::Search;
 use super::{LOADED_MAX, Pages, page_base, place};
-use crate::alloc::Territory;
 use crate::alloc::runs::Run;
-use crate::error::{Result, StoreError};
+use crate::alloc::{SPACE_POLL, Territory};
+use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::bitmap::PAGE_BITS;
 use crate::format::extent::ExtentType;
 use crate::io::Io;
@@ -35,8 +35,11 @@ impl Pages {
         wanted: u64,
     ) -> Result<Claimed> {
         let mut bad = Search::new(io);
-        if least == 0 && self.is_thin_full {
-            // Only who needs a block asks a thin device that is full for more.
+        // Only who needs a block asks a thin device that is full for more, and not over and over: each block that is freed wakes all who
+        // wait, and to ask takes several writes.
+        let asked = self.thin_asked.as_ref().filter(|_| self.is_thin_full);
+        let said = asked.filter(|(at, _)| at.elapsed() < SPACE_POLL).map(|(_, said)| said.clone());
+        if self.is_thin_full && (least == 0 || said.is_some()) {
             bad.note_lack_of_space();
         }
         let mut runs: Vec<Run> = Vec::new();
@@ -48,7 +51,10 @@ impl Pages {
         }
         self.trim();
         let is_refused = bad.has_refusals() && self.bad.are_all();
-        Ok(Claimed { runs, is_refused, refusal: bad.into_refusal() })
+        // What was not asked anew would be said again.
+        let full = said.filter(|_| self.is_thin_full);
+        let full = full.map(|said| StoreError::new(StoreErrorKind::NoSpace, io.url(), said));
+        Ok(Claimed { runs, is_refused, refusal: bad.into_refusal().or(full) })
     }
 
     async fn claim_all(

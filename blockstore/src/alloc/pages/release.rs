@@ -71,6 +71,11 @@ impl Pages {
         }
     }
 
+    /// There is one extent of a kind, or none: it is kept.
+    pub(super) fn is_last(&self, kind: ExtentType) -> bool {
+        self.extents.values().filter(|e| e.kind == kind).count() < 2
+    }
+
     /// Returns an extent to the unused ones when all its blocks are free; one of each type is kept.
     pub(super) async fn give_up_if_empty(
         &mut self,
@@ -79,11 +84,11 @@ impl Pages {
         kind: ExtentType,
         number: u32,
     ) -> Result<()> {
-        let same_kind = self.extents.values().filter(|e| e.kind == kind).count();
+        let is_last = self.is_last(kind);
         let Some(extent) = self.extents.get(&number) else { return Ok(()) };
         let known: Option<u64> = extent.free.iter().copied().sum();
         let all = territory.geometry.extent_blocks - territory.geometry.extent_overhead();
-        if same_kind < 2
+        if is_last
             || known != Some(all)
             || (self.unmaps && extent.is_stale())
             || self.bad.has_any_of(number)

@@ -228,11 +228,16 @@ impl Pages {
         number: u32,
         all: bool,
     ) -> Result<()> {
-        let Some(extent) = self.extents.get_mut(&number) else { return Ok(()) };
-        if all && is_all_free(territory, extent) {
+        let Some(kind) = self.extents.get(&number).map(|extent| extent.kind) else { return Ok(()) };
+        // One that is kept all the same is the next pass's.
+        let is_kept = self.is_last(kind) || self.bad.has_any_of(number);
+        if let Some(extent) = self.extents.get_mut(&number)
+            && all
+            && !is_kept
+            && is_all_free(territory, extent)
+        {
             extent.stale.fill(0..0);
         }
-        let kind = extent.kind;
         self.give_up_if_empty(&io.giving_up(), territory, kind, number).await
     }
 

@@ -14,6 +14,7 @@ use crate::io::{Io, Write};
 use crate::slot::{Content, Slot, Swap, View};
 use crate::types::BLOCK_SIZE;
 use bytes::Bytes;
+use tokio::time::Instant;
 
 /// Unused extents are plentiful if they are at least one in so many.
 const UNUSED_PLENTY: usize = 4;
@@ -169,6 +170,7 @@ impl Pages {
             // Nothing is wrong with it. The next claim tries another one, for which there may be space already.
             self.unused_cursor = number + 1;
             self.is_thin_full = true;
+            self.thin_asked = Some((Instant::now(), error.message.clone()));
             bad.note_lack_of_space();
         } else {
             self.bad.note((number, 0), &error);

@@ -4,8 +4,9 @@
 //! Method: as in `bad.rs`; a simulated device that is full takes only what it has.
 
 use super::bad::{allocate, set_bitmap_bad, soon};
-use super::waiting::{GIB, large, take};
+use super::waiting::{GIB, large, settle, take};
 use super::*;
+use crate::alloc::unmap::UnmapOptions;
 use crate::device::sim::OpKind;
 use crate::slot::Slot;
 use crate::{FormatOptions, Store};
@@ -32,8 +33,14 @@ async fn use_up(io: &Io, allocator: &Arc<Allocator>) -> Vec<Gba> {
 async fn a_start_does_not_wait_for_an_extent_that_cannot_be_set_up() {
     let (sim, io, allocator) = large(GIB, 1, 0).await;
     use_up(&io, &allocator).await;
-    io.device().flush().await.expect("flush");
     let left = unused(&allocator);
+    // The device has the places of their records: as they are if there are none.
+    for number in &left {
+        let record = vec![Bytes::from(vec![0; BLOCK_SIZE])];
+        let place = allocator.territory.geometry.extent_slot(*number);
+        io.write(place, record).await.expect("a write");
+    }
+    io.device().flush().await.expect("flush");
     for is_full in [false, true] {
         let mut unready = 0;
         for operations in 0.. {
@@ -128,6 +135,9 @@ async fn a_claim_asks_a_full_device_for_few_extents() {
     sim.set_full(false);
     let overhead = vec![Bytes::from(vec![0; BLOCK_SIZE]); g.extent_overhead() as usize];
     io.write(g.extent_base(number), overhead).await.expect("a write");
+    // Its record, too: as it is if there is none.
+    let record = vec![Bytes::from(vec![0; BLOCK_SIZE])];
+    io.write(g.extent_slot(number), record).await.expect("a write");
     sim.set_full(true);
     let patient = io.with_patience(Patience::Forever);
     let missing = allocator.pooled().0 + 20_000;
@@ -136,4 +146,71 @@ async fn a_claim_asks_a_full_device_for_few_extents() {
     // And all when there is space again.
     sim.set_full(false);
     allocate(&patient, &allocator, 5_000_000).await.expect("blocks");
+}
+
+/// Takes all blocks for metadata that a device gives which is full from then on.
+async fn use_up_metadata(sim: &SimDevice, io: &Io, allocator: &Arc<Allocator>) {
+    sim.set_full(true);
+    let mut step = 8192;
+    while step > 0 {
+        match allocator.allocate(io, ExtentType::Metadata, step, Purpose::GivesBack).await {
+            Ok(runs) => allocator.settle(&runs),
+            Err(error) => {
+                assert_eq!(error.kind, StoreErrorKind::NoSpace, "{error}");
+                step /= 2;
+            }
+        }
+    }
+}
+
+/// Who waits for space on the device is helped by what is unmapped: it does not keep a pass from that. Nor does it ask the device for more with
+/// each block that is freed.
+#[tokio::test(start_paused = true)]
+async fn free_blocks_are_unmapped_while_a_claim_waits_for_the_device() {
+    let (sim, io, allocator) = large(2 * GIB, 4, 0).await;
+    let blocks = take(&io, &allocator, 60_000).await;
+    // No extent is all free, and could be given to metadata.
+    let (used, freed): (Vec<Gba>, Vec<Gba>) =
+        blocks.into_iter().partition(|gba| gba.0.is_multiple_of(500));
+    allocator.free(freed);
+    settle(&io, &allocator).await;
+    use_up_metadata(&sim, &io, &allocator).await;
+    let (of_task, patient) = (Arc::clone(&allocator), io.with_patience(Patience::Forever));
+    let waiting = tokio::spawn(async move {
+        of_task.allocate(&patient, ExtentType::Metadata, 10, Purpose::GivesBack).await
+    });
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(!waiting.is_finished());
+    let health = io.health();
+    assert_eq!((health.waiting_for_space, health.waiting_for_device_space), (0, 1), "{health:?}");
+    assert!(health.last_error.is_some_and(|error| error.contains("full")));
+
+    let before = sim.counts().compare_and_writes;
+    for gba in &used[..50] {
+        allocator.free(vec![*gba]);
+        // All that is woken runs to its end meanwhile.
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let swaps = sim.counts().compare_and_writes - before;
+    assert!(swaps <= 4, "{swaps} compare-and-writes");
+    allocator.unmap(&io, UnmapOptions::default()).await.expect("a pass");
+    assert!(allocator.unmapped().blocks > 10_000, "{:?}", allocator.unmapped());
+    assert!(!waiting.is_finished());
+    sim.set_full(false);
+    soon("space", waiting).await.expect("a task").expect("blocks");
+    assert!(!io.health().lacks_space());
+}
+
+/// An extent that another kind wants, and that is kept as it is the last of its own, is still to be unmapped.
+#[tokio::test(start_paused = true)]
+async fn an_extent_that_is_not_given_up_after_all_is_unmapped() {
+    let (sim, io, allocator) = large(2 * GIB, 5, 0).await;
+    // Of each page of its bitmap something is known.
+    let blocks = take(&io, &allocator, 10_000).await;
+    assert_eq!(allocator.owned.read().values().filter(|k| **k == ExtentType::Data).count(), 1);
+    allocator.free(blocks);
+    allocator.release_all(&io).await.expect("released");
+    use_up_metadata(&sim, &io, &allocator).await;
+    allocator.unmap(&io, UnmapOptions::default()).await.expect("a pass");
+    assert!(allocator.unmapped().blocks > 9000, "{:?}", allocator.unmapped());
 }

@@ -228,7 +228,7 @@ async fn a_batch_is_broken_off_for_a_close_and_for_who_waits_for_room() {
         let (sim, io, allocator, passing) = unmapping(2 * GIB, None).await;
         let (begun, held) = (sim.counts().discards, allocator.in_unmapping());
         assert!(held > 8000, "{held}");
-        let waiter = (!closes).then(|| io.waiting_for_space());
+        let waiter = (!closes).then(|| io.waiting_for(Lacking::InStore));
         if closes {
             allocator.stop_unmapping(&io).await;
         } else {

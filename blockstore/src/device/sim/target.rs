@@ -284,9 +284,7 @@ impl State {
                 Ok(Reply::Data(buf))
             }
             Action::Write { offset, data } => {
-                if self.full && self.media.has_hole(offset, data.len() as u64) {
-                    return Err((DeviceErrorKind::NoSpace, "the simulated target is full"));
-                }
+                self.refuse_new(offset, data.len())?;
                 self.media.write(offset, &data, &Extent::All);
                 Ok(Reply::Done)
             }
@@ -300,6 +298,7 @@ impl State {
                 if found != expected {
                     return Ok(Reply::Compared(CawOutcome::Miscompare));
                 }
+                self.refuse_new(offset, new.len())?;
                 self.media.write(offset, &new, &Extent::All);
                 Ok(Reply::Compared(CawOutcome::Written))
             }
@@ -308,6 +307,14 @@ impl State {
                 Ok(Reply::Done)
             }
         }
+    }
+
+    /// What a full target says of blocks that were never written.
+    fn refuse_new(&self, offset: u64, len: usize) -> Result<(), Failure> {
+        if self.full && self.media.has_hole(offset, len as u64) {
+            return Err((DeviceErrorKind::NoSpace, "the simulated target is full"));
+        }
+        Ok(())
     }
 
     /// A discarded block reads as zeros, as before, or as garbage.

@@ -410,6 +410,12 @@ fn a_full_target_takes_only_overwrites() {
         device.set_full(true);
         let error = device.write(4096, vec![block_of(1)]).await.unwrap_err();
         assert_eq!(error.kind, DeviceErrorKind::NoSpace);
+        let swap = |offset, from| {
+            let sector = |fill| Bytes::from(vec![fill; 512]);
+            device.compare_and_write(offset, sector(from), sector(2))
+        };
+        assert_eq!(swap(4096, 0).await.unwrap_err().kind, DeviceErrorKind::NoSpace);
+        assert_eq!(swap(0, 1).await.unwrap(), CawOutcome::Written);
         device.write(0, vec![block_of(2)]).await.unwrap();
         device.set_full(false);
         device.write(4096, vec![block_of(1)]).await.unwrap();

@@ -18,7 +18,7 @@ use crate::name::check_name;
 use crate::policy::{Policy, WhenOffline};
 use crate::slot::{Content, Swap, View};
 use crate::store::snapshots::Source;
-use crate::store::{Store, VdiInfo, check_size, vdi_slot};
+use crate::store::{Store, VdiInfo, check_size, device_full, vdi_slot};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -86,12 +86,7 @@ impl Store {
         };
         let (place, view) = match self.take_place(&creating).await {
             Ok(taken) => taken,
-            Err(error) => {
-                if error.kind == StoreErrorKind::NoSpace {
-                    self.core.allocator()?.free(vec![meta.gba]);
-                }
-                return Err(error.about(object));
-            }
+            Err(error) => return Err(error.about(object)),
         };
         self.core.allocator()?.settle(&merge(vec![meta.gba]));
         let mut found =
@@ -148,7 +143,8 @@ impl Store {
                 Place::Taken(Entry { active: state == VdiState::Active, ..entry })
             }
         };
-        let swap = self.core.records.swap(&self.core.io, &found.view, head).await;
+        let swap = self.core.records.swap(&self.core.io.unless_full(), &found.view, head).await;
+        let swap = swap.map_err(|error| device_full(&found.object(), error));
         match &swap {
             Ok(Swap::Done(_)) => self.latest.note(found.place, place),
             Ok(Swap::Lost(_)) | Err(_) => self.latest.forget(),
@@ -156,9 +152,9 @@ impl Store {
         swap
     }
 
-    /// Claims a free place: the lowest, as far as is known.
+    /// Claims a free place: the lowest, as far as is known. Where none can be had, the block with the disk's name is free again.
     async fn take_place(&self, head: &VdiHead) -> Result<(u32, View<VdiHead>)> {
-        let (core, io) = (&self.core, &self.core.io);
+        let (core, io) = (&self.core, &self.core.io.unless_full());
         let slots = core.superblock.geometry.vdi_slots;
         let mut hint = self.hint();
         for _ in 0..CREATE_ATTEMPTS {
@@ -169,6 +165,7 @@ impl Store {
             };
             let place = directory.free_place();
             if place >= slots && surely {
+                core.allocator()?.free(vec![head.meta.gba]);
                 return Err(StoreError::new(
                     StoreErrorKind::NoSpace,
                     self.url(),
@@ -183,7 +180,7 @@ impl Store {
                     Ok(Swap::Lost(_)) => {}
                     Err(error) => {
                         self.latest.forget();
-                        return Err(error);
+                        return Err(self.not_taken(head, &view, error).await);
                     }
                 }
             }
@@ -194,6 +191,26 @@ impl Store {
             self.url(),
             "other hosts keep taking the free places of the registry; try again",
         ))
+    }
+
+    /// The error for a place that could not be taken. If it was for lack of space on the device, no attempt at it lands later: is the
+    /// place as it was, nothing names the block with the disk's name. After any other it stays in flight.
+    async fn not_taken(
+        &self,
+        head: &VdiHead,
+        place: &View<VdiHead>,
+        error: StoreError,
+    ) -> StoreError {
+        if error.kind != StoreErrorKind::NoSpace {
+            return error;
+        }
+        let now = self.core.records.read::<VdiHead>(&self.control_io, place.slot).await;
+        if now.is_ok_and(|now| now == *place)
+            && let Ok(allocator) = self.core.allocator()
+        {
+            allocator.free(vec![head.meta.gba]);
+        }
+        device_full(self.url(), error)
     }
 
     /// A place as it is now, if it may be taken: its disk is buried, or it was never used, and the one before it was. (What lies

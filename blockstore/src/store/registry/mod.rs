@@ -86,12 +86,13 @@ pub(super) struct Found {
 
 /// Writes a disk's immutable block, durably, to a fresh place; `patience` says how long to wait for one.
 pub(crate) async fn write_meta(core: &Core, patience: &Io, meta: &VdiMeta) -> Result<Pointer> {
-    // With the patience of a control operation a full store is an error.
+    // With the patience of a control operation a full store is an error, and so is a full device.
     let allocator = core.allocator()?;
     let runs = allocator.allocate(patience, ExtentType::Metadata, 1, Purpose::Normal).await?;
     let block = Bytes::from(meta.encode());
     let crc = crate::crc::crc32c(&block);
     let pointer = Pointer { gba: runs[0].start, read_only: false, birth: Birth(0), crc };
-    core.io.write_durable(&[(pointer.gba, vec![block])]).await?;
+    let object = format!("VDI '{}'", meta.name);
+    core.write_fresh(patience, &object, &[(pointer.gba, vec![block])]).await?;
     Ok(pointer)
 }

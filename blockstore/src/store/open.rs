@@ -30,6 +30,9 @@ use uuid::Uuid;
 /// Catalogue blocks read at once.
 const CATALOGUE_BLOCKS: u64 = 256;
 
+/// Records of extents that the device does not read, after which the others are not asked for one by one.
+pub(crate) const UNREADABLE_MAX: u32 = 64;
+
 /// How often a disk's head is raised while it changes: each late command can do that once.
 const TAKE_UP_ATTEMPTS: u32 = 8;
 
@@ -148,7 +151,7 @@ async fn join(core: &Core, io: &Io, options: &OpenOptions) -> Result<Writer> {
         host: options.host_uuid,
         generation,
     };
-    let catalogue = scan_extents(io, &core.records, geometry).await?;
+    let catalogue = scan_extents_readable(io, &core.records, geometry).await?;
     let allocator = Arc::new(Allocator::open(io, territory, catalogue).await?);
     if options.unmap {
         allocator.keep_unmapped(io, true).await;
@@ -213,6 +216,56 @@ pub(crate) async fn scan_extents(
         let first = Slot { first: Gba(g.extent_start + next), paired: false };
         let blocks = CATALOGUE_BLOCKS.min(count - next);
         views.extend(records.read_run(io, first, blocks).await?);
+    }
+    Ok(views)
+}
+
+/// The same; a record that the device lastingly does not read is damaged, and one bad sector keeps nobody from the others. Nothing is
+/// said of it in the device's health.
+///
+/// # Errors
+/// The device's, but for lasting ones.
+pub(crate) async fn scan_extents_readable(
+    io: &Io,
+    records: &Records,
+    g: &Geometry,
+) -> Result<Vec<View<ExtentRecord>>> {
+    let io = &io.giving_up();
+    let is_lasting = |error: &StoreError| error.kind == StoreErrorKind::Device;
+    let count = u64::from(g.extent_count);
+    let mut views: Vec<View<ExtentRecord>> = Vec::with_capacity(count as usize);
+    let mut unreadable = 0;
+    while (views.len() as u64) < count {
+        let next = views.len() as u64;
+        let slot = |number| Slot { first: Gba(g.extent_start + number), paired: false };
+        let blocks = CATALOGUE_BLOCKS.min(count - next);
+        match records.read_run(io, slot(next), blocks).await {
+            Err(error) if is_lasting(&error) => {}
+            run => {
+                views.extend(run?);
+                continue;
+            }
+        }
+        for number in next..next + blocks {
+            let slot = slot(number);
+            if unreadable == UNREADABLE_MAX {
+                views.push(View::unreadable(slot));
+                continue;
+            }
+            let mut view = records.read(io, slot).await;
+            if view.as_ref().is_err_and(is_lasting) {
+                // The third time, with that of the run.
+                view = records.read(io, slot).await;
+            }
+            views.push(match view {
+                Err(error) if is_lasting(&error) => {
+                    tracing::warn!(extent = number, %error, "the record of an extent cannot be read");
+                    unreadable += 1;
+                    View::unreadable(slot)
+                }
+                view => view?,
+            });
+        }
     }
     Ok(views)
 }

@@ -131,7 +131,7 @@ impl Store {
     ///
     /// # Errors
     /// `InUse` if one is under way; `ReadOnly`; `Damaged`, also if the registry has a gap, behind which there are disks that
-    /// nobody sees; the device's.
+    /// nobody sees; `Unreachable` if a head of this host's was not raised since the store was opened; the device's.
     pub async fn begin_collection(self: &Arc<Self>) -> Result<Collection> {
         let began = self.change(|store| async move { store.begin_collection_now().await });
         let mut cycle = began.await?;
@@ -144,6 +144,7 @@ impl Store {
         let writer = self.core.writer()?;
         let (host, generation) = (writer.host, writer.generation);
         self.refuse_gap().await?;
+        self.raise_all().await?;
         self.settle_heads().await;
         let record = self.read_gc().await?;
         let before = record.record().ok_or_else(|| self.bad_gc_record())?;

@@ -13,6 +13,7 @@ mod repair;
 mod rewind;
 mod rollback;
 mod snapshots;
+mod unraised;
 mod unsure;
 mod verify;
 pub(crate) mod walking;
@@ -75,6 +76,8 @@ pub(crate) struct Writer {
     pub host: Uuid,
     pub generation: Generation,
     pub reclaimer: Arc<Reclaimer>,
+    /// Heads that the device did not write yet.
+    pub unraised: Mutex<unraised::Unraised>,
 }
 
 impl Core {

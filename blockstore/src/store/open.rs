@@ -2,7 +2,7 @@
 //!
 //! Order for a writer (rule C2): read the superblock; register in the host table with the next
 //! generation; raise every own VDI head by one compare-and-write, which makes any late command of an
-//! earlier incarnation fail; only then allocate.
+//! earlier incarnation fail; only then allocate. Heads that the device does not write are left for later (`unraised.rs`).
 
 use crate::alloc::{Allocator, Territory};
 use crate::device::Device;
@@ -16,6 +16,7 @@ use crate::holds::SnapshotHolds;
 use crate::io::{Io, Patience};
 use crate::node_cache::NodeCache;
 use crate::slot::{Records, Slot, Swap, View};
+use crate::store::unraised::take_up_vdis;
 use crate::store::{Background, Core, Store, Writer, hosts, scan_vdis};
 use crate::tree::Reader;
 use crate::tree::reclaim::Reclaimer;
@@ -144,7 +145,7 @@ async fn join(core: &Core, io: &Io, options: &OpenOptions) -> Result<Writer> {
     let geometry = &core.superblock.geometry;
     let generation = hosts::register(io, &core.records, geometry, options).await?;
     let owner = Owner { host: options.host_uuid, generation };
-    take_up_vdis(core, io, owner).await?;
+    let unraised = take_up_vdis(core, io, owner, scan_vdis(core, io).await?).await?;
     let territory = Territory {
         geometry: geometry.clone(),
         records: core.records.clone(),
@@ -156,19 +157,13 @@ async fn join(core: &Core, io: &Io, options: &OpenOptions) -> Result<Writer> {
     if options.unmap {
         allocator.keep_unmapped(io, true).await;
     }
-    Ok(Writer { host: options.host_uuid, generation, reclaimer: Reclaimer::new(allocator) })
+    let (host, reclaimer) = (options.host_uuid, Reclaimer::new(allocator));
+    Ok(Writer { host, generation, reclaimer, unraised: Mutex::new(unraised) })
 }
 
-/// Raises the heads of this host's disks, and ends what an earlier incarnation left half done.
-async fn take_up_vdis(core: &Core, io: &Io, owner: Owner) -> Result<()> {
-    for (slot, view) in scan_vdis(core, io).await? {
-        take_up_vdi(core, io, owner, slot, view).await?;
-    }
-    Ok(())
-}
-
-/// A late command of an earlier incarnation, or of an attempt that failed, may change the head once more: it is judged again.
-async fn take_up_vdi(
+/// Raises the head of a disk of this host, or ends what an earlier incarnation left half done there. A late command of that one, or of
+/// an attempt that failed, may change the head once more: it is judged again.
+pub(super) async fn take_up_vdi(
     core: &Core,
     io: &Io,
     owner: Owner,

@@ -1,11 +1,13 @@
-//! Bad sectors under bitmaps and extents' records: whoever meets one, nothing waits for it while there is room elsewhere, and
+//! Bad sectors under bitmaps, extents' records and heads: whoever meets one, nothing waits for it while there is room elsewhere, and
 //! nothing in use is hurt.
 
-use crate::world::{MIB, World, cycle, head_of, read, settle, unmap, with_snapshot, write};
+use crate::world::{MIB, World, cycle, head_of, open, read, settle, unmap, with_snapshot, write};
 use blockstore::device::sim::{OpKind, SimDevice};
 use blockstore::format::extent::ExtentType;
+use blockstore::format::vdi::VdiHead;
+use blockstore::slot::View;
 use blockstore::types::{Gba, Lba, Lsn};
-use blockstore::{Batch, Change, Unmapped};
+use blockstore::{AttachOptions, Batch, Change, StoreErrorKind, Unmapped};
 use std::time::Duration;
 
 /// What fails where.
@@ -279,6 +281,63 @@ async fn a_record_that_cannot_be_read_keeps_the_store_from_nothing() {
         let report = world.verify(&when).await;
         let (of_data, of_metadata) = world.store.pooled();
         assert_eq!(report.blocks_leaked, of_data + of_metadata, "{when}: blocks are lost");
+    }
+}
+
+/// A head of this host's that the device does not write: the store opens, the other disks go on, and nothing holds the registry. Its disk is
+/// not attached, and no cycle begins, until somebody could raise it (rule C2).
+#[tokio::test(start_paused = true)]
+async fn a_head_that_is_not_written_keeps_its_own_disk_from_the_store() {
+    for (seed, collects_first) in [(40, true), (41, false)] {
+        let mut world = World::on(SimDevice::new(48 * MIB, seed), seed, false).await;
+        let (bad, good) = (world.create().await, world.create().await);
+        for name in [&bad, &good] {
+            overwrite(&mut world, name, 1, 0..300).await;
+        }
+        let uuid = world.disks[&bad].vdi.uuid();
+        let registry = world.store.scan_vdis().await.expect("the registry");
+        let is_bad = |view: &&View<VdiHead>| view.record().is_some_and(|head| head.uuid == uuid);
+        let head = registry.iter().map(|(_, view)| view).find(is_bad).expect("a head").slot.first;
+        let generation = head_of(&world.store, uuid).await.owner.expect("an owner").generation;
+        world.sim.set_bad(head.byte_offset(), 4096, &[OpKind::CompareAndWrite]);
+        world.sim.kill_host();
+        world.sim = world.sim.connect();
+        world.store = soon("the opening", open(&world.sim)).await;
+        assert!(world.store.is_unraised(uuid));
+        let other = soon("an attach", World::attach(&world.store, &good)).await;
+        assert!(!world.store.is_unraised(other.uuid()));
+        world.disks.get_mut(&good).expect("disk").vdi = other;
+        overwrite(&mut world, &good, 2, 0..600).await;
+
+        let epoch = world.store.gc_record().await.expect("the record").epoch;
+        for _ in 0..2 {
+            let attach = world.store.attach(uuid, AttachOptions { log_id: uuid });
+            let error = soon("an attach", attach).await.expect_err("no head");
+            assert_eq!(error.kind, StoreErrorKind::Unreachable, "{error}");
+            assert!(error.to_string().contains("media error"), "{error}");
+            let error = soon("a cycle", cycle(&world.store)).await.expect_err("no cycle");
+            assert!(error.to_string().contains("nothing is collected"), "{error}");
+        }
+        assert_eq!(
+            world.store.gc_record().await.expect("the record").epoch,
+            epoch,
+            "a cycle began"
+        );
+        soon("a new disk", world.create()).await;
+        let health = world.store.health();
+        assert!(health.reachable && health.last_error.is_none(), "{health:?}");
+
+        world.sim.set_bad(head.byte_offset(), 4096, &[]);
+        if collects_first {
+            cycle(&world.store).await.expect("cycle");
+            let raised = head_of(&world.store, uuid).await.owner.expect("an owner").generation;
+            assert!(raised > generation && !world.store.is_unraised(uuid));
+        }
+        world.disks.get_mut(&bad).expect("disk").vdi = World::attach(&world.store, &bad).await;
+        assert!(!world.store.is_unraised(uuid));
+        overwrite(&mut world, &bad, 2, 100..400).await;
+        cycle(&world.store).await.expect("cycle");
+        world.verify("raised").await;
     }
 }
 

@@ -66,7 +66,7 @@ pub use store::{
     AttachOptions, CHANGES_MAX, Collection, Cure, CycleCheck, Difference, ExportReport,
     Fingerprint, Fix, FormatOptions, Held, HostInfo, ImageInfo, Inspection, LostLog, OpenOptions,
     OwnerInfo, REPAIR_HOST, Reclaimed, RegisteredClone, Repairer, Rewound, SnapshotImage, Space,
-    Store, StoreInfo, TableProblem, Thinned, VdiInfo, Walk,
+    Store, StoreInfo, Swept, TableProblem, Thinned, VdiInfo, Walk,
 };
 pub use vdi::{CommittedState, Vdi};
 

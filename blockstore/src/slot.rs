@@ -55,6 +55,17 @@ pub struct View<T> {
 }
 
 impl<T: Record> View<T> {
+    /// What is known of a record that the device lastingly does not read. It cannot be changed.
+    pub(crate) fn unreadable(slot: Slot) -> Self {
+        Self { slot, content: Content::Damaged(Damage::Unreadable), raw: Bytes::new() }
+    }
+
+    /// True for [`unreadable`](Self::unreadable).
+    #[must_use]
+    pub fn is_unreadable(&self) -> bool {
+        matches!(self.content, Content::Damaged(Damage::Unreadable))
+    }
+
     /// The record, if there is one.
     #[must_use]
     pub fn record(&self) -> Option<&T> {

@@ -7,7 +7,7 @@ use crate::marks::Marks;
 use crate::reach::{Memory, Reach};
 use blockstore::format::vdi::{VdiHead, VdiState};
 use blockstore::slot::View;
-use blockstore::{Collection, Reclaimed, Result, Store};
+use blockstore::{Collection, Reclaimed, Result, Store, Swept};
 use serde::Serialize;
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -101,6 +101,10 @@ pub struct Collected {
     pub blocks_reachable: u64,
     /// Blocks given back.
     pub reclaimed: Reclaimed,
+    /// Extents that were left to the next cycle, because the device did not read or write what describes them.
+    pub extents_left_out: u64,
+    /// What it said about the last of those.
+    pub last_left_out: Option<String>,
 }
 
 /// Runs one cycle over a store that is open for writing. Cut off or failed, it has freed nothing, or a part of what it
@@ -122,7 +126,8 @@ pub async fn collect(
     let (blocks_reachable, bits_bytes) = (marks.reached(), marks.peak());
     progress.sweeping.store(1, Ordering::Relaxed);
     let last = marks.window();
-    let reclaimed = cycle.sweep(last, move |first| marks.word(first), options.patience).await?;
+    let swept = cycle.sweep(last, move |first| marks.word(first), options.patience).await?;
+    let Swept { reclaimed, extents_left_out, last_left_out } = swept;
     let nodes = progress.nodes();
     tracing::info!(
         store = store.url(),
@@ -132,10 +137,21 @@ pub async fn collect(
         blocks_reachable,
         data = reclaimed.data,
         metadata = reclaimed.metadata,
+        extents_left_out,
         "garbage was collected"
     );
     let vdis = roots.vdis.len() as u64;
-    Ok(Collected { epoch, vdis, nodes, passes, bits_bytes, blocks_reachable, reclaimed })
+    Ok(Collected {
+        epoch,
+        vdis,
+        nodes,
+        passes,
+        bits_bytes,
+        blocks_reachable,
+        reclaimed,
+        extents_left_out,
+        last_left_out,
+    })
 }
 
 /// The roots of a cycle.

@@ -132,4 +132,10 @@ pub struct GcEnded {
     pub reclaimed_data: u64,
     /// Bytes of maps and lists that it gave back.
     pub reclaimed_metadata: u64,
+    /// Extents that it left to the next one, because the device did not read or write what describes them.
+    #[serde(default)]
+    pub extents_left_out: u64,
+    /// What it said about the last of those.
+    #[serde(default)]
+    pub last_left_out: Option<String>,
 }

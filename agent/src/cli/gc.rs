@@ -95,13 +95,23 @@ fn doing(running: &GcRunning) -> String {
 fn outcome(ended: &GcEnded) -> String {
     match &ended.failure {
         Some(failure) => format!("came to nothing after {}: {failure}", format_ms(ended.took)),
-        None => format!(
-            "gave back {} of data and {} of maps in {}; {} are in use",
-            format_size(ended.reclaimed_data),
-            format_size(ended.reclaimed_metadata),
-            format_ms(ended.took),
-            format_size(ended.reachable),
-        ),
+        None => {
+            let mut words = format!(
+                "gave back {} of data and {} of maps in {}; {} are in use",
+                format_size(ended.reclaimed_data),
+                format_size(ended.reclaimed_metadata),
+                format_ms(ended.took),
+                format_size(ended.reachable),
+            );
+            add_left_out(&mut words, ended.extents_left_out, ended.last_left_out.as_deref());
+            words
+        }
+    }
+}
+
+fn add_left_out(words: &mut String, extents: u64, last: Option<&str>) {
+    if let (1.., Some(why)) = (extents, last) {
+        words.push_str(&format!("; {extents} extents left out, last: {why}"));
     }
 }
 
@@ -120,9 +130,7 @@ fn unmapped(unmap: &UnmapStatus) -> String {
     if let Some(failure) = &unmap.last_failure {
         words.push_str(&format!("; failed {} times, last: {failure}", unmap.failures));
     }
-    if let (1.., Some(why)) = (unmap.extents_left_out, &unmap.last_left_out) {
-        words.push_str(&format!("; {} extents left out, last: {why}", unmap.extents_left_out));
-    }
+    add_left_out(&mut words, unmap.extents_left_out, unmap.last_left_out.as_deref());
     words
 }
 

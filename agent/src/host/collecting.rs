@@ -241,6 +241,8 @@ impl Collecting {
             reachable: bytes(running.progress.reached()),
             reclaimed_data: 0,
             reclaimed_metadata: 0,
+            extents_left_out: 0,
+            last_left_out: None,
         };
         state.fruit = None;
         match outcome {
@@ -252,6 +254,8 @@ impl Collecting {
                 (ended.epoch, ended.vdis) = (Some(collected.epoch), collected.vdis);
                 ended.reclaimed_data = bytes(collected.reclaimed.data);
                 ended.reclaimed_metadata = bytes(collected.reclaimed.metadata);
+                ended.extents_left_out = collected.extents_left_out;
+                ended.last_left_out = collected.last_left_out;
             }
             Err(error) => {
                 tracing::warn!("garbage collection: {error}");

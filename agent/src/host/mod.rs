@@ -230,7 +230,8 @@ impl Host {
                 });
                 continue;
             }
-            let alone = was_served && parts.store.opened().is_none();
+            // The store may be there, but for the head of this disk.
+            let alone = was_served && parts.store.opened().is_none_or(|s| s.is_unraised(vdi));
             self.spawn(async move {
                 // Its state tells how it went.
                 let way = if alone { Way::Alone } else { Way::Back };

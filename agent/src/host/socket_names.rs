@@ -69,8 +69,12 @@ impl SocketNames {
         Ok(())
     }
 
-    /// Only these disks are this host's: of others an agent that was cut off has left names.
+    /// Only these disks are this host's: of others an agent that was cut off has left names. If there is none, the agent may have been
+    /// started with another cache, once: their front ends know these sockets when it comes back.
     pub(super) fn keep_only(&self, disks: &[Uuid]) {
+        if disks.is_empty() {
+            return;
+        }
         let others = |disk: &Uuid| !disks.contains(disk);
         let gone: Vec<Uuid> = self.by_disk.lock().keys().copied().filter(others).collect();
         gone.into_iter().for_each(|disk| self.forget(disk));
@@ -117,6 +121,8 @@ mod tests {
         assert_eq!((last.of(a), last.of(b).as_deref()), (None, Some("web")));
         last.keep_only(&[b]);
         assert_eq!(SocketNames::open(dir.path()).of(b).as_deref(), Some("web"));
+        last.keep_only(&[]);
+        assert_eq!(SocketNames::open(dir.path()).of(b).as_deref(), Some("web"), "another cache");
         last.keep_only(&[a]);
         assert_eq!(SocketNames::open(dir.path()).of(b), None);
         let full = SocketNames::open(Path::new("/proc/nowhere"));

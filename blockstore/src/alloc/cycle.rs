@@ -13,9 +13,10 @@ use crate::alloc::returning::Returning;
 use crate::alloc::runs::Run;
 use crate::alloc::{Allocator, Pools, add};
 use crate::error::{Result, StoreError, StoreErrorKind};
-use crate::format::extent::ExtentType;
+use crate::format::extent::{ExtentRecord, ExtentType};
 use crate::io::Io;
 use crate::sabotage::{self, Bug};
+use crate::slot::View;
 use crate::store::walking::FIRST_WALK;
 use roaring::RoaringTreemap;
 use std::sync::Arc;
@@ -117,6 +118,16 @@ impl Allocator {
         }
         pools.cycle = Some(Cycle::new(epoch, touched));
         Ok(())
+    }
+
+    /// Takes up extents whose records the device did not read when the store was opened, and does now. A cycle that is under way may collect
+    /// there: nothing in them was given out by this process, and what it cut off there was not put anywhere.
+    pub(crate) async fn learn_unread(&self, catalogue: &[View<ExtentRecord>]) {
+        let mut pages = self.pages.lock().await;
+        if pages.learn_unread(&self.territory, catalogue) {
+            self.refresh_owned(&pages);
+            self.freed.notify_waiters();
+        }
     }
 
     /// Makes sure that a cycle was not given up to get its quarantine back.

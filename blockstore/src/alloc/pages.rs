@@ -8,6 +8,7 @@ mod bad;
 mod claim;
 mod release;
 mod unmap;
+mod unread;
 mod unused;
 
 use crate::alloc::Territory;
@@ -16,10 +17,10 @@ use crate::error::Result;
 use crate::format::bitmap::{BitmapKind, BitmapPage, PAGE_BITS};
 use crate::format::extent::{ExtentRecord, ExtentType};
 use crate::io::{Io, Write};
-use crate::slot::{Content, Swap, View};
+use crate::slot::{Swap, View};
 use crate::types::Gba;
 use bytes::Bytes;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use tokio::time::Instant;
 
@@ -47,6 +48,8 @@ pub(super) struct Pages {
     unmaps: bool,
     /// Pages that the device did not read or write (`bad.rs`).
     bad: bad::BadPages,
+    /// Extents whose record the device did not read (`unread.rs`).
+    unread: BTreeSet<u32>,
 }
 
 #[derive(Debug)]
@@ -89,21 +92,11 @@ impl Pages {
             thin_asked: None,
             unmaps: false,
             bad: bad::BadPages::default(),
+            unread: BTreeSet::new(),
         };
         for (number, view) in (0..).zip(catalogue) {
-            let kind = match &view.content {
-                Content::Unused => ExtentType::Unused,
-                Content::Valid(head) => head.record.kind,
-                // Neither ours nor free for the taking.
-                Content::Damaged(damage) => {
-                    tracing::error!(extent = number, %damage, "damaged extent record");
-                    ExtentType::System
-                }
-            };
-            pages.catalogue.push(kind);
-            if view.record().is_some_and(|r| r.owner == Some(territory.host)) {
-                pages.adopt(territory, number, kind, view.clone());
-            }
+            pages.catalogue.push(ExtentType::System);
+            pages.learn(territory, number, view);
         }
         pages
     }

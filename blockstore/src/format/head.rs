@@ -91,6 +91,8 @@ pub enum Damage {
     Field(&'static str),
     /// Too few bytes.
     Short,
+    /// The device lastingly does not give the bytes.
+    Unreadable,
 }
 
 impl fmt::Display for Damage {
@@ -106,6 +108,7 @@ impl fmt::Display for Damage {
             Self::Newer(version) => write!(f, "it has version {version}, newer than this program"),
             Self::Field(field) => write!(f, "field '{field}' has an impossible value"),
             Self::Short => write!(f, "too few bytes"),
+            Self::Unreadable => write!(f, "the device does not read it"),
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::bitmap::{BitmapKind, BitmapPage, PAGE_BITS, WORD_BITS};
 use crate::format::extent::ExtentType;
 use crate::format::gc::{GcPhase, GcRecord};
+use crate::format::head::Damage;
 use crate::format::vdi::VdiHead;
 use crate::io::{Write, now_ms};
 use crate::sabotage::{self, Bug};
@@ -24,6 +25,7 @@ use crate::tree::Reader;
 use crate::types::{Gba, Generation};
 use bytes::Bytes;
 use serde::Serialize;
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +50,25 @@ pub struct Reclaimed {
     pub metadata: u64,
 }
 
+/// What became of a cycle.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// What it gave back.
+    pub reclaimed: Reclaimed,
+    /// Extents that it left to the next one, because the device did not read or write what describes them.
+    pub extents_left_out: u64,
+    /// What it said about the last of those.
+    pub last_left_out: Option<String>,
+}
+
+impl Swept {
+    fn leave_out(&mut self, extent: u32, why: &dyn fmt::Display) {
+        tracing::warn!(extent, %why, "garbage collection leaves this extent to the next cycle");
+        self.extents_left_out += 1;
+        self.last_left_out = Some(format!("extent {extent}: {why}"));
+    }
+}
+
 /// A cycle under way. Dropped, it is abandoned.
 #[derive(Debug)]
 pub struct Collection {
@@ -57,6 +78,7 @@ pub struct Collection {
     extents: Vec<Extent>,
     /// Those with a reclaim bitmap of this cycle.
     named: Vec<Extent>,
+    swept: Swept,
 }
 
 /// Tells whether a cycle goes on.
@@ -109,15 +131,20 @@ impl Store {
     ///
     /// # Errors
     /// `InUse` if one is under way; `ReadOnly`; `Damaged`, also if the registry has a gap, behind which there are disks that
-    /// nobody sees; the device's.
+    /// nobody sees; `Unreachable` if a head of this host's was not raised since the store was opened; the device's.
     pub async fn begin_collection(self: &Arc<Self>) -> Result<Collection> {
-        self.change(|store| async move { store.begin_collection_now().await }).await
+        let began = self.change(|store| async move { store.begin_collection_now().await });
+        let mut cycle = began.await?;
+        // Without the registry: others need that, and sectors that the device does not read may take it long.
+        cycle.find_extents().await?;
+        Ok(cycle)
     }
 
     async fn begin_collection_now(self: &Arc<Self>) -> Result<Collection> {
         let writer = self.core.writer()?;
         let (host, generation) = (writer.host, writer.generation);
         self.refuse_gap().await?;
+        self.raise_all().await?;
         self.settle_heads().await;
         let record = self.read_gc().await?;
         let before = record.record().ok_or_else(|| self.bad_gc_record())?;
@@ -125,7 +152,9 @@ impl Store {
         self.core.allocator()?.begin_cycle(epoch).await?;
         let store = Arc::clone(self);
         // From here on, dropping it ends the cycle here.
-        let mut cycle = Collection { store, record, epoch, extents: Vec::new(), named: Vec::new() };
+        let (extents, named) = (Vec::new(), Vec::new());
+        let swept = Swept::default();
+        let mut cycle = Collection { store, record, epoch, extents, named, swept };
         let next = |phase| GcRecord {
             epoch,
             phase,
@@ -136,14 +165,6 @@ impl Store {
         cycle.write_record(next(GcPhase::Prepare)).await?;
         self.update_host_now(|host| host.gc_epoch_acknowledged = epoch).await?;
         cycle.write_record(next(GcPhase::Mark)).await?;
-        for (number, view) in (0..).zip(self.scan_extents().await?) {
-            let Some(record) = view.record() else { continue };
-            if record.owner == Some(host) && record.ready {
-                let (kind, sequence) = (record.kind, view.sequence());
-                let generation = record.owner_generation;
-                cycle.extents.push(Extent { number, kind, sequence, generation });
-            }
-        }
         Ok(cycle)
     }
 }
@@ -201,6 +222,27 @@ impl Collection {
         &self.store
     }
 
+    /// The extents that are collected: those of this host whose records can be read.
+    async fn find_extents(&mut self) -> Result<()> {
+        let core = &self.store.core;
+        let host = core.writer()?.host;
+        let catalogue = self.store.scan_extents_readable().await?;
+        core.allocator()?.learn_unread(&catalogue).await;
+        for (number, view) in (0..).zip(&catalogue) {
+            if view.is_unreadable() {
+                let why = format!("its record (block {}): {}", view.slot.first, Damage::Unreadable);
+                self.swept.leave_out(number, &why);
+            }
+            let Some(record) = view.record() else { continue };
+            if record.owner == Some(host) && record.ready {
+                let (kind, sequence) = (record.kind, view.sequence());
+                let generation = record.owner_generation;
+                self.extents.push(Extent { number, kind, sequence, generation });
+            }
+        }
+        Ok(())
+    }
+
     /// Reads checked nodes; gives up when the device does not answer.
     #[must_use]
     pub fn reader(&self) -> Reader {
@@ -256,10 +298,10 @@ impl Collection {
             group.extend(self.reclaim_pages(*extent, reached).map(|write| (*extent, write)));
             if group.len() == PUBLISHED_AT_ONCE {
                 let group = std::mem::take(&mut group);
-                self.named.extend(write_pages(&self.store, group).await?);
+                self.named.extend(write_pages(&self.store, group, &mut self.swept).await?);
             }
         }
-        self.named.extend(write_pages(&self.store, group).await?);
+        self.named.extend(write_pages(&self.store, group, &mut self.swept).await?);
         Ok(())
     }
 
@@ -269,13 +311,13 @@ impl Collection {
     ///
     /// # Errors
     /// `NoSpace` as [`check`](Self::check), `InUse` if another host leads a cycle now or readers take too long, the device's.
-    /// What was not given back leaks until the next cycle.
+    /// What was not given back leaks until the next cycle. That single extents had to be left out is none.
     pub async fn sweep(
         mut self,
         window: Range<u32>,
         reached: impl Fn(Gba) -> u64 + Send + Sync + 'static,
         patience: Duration,
-    ) -> Result<Reclaimed> {
+    ) -> Result<Swept> {
         let store = Arc::clone(&self.store);
         // As a task that nobody stops: pages are written in place.
         let task = tokio::spawn(async move {
@@ -318,30 +360,26 @@ impl Collection {
     }
 
     /// Step 4.
-    async fn apply(&mut self, patience: Duration) -> Result<Reclaimed> {
+    async fn apply(&mut self, patience: Duration) -> Result<Swept> {
         self.wait_for_readers(patience).await?;
         let store = Arc::clone(&self.store);
         self.check()?;
-        let mut reclaimed = Reclaimed::default();
-        let mut failure = None;
         for group in self.named.chunks(APPLIED_AT_ONCE) {
             let numbers = group.iter().map(|extent| extent.number).collect();
             let allocator = store.core.allocator()?;
             let outcomes = allocator.apply(&store.core.io, numbers, self.epoch).await?;
             for (extent, outcome) in group.iter().zip(outcomes) {
+                let reclaimed = &mut self.swept.reclaimed;
                 match outcome {
                     Ok(freed) if extent.kind == ExtentType::Metadata => reclaimed.metadata += freed,
                     Ok(freed) => reclaimed.data += freed,
                     Err(error) if error.kind == StoreErrorKind::Closing => return Err(error),
                     // One bad extent does not keep the others from being collected.
-                    Err(error) => {
-                        tracing::warn!(extent = extent.number, %error, "left to the next cycle");
-                        failure.get_or_insert(error);
-                    }
+                    Err(error) => self.swept.leave_out(extent.number, &error),
                 }
             }
         }
-        failure.map_or(Ok(reclaimed), Err)
+        Ok(std::mem::take(&mut self.swept))
     }
 
     /// Waits until nobody reads, or has yet to free, what was cut off before this moment.
@@ -409,7 +447,11 @@ impl Collection {
 ///
 /// # Errors
 /// `Closing`, and what concerns the device as a whole.
-async fn write_pages(store: &Store, group: Vec<(Extent, Write)>) -> Result<Vec<Extent>> {
+async fn write_pages(
+    store: &Store,
+    group: Vec<(Extent, Write)>,
+    swept: &mut Swept,
+) -> Result<Vec<Extent>> {
     let (extents, writes): (Vec<Extent>, Vec<Write>) = group.into_iter().unzip();
     if extents.is_empty() {
         return Ok(extents);
@@ -417,8 +459,7 @@ async fn write_pages(store: &Store, group: Vec<(Extent, Write)>) -> Result<Vec<E
     // With limited patience: a page that lands late names a cycle that nobody asks for any more.
     let refused = store.control_io.giving_up().write_taken(&writes, true).await?;
     for (index, error) in &refused {
-        let extent = extents[*index].number;
-        tracing::warn!(extent, %error, "its reclaim bitmap is not written: left to the next cycle");
+        swept.leave_out(extents[*index].number, error);
     }
     let is_refused = |place: usize| refused.iter().any(|(index, _)| *index == place);
     let written = extents.into_iter().enumerate().filter(|(place, _)| !is_refused(*place));

@@ -194,7 +194,7 @@ impl Store {
             health: self.health(),
             problems: Vec::new(),
         };
-        for (number, view) in (0..).zip(self.scan_extents().await?) {
+        for (number, view) in (0..).zip(self.scan_extents_readable().await?) {
             let problems = &mut info.problems;
             let Some(extent) = self.count_extent(number, &view, problems).await? else { continue };
             info.blocks_free += extent.free;
@@ -220,7 +220,7 @@ impl Store {
     /// The device's.
     pub async fn space(&self) -> Result<Space> {
         let mut space = Space::default();
-        for (number, view) in (0..).zip(self.scan_extents().await?) {
+        for (number, view) in (0..).zip(self.scan_extents_readable().await?) {
             if let Some(extent) = self.count_extent(number, &view, &mut Vec::new()).await? {
                 space.blocks += extent.free + extent.allocated;
                 space.free += extent.free;
@@ -229,7 +229,8 @@ impl Store {
         Ok(space)
     }
 
-    /// None for extents that hold no blocks of disks, and for those whose record is damaged.
+    /// None for extents that hold no blocks of disks, and for those whose record is damaged. What pages of a bitmap describe that are
+    /// damaged, or that the device does not read, is not free.
     async fn count_extent(
         &self,
         number: u32,
@@ -254,7 +255,7 @@ impl Store {
             return Ok(Some(ExtentSpace { kind, allocated: 0, free: usable }));
         }
         let mut free = 0;
-        for (page, content) in (0..).zip(self.read_bmap(number).await?) {
+        for (page, content) in (0..).zip(self.bmap_readable(number).await?) {
             match content {
                 Ok(content) => free += content.clear_bits(g.page_bits(page)),
                 Err(damage) => {

@@ -13,11 +13,12 @@ mod repair;
 mod rewind;
 mod rollback;
 mod snapshots;
+mod unraised;
 mod unsure;
 mod verify;
 pub(crate) mod walking;
 
-pub use collecting::{Collection, CycleCheck, Reclaimed};
+pub use collecting::{Collection, CycleCheck, Reclaimed, Swept};
 pub use differences::{CHANGES_MAX, Difference, ImageInfo};
 pub use format::{FormatOptions, check_size, foreign_signature};
 pub use image::SnapshotImage;
@@ -76,6 +77,8 @@ pub(crate) struct Writer {
     pub host: Uuid,
     pub generation: Generation,
     pub reclaimer: Arc<Reclaimer>,
+    /// Heads that the device did not write yet.
+    pub unraised: Mutex<unraised::Unraised>,
 }
 
 impl Core {
@@ -271,6 +274,12 @@ impl Store {
     /// The device's; damaged records are content.
     pub async fn scan_extents(&self) -> Result<Vec<View<ExtentRecord>>> {
         open::scan_extents(&self.control_io, &self.core.records, self.core.geometry()).await
+    }
+
+    /// The same; records that the device lastingly does not read are damaged.
+    async fn scan_extents_readable(&self) -> Result<Vec<View<ExtentRecord>>> {
+        let (records, geometry) = (&self.core.records, self.core.geometry());
+        open::scan_extents_readable(&self.control_io, records, geometry).await
     }
 
     /// The host table's used slots.

@@ -2,7 +2,7 @@
 //!
 //! Order for a writer (rule C2): read the superblock; register in the host table with the next
 //! generation; raise every own VDI head by one compare-and-write, which makes any late command of an
-//! earlier incarnation fail; only then allocate.
+//! earlier incarnation fail; only then allocate. Heads that the device does not write are left for later (`unraised.rs`).
 
 use crate::alloc::{Allocator, Territory};
 use crate::device::Device;
@@ -16,6 +16,7 @@ use crate::holds::SnapshotHolds;
 use crate::io::{Io, Patience};
 use crate::node_cache::NodeCache;
 use crate::slot::{Records, Slot, Swap, View};
+use crate::store::unraised::take_up_vdis;
 use crate::store::{Background, Core, Store, Writer, hosts, scan_vdis};
 use crate::tree::Reader;
 use crate::tree::reclaim::Reclaimer;
@@ -29,6 +30,9 @@ use uuid::Uuid;
 
 /// Catalogue blocks read at once.
 const CATALOGUE_BLOCKS: u64 = 256;
+
+/// Records of extents that the device does not read, after which the others are not asked for one by one.
+pub(crate) const UNREADABLE_MAX: u32 = 64;
 
 /// How often a disk's head is raised while it changes: each late command can do that once.
 const TAKE_UP_ATTEMPTS: u32 = 8;
@@ -141,31 +145,25 @@ async fn join(core: &Core, io: &Io, options: &OpenOptions) -> Result<Writer> {
     let geometry = &core.superblock.geometry;
     let generation = hosts::register(io, &core.records, geometry, options).await?;
     let owner = Owner { host: options.host_uuid, generation };
-    take_up_vdis(core, io, owner).await?;
+    let unraised = take_up_vdis(core, io, owner, scan_vdis(core, io).await?).await?;
     let territory = Territory {
         geometry: geometry.clone(),
         records: core.records.clone(),
         host: options.host_uuid,
         generation,
     };
-    let catalogue = scan_extents(io, &core.records, geometry).await?;
+    let catalogue = scan_extents_readable(io, &core.records, geometry).await?;
     let allocator = Arc::new(Allocator::open(io, territory, catalogue).await?);
     if options.unmap {
         allocator.keep_unmapped(io, true).await;
     }
-    Ok(Writer { host: options.host_uuid, generation, reclaimer: Reclaimer::new(allocator) })
+    let (host, reclaimer) = (options.host_uuid, Reclaimer::new(allocator));
+    Ok(Writer { host, generation, reclaimer, unraised: Mutex::new(unraised) })
 }
 
-/// Raises the heads of this host's disks, and ends what an earlier incarnation left half done.
-async fn take_up_vdis(core: &Core, io: &Io, owner: Owner) -> Result<()> {
-    for (slot, view) in scan_vdis(core, io).await? {
-        take_up_vdi(core, io, owner, slot, view).await?;
-    }
-    Ok(())
-}
-
-/// A late command of an earlier incarnation, or of an attempt that failed, may change the head once more: it is judged again.
-async fn take_up_vdi(
+/// Raises the head of a disk of this host, or ends what an earlier incarnation left half done there. A late command of that one, or of
+/// an attempt that failed, may change the head once more: it is judged again.
+pub(super) async fn take_up_vdi(
     core: &Core,
     io: &Io,
     owner: Owner,
@@ -213,6 +211,56 @@ pub(crate) async fn scan_extents(
         let first = Slot { first: Gba(g.extent_start + next), paired: false };
         let blocks = CATALOGUE_BLOCKS.min(count - next);
         views.extend(records.read_run(io, first, blocks).await?);
+    }
+    Ok(views)
+}
+
+/// The same; a record that the device lastingly does not read is damaged, and one bad sector keeps nobody from the others. Nothing is
+/// said of it in the device's health.
+///
+/// # Errors
+/// The device's, but for lasting ones.
+pub(crate) async fn scan_extents_readable(
+    io: &Io,
+    records: &Records,
+    g: &Geometry,
+) -> Result<Vec<View<ExtentRecord>>> {
+    let io = &io.giving_up();
+    let is_lasting = |error: &StoreError| error.kind == StoreErrorKind::Device;
+    let count = u64::from(g.extent_count);
+    let mut views: Vec<View<ExtentRecord>> = Vec::with_capacity(count as usize);
+    let mut unreadable = 0;
+    while (views.len() as u64) < count {
+        let next = views.len() as u64;
+        let slot = |number| Slot { first: Gba(g.extent_start + number), paired: false };
+        let blocks = CATALOGUE_BLOCKS.min(count - next);
+        match records.read_run(io, slot(next), blocks).await {
+            Err(error) if is_lasting(&error) => {}
+            run => {
+                views.extend(run?);
+                continue;
+            }
+        }
+        for number in next..next + blocks {
+            let slot = slot(number);
+            if unreadable == UNREADABLE_MAX {
+                views.push(View::unreadable(slot));
+                continue;
+            }
+            let mut view = records.read(io, slot).await;
+            if view.as_ref().is_err_and(is_lasting) {
+                // The third time, with that of the run.
+                view = records.read(io, slot).await;
+            }
+            views.push(match view {
+                Err(error) if is_lasting(&error) => {
+                    tracing::warn!(extent = number, %error, "the record of an extent cannot be read");
+                    unreadable += 1;
+                    View::unreadable(slot)
+                }
+                view => view?,
+            });
+        }
     }
     Ok(views)
 }

@@ -35,7 +35,10 @@ impl Store {
     async fn roll_back_now(&self, uuid: Uuid, lost: LostLog) -> Result<Lsn> {
         let core = &self.core;
         core.writer()?;
-        let found = self.find_vdi(&uuid.to_string()).await?;
+        let mut found = self.find_vdi(&uuid.to_string()).await?;
+        if self.raise(found.place).await? {
+            found = self.find_vdi(&uuid.to_string()).await?;
+        }
         let head = &found.head;
         let as_judged =
             head.owner.is_some_and(|owner| owner.host == lost.host) && head.log_id == lost.log_id;

@@ -12,7 +12,7 @@ use crate::format::superblock::Superblock;
 use crate::format::vdi::VdiHead;
 use crate::io::Io;
 use crate::slot::{Content, Slot, View};
-use crate::store::open::scan_extents;
+use crate::store::open::{UNREADABLE_MAX, scan_extents};
 use crate::store::{SCAN_SLOTS, Store, hosts, vdi_slot};
 use crate::types::{BLOCK_SIZE, Gba};
 use bytes::Bytes;
@@ -57,8 +57,6 @@ impl TableProblem {
 const ANOTHER_VERSION: &str =
     "use the version of Ballast that wrote it, and check again; this one leaves it alone";
 const DEVICE_ADVICE: &str = "the device reports an error there: look into its own log, and copy the store's disks out in time";
-/// Records of extents that the device does not give, after which the others are not asked for.
-const UNREADABLE_MAX: u32 = 64;
 const HOST_ADVICE: &str = "nothing is lost with it: its host takes another place in the table when its agent starts. Make \
      sure that no agent runs there before the store is repaired";
 const EXTENT_ADVICE: &str = "disks are read from the extent as before, but nothing in it is given out or freed any more: \
@@ -394,6 +392,51 @@ impl Store {
         self.bitmap(&self.control_io, kind, extent).await
     }
 
+    /// An extent's BMap, page by page; a page that the device lastingly does not read is damaged.
+    ///
+    /// # Errors
+    /// The device's, but for lasting ones.
+    pub(super) async fn bmap_readable(
+        &self,
+        extent: u32,
+    ) -> Result<Vec<Result<BitmapPage, Damage>>> {
+        let io = &self.control_io.giving_up();
+        let is_lasting = |error: &StoreError| error.kind == StoreErrorKind::Device;
+        match self.bitmap(io, BitmapKind::Allocation, extent).await {
+            Err(error) if is_lasting(&error) => {}
+            pages => return pages,
+        }
+        let mut pages = Vec::new();
+        for page in 0..self.core.geometry().bmap_pages() {
+            let content = self.bitmap_page(io, BitmapKind::Allocation, extent, page).await;
+            pages.push(match content {
+                Err(error) if is_lasting(&error) => Err(Damage::Unreadable),
+                content => content?,
+            });
+        }
+        Ok(pages)
+    }
+
+    async fn bitmap_page(
+        &self,
+        io: &Io,
+        kind: BitmapKind,
+        extent: u32,
+        page: u32,
+    ) -> Result<Result<BitmapPage, Damage>> {
+        let address = self.bitmap_address(kind, extent, page);
+        let block = io.read(address, 1).await?;
+        Ok(BitmapPage::decode(&block, kind, self.uuid(), address))
+    }
+
+    fn bitmap_address(&self, kind: BitmapKind, extent: u32, page: u32) -> Gba {
+        let g = self.core.geometry();
+        match kind {
+            BitmapKind::Allocation => g.bmap_page(extent, page),
+            BitmapKind::Reclaim => g.reclaim_page(extent, page),
+        }
+    }
+
     async fn bitmap(
         &self,
         io: &Io,
@@ -401,20 +444,15 @@ impl Store {
         extent: u32,
     ) -> Result<Vec<Result<BitmapPage, Damage>>> {
         let g = self.core.geometry();
-        let address = |page| match kind {
-            BitmapKind::Allocation => g.bmap_page(extent, page),
-            BitmapKind::Reclaim => g.reclaim_page(extent, page),
-        };
-        let decode =
-            |block: &[u8], page| BitmapPage::decode(block, kind, self.uuid(), address(page));
-        let bytes = io.read(address(0), u64::from(g.bmap_pages())).await?;
+        let first = self.bitmap_address(kind, extent, 0);
+        let bytes = io.read(first, u64::from(g.bmap_pages())).await?;
         let mut pages = Vec::new();
         for (block, page) in bytes.chunks_exact(BLOCK_SIZE).zip(0..) {
-            let mut content = decode(block, page);
+            let address = self.bitmap_address(kind, extent, page);
+            let mut content = BitmapPage::decode(block, kind, self.uuid(), address);
             if content.is_err() {
                 // Being written at this moment, or a fault on the way: look again.
-                let block = io.read(address(page), 1).await?;
-                content = decode(&block, page);
+                content = self.bitmap_page(io, kind, extent, page).await?;
             }
             pages.push(content);
         }

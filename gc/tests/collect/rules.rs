@@ -4,7 +4,7 @@ use crate::world::{World, cycle, head_of, open, read, stamp, with_snapshot, writ
 use blockstore::device::sim::{Fault, OpKind, Reach};
 use blockstore::format::vdi::{VdiHead, VdiState};
 use blockstore::types::{Gba, Lba, Lsn};
-use blockstore::{Batch, Change, Committed, Reclaimed, Result, StoreErrorKind, Vdi, WhenOffline};
+use blockstore::{Batch, Change, Committed, Result, StoreErrorKind, Swept, Vdi, WhenOffline};
 use gc::{CheckOptions, CollectOptions, Progress, check, collect};
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,8 +52,8 @@ async fn what_was_allocated_meanwhile_is_not_collected() {
     // As if marking had found nothing but the disk's name: all else was touched, also what the second commit freed.
     let name_block = head_of(&world.store, vdi.uuid()).await.meta.gba;
     let sweep = cycle.sweep(0..u32::MAX, only(name_block), Duration::from_secs(60));
-    let reclaimed = sweep.await.expect("sweep");
-    assert_eq!(reclaimed, Reclaimed::default());
+    let swept = sweep.await.expect("sweep");
+    assert_eq!(swept, Swept::default());
     let disk = world.disks.get_mut(&name).expect("disk");
     disk.content = (0..3000).map(|lba| (lba, 2)).collect();
     world.verify("touched").await;

@@ -1,11 +1,13 @@
-//! Bad sectors under bitmaps and extents' records: whoever meets one, nothing waits for it while there is room elsewhere, and
+//! Bad sectors under bitmaps, extents' records and heads: whoever meets one, nothing waits for it while there is room elsewhere, and
 //! nothing in use is hurt.
 
-use crate::world::{MIB, World, cycle, settle, unmap, with_snapshot, write};
+use crate::world::{MIB, World, cycle, head_of, open, read, settle, unmap, with_snapshot, write};
 use blockstore::device::sim::{OpKind, SimDevice};
 use blockstore::format::extent::ExtentType;
+use blockstore::format::vdi::VdiHead;
+use blockstore::slot::View;
 use blockstore::types::{Gba, Lba, Lsn};
-use blockstore::{Batch, Change, Unmapped};
+use blockstore::{AttachOptions, Batch, Change, StoreErrorKind, Unmapped};
 use std::time::Duration;
 
 /// What fails where.
@@ -15,8 +17,10 @@ enum Sector {
     BitmapReads,
     Bitmap,
     RecordWrites,
+    RecordReads,
 }
 
+/// What keeps an extent from being unmapped.
 const SECTORS: [Sector; 4] =
     [Sector::BitmapWrites, Sector::BitmapReads, Sector::Bitmap, Sector::RecordWrites];
 
@@ -29,6 +33,7 @@ fn set_bad(world: &World, extent: u32, sector: Sector) {
         Sector::BitmapReads => bad(g.bmap_page(extent, 0), &[OpKind::Read]),
         Sector::Bitmap => bad(g.bmap_page(extent, 0), &[OpKind::Read, OpKind::Write]),
         Sector::RecordWrites => bad(g.extent_slot(extent), &[OpKind::CompareAndWrite]),
+        Sector::RecordReads => bad(g.extent_slot(extent), &[OpKind::Read]),
     }
 }
 
@@ -121,7 +126,7 @@ async fn a_pass_leaves_out_a_bad_extent_and_holds_nobody_up() {
 /// Commits that claim, what they free, a cycle that frees, and a close: each meets the sector first, and passes over it.
 #[tokio::test(start_paused = true)]
 async fn a_bad_extent_holds_nothing_up_whoever_meets_it_first() {
-    for (seed, sector) in (0..).zip(SECTORS) {
+    for (seed, sector) in (0..).zip(SECTORS.into_iter().chain([Sector::RecordReads])) {
         for bad_index in [0, 3, usize::MAX] {
             let (mut world, name, data) = with_free_space(seed).await;
             let bad = data[bad_index.min(data.len() - 1)];
@@ -138,9 +143,10 @@ async fn a_bad_extent_holds_nothing_up_whoever_meets_it_first() {
             overwrite(&mut world, &name, 8, 0..4000).await;
             let store = world.store.clone();
             store.delete_snapshots(&name, vec![Lsn(7)]).await.expect("delete");
-            // With an error, perhaps: it names the extent.
-            let outcome = soon(&when, cycle(&store)).await;
-            drop(outcome);
+            let collected = soon(&when, cycle(&store)).await.expect(&when);
+            if let Some(words) = collected.last_left_out {
+                assert!(words.contains(&format!("extent {bad}:")), "{when}: {words}");
+            }
             soon(&when, settle()).await;
             overwrite(&mut world, &name, 9, 0..1000).await;
             drop(store);
@@ -181,15 +187,13 @@ async fn cycle_past(bitmap: usize, kind: OpKind) {
     let when = format!("{kind:?} of bitmap {bitmap} of extent {bad}");
     let before = world.verify(&when).await.blocks_leaked;
     world.sim.set_bad(bitmaps[bitmap].byte_offset(), 4096, &[kind]);
-    let outcome = soon(&when, cycle(&world.store)).await;
-    if kind == OpKind::Write {
-        let collected = outcome.expect("a cycle");
-        assert!(collected.reclaimed.data > 2000, "{when}: {collected:?}");
-    } else {
-        // It names the sector.
-        let error = outcome.expect_err(&when).to_string();
-        assert!(error.contains("media error"), "{when}: {error}");
-    }
+    let collected = soon(&when, cycle(&world.store)).await.expect(&when);
+    assert!(collected.reclaimed.data > 2000, "{when}: {collected:?}");
+    // It names the extent and the sector.
+    assert_eq!(collected.extents_left_out, 1, "{when}");
+    let words = collected.last_left_out.expect("words");
+    assert!(words.contains(&format!("extent {bad}:")) && words.contains("media error"), "{words}");
+    world.store.space().await.expect("how much is free elsewhere");
     let health = world.store.health();
     assert!(health.reachable && health.last_error.is_none(), "{when}: {health:?}");
     world.sim.set_bad(bitmaps[bitmap].byte_offset(), 4096, &[]);
@@ -215,6 +219,126 @@ async fn a_cycle_leaves_out_an_extent_whose_reclaim_bitmap_cannot_be_written() {
 async fn a_cycle_leaves_out_an_extent_whose_bitmaps_cannot_be_read() {
     cycle_past(1, OpKind::Read).await;
     cycle_past(0, OpKind::Read).await;
+}
+
+/// The record of an extent of data, of one of metadata, and of one that is unused, that the device does not read: cycles collect elsewhere, it
+/// is known how much is free, the store opens, its disks go on. Nothing of the extent is given out or freed; once it can be read,
+/// cycles of the same agent have what is garbage there.
+#[tokio::test(start_paused = true)]
+async fn a_record_that_cannot_be_read_keeps_the_store_from_nothing() {
+    for (seed, kind) in (30..).zip([ExtentType::Data, ExtentType::Metadata, ExtentType::Unused]) {
+        let (mut world, data, _) = with_garbage(seed).await;
+        let name = world.disks.keys().next().expect("a disk").clone();
+        let extents = world.store.scan_extents().await.expect("the catalogue");
+        let bad = match kind {
+            ExtentType::Data => data,
+            // The first has the disk's own nodes.
+            ExtentType::Metadata => (0..)
+                .zip(&extents)
+                .find(|(_, view)| view.record().is_some_and(|r| r.kind == ExtentType::Metadata))
+                .map_or(0, |(number, _)| number),
+            _ => extents.len() as u32 - 1,
+        };
+        let found = extents[bad as usize].record().map_or(ExtentType::Unused, |r| r.kind);
+        assert_eq!(found, kind, "extent {bad}");
+        let when = format!("{kind:?}, extent {bad}");
+        set_bad(&world, bad, Sector::RecordReads);
+
+        let collected = soon(&when, cycle(&world.store)).await.expect(&when);
+        assert!(collected.reclaimed.data > 2000, "{when}: {collected:?}");
+        let words = collected.last_left_out.expect("words");
+        assert!(words.contains(&format!("extent {bad}:")), "{when}: {words}");
+        assert_eq!(collected.extents_left_out, 1, "{when}");
+        pass(&world).await;
+        let free = world.store.space().await.expect("how much is free").free;
+        assert!(free > 2000, "{when}: {free}");
+        let problems = world.store.info().await.expect("what there is").problems;
+        assert!(
+            problems.len() == 1 && problems[0].contains(&format!("extent {bad} ")),
+            "{problems:?}"
+        );
+
+        for (lsn, orderly) in [(5, true), (6, false)] {
+            soon(&when, world.reopen(orderly)).await;
+            overwrite(&mut world, &name, lsn, 500 * lsn..500 * lsn + 1000).await;
+            soon(&when, cycle(&world.store)).await.expect(&when);
+        }
+        let health = world.store.health();
+        assert!(health.reachable && health.last_error.is_none(), "{when}: {health:?}");
+        let head = head_of(&world.store, world.disks[&name].vdi.uuid()).await;
+        assert_eq!(read(&world.store, &head).await, world.disks[&name].content, "{when}");
+
+        heal(&world, bad);
+        world.verify(&when).await;
+        for lsn in [7, 8] {
+            cycle(&world.store).await.expect(&when);
+            overwrite(&mut world, &name, lsn, 0..2500).await;
+        }
+        for _ in 0..2 {
+            cycle(&world.store).await.expect(&when);
+        }
+        settle().await;
+        let report = world.verify(&when).await;
+        let (of_data, of_metadata) = world.store.pooled();
+        assert_eq!(report.blocks_leaked, of_data + of_metadata, "{when}: blocks are lost");
+    }
+}
+
+/// A head of this host's that the device does not write: the store opens, the other disks go on, and nothing holds the registry. Its disk is
+/// not attached, and no cycle begins, until somebody could raise it (rule C2).
+#[tokio::test(start_paused = true)]
+async fn a_head_that_is_not_written_keeps_its_own_disk_from_the_store() {
+    for (seed, collects_first) in [(40, true), (41, false)] {
+        let mut world = World::on(SimDevice::new(48 * MIB, seed), seed, false).await;
+        let (bad, good) = (world.create().await, world.create().await);
+        for name in [&bad, &good] {
+            overwrite(&mut world, name, 1, 0..300).await;
+        }
+        let uuid = world.disks[&bad].vdi.uuid();
+        let registry = world.store.scan_vdis().await.expect("the registry");
+        let is_bad = |view: &&View<VdiHead>| view.record().is_some_and(|head| head.uuid == uuid);
+        let head = registry.iter().map(|(_, view)| view).find(is_bad).expect("a head").slot.first;
+        let generation = head_of(&world.store, uuid).await.owner.expect("an owner").generation;
+        world.sim.set_bad(head.byte_offset(), 4096, &[OpKind::CompareAndWrite]);
+        world.sim.kill_host();
+        world.sim = world.sim.connect();
+        world.store = soon("the opening", open(&world.sim)).await;
+        assert!(world.store.is_unraised(uuid));
+        let other = soon("an attach", World::attach(&world.store, &good)).await;
+        assert!(!world.store.is_unraised(other.uuid()));
+        world.disks.get_mut(&good).expect("disk").vdi = other;
+        overwrite(&mut world, &good, 2, 0..600).await;
+
+        let epoch = world.store.gc_record().await.expect("the record").epoch;
+        for _ in 0..2 {
+            let attach = world.store.attach(uuid, AttachOptions { log_id: uuid });
+            let error = soon("an attach", attach).await.expect_err("no head");
+            assert_eq!(error.kind, StoreErrorKind::Unreachable, "{error}");
+            assert!(error.to_string().contains("media error"), "{error}");
+            let error = soon("a cycle", cycle(&world.store)).await.expect_err("no cycle");
+            assert!(error.to_string().contains("nothing is collected"), "{error}");
+        }
+        assert_eq!(
+            world.store.gc_record().await.expect("the record").epoch,
+            epoch,
+            "a cycle began"
+        );
+        soon("a new disk", world.create()).await;
+        let health = world.store.health();
+        assert!(health.reachable && health.last_error.is_none(), "{health:?}");
+
+        world.sim.set_bad(head.byte_offset(), 4096, &[]);
+        if collects_first {
+            cycle(&world.store).await.expect("cycle");
+            let raised = head_of(&world.store, uuid).await.owner.expect("an owner").generation;
+            assert!(raised > generation && !world.store.is_unraised(uuid));
+        }
+        world.disks.get_mut(&bad).expect("disk").vdi = World::attach(&world.store, &bad).await;
+        assert!(!world.store.is_unraised(uuid));
+        overwrite(&mut world, &bad, 2, 100..400).await;
+        cycle(&world.store).await.expect("cycle");
+        world.verify("raised").await;
+    }
 }
 
 /// A device that takes no writes at all for a while is waited for, as ever: its sectors are not bad.

@@ -23,7 +23,8 @@ impl Store {
     /// Attaches a disk to this host, or resumes this host's attachment with the same log.
     ///
     /// # Errors
-    /// `NotFound`; `InUse` if another host or another log has it; `Damaged`; the device's.
+    /// `NotFound`; `InUse` if another host or another log has it; `Damaged`; `Unreachable` while [`is_unraised`](Self::is_unraised);
+    /// the device's.
     pub async fn attach(self: &Arc<Self>, uuid: Uuid, options: AttachOptions) -> Result<Arc<Vdi>> {
         self.change(move |store| async move { store.attach_now(uuid, &options, false).await }).await
     }
@@ -49,7 +50,10 @@ impl Store {
             let problem = "a log needs an identity";
             return Err(StoreError::new(StoreErrorKind::Invalid, format!("VDI {uuid}"), problem));
         }
-        let found = self.find_vdi(&uuid.to_string()).await?;
+        let mut found = self.find_vdi(&uuid.to_string()).await?;
+        if self.raise(found.place).await? {
+            found = self.find_vdi(&uuid.to_string()).await?;
+        }
         self.check_attachable(&found, writer.host, options).await?;
         let head = &found.head;
         if resumes {

@@ -193,7 +193,7 @@ impl World {
         let (end, elapsed) = runtime.block_on(async {
             let began = tokio::time::Instant::now();
             self.trace.begin_life();
-            let end = host::live(self, last).await;
+            let end = Box::pin(host::live(self, last)).await;
             self.trace.end_life();
             (end, began.elapsed())
         });

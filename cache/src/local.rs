@@ -212,7 +212,8 @@ impl Local {
         next.membership =
             next.membership.without(gone).ok_or_else(|| self.no_leg_left(why.to_string()))?;
         self.note_lost(gone, why);
-        self.store_superblock(&mut superblock, next).await
+        // Every write may end here, and hardly any does: what it takes is not carried along by each.
+        Box::pin(self.store_superblock(&mut superblock, next)).await
     }
 
     /// Legs are being put out: why.

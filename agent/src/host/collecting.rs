@@ -10,7 +10,7 @@ use crate::api::gc::{GcEnded, GcPhase, GcRunning, GcStatus, UnmapStatus};
 use crate::error::{Failure, Kind, Result};
 use crate::units::format_size;
 use blockstore::types::BLOCK_SIZE;
-use blockstore::{Space, Store, UnmapOptions};
+use blockstore::{Health, Space, Store, UnmapOptions};
 use gc::schedule::{Schedule, Situation};
 use gc::{CollectOptions, Collected, Progress, collect};
 use parking_lot::Mutex;
@@ -49,6 +49,13 @@ struct State {
     /// A cycle has ended since.
     unmap_due: bool,
     watermarks: Watermarks,
+}
+
+/// What begins by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Next {
+    unmapping: bool,
+    cycle: bool,
 }
 
 #[derive(Debug)]
@@ -273,11 +280,17 @@ impl Collecting {
         })
     }
 
+    /// What begins now. Unmapping goes first, since it alone gives a thin device space again: cycles that follow each other
+    /// while somebody waits for that would never let it begin.
+    fn next(&self, schedule: &Schedule, unmaps: bool, health: &Health, now: Instant) -> Next {
+        let unmapping = unmaps && self.begins_unmapping(now);
+        Next { unmapping, cycle: self.is_due(schedule, health, now) }
+    }
+
     /// True, and a pass is under way from then on, if the device is to be told of free blocks now. Not beside a cycle: it would leave
     /// out extents that the pass takes up.
-    fn begins_unmapping(&self) -> bool {
+    fn begins_unmapping(&self, now: Instant) -> bool {
         let mut state = self.state.lock();
-        let now = Instant::now();
         let since = now - *state.unmapped.get_or_insert(now);
         if state.unmapping || state.running.is_some() || !(state.unmap_due || since >= UNMAP_EVERY)
         {
@@ -287,12 +300,15 @@ impl Collecting {
         true
     }
 
-    fn is_due(&self, schedule: &Schedule, waiting: bool) -> bool {
+    fn is_due(&self, schedule: &Schedule, health: &Health, now: Instant) -> bool {
         let state = self.state.lock();
+        // What a pass finds may do for those who wait for the device, and a cycle would take extents out of its way.
+        let of_device = health.waiting_for_device_space > 0 && !state.unmapping;
+        let waiting = health.waiting_for_space > 0 || of_device;
         // A store that was not looked at yet is not known to be low.
         let space = state.space.map_or(Space { blocks: 1, free: 1 }, |(_, space)| space);
         let situation = Situation {
-            since_last: state.began.map(|began| began.elapsed()),
+            since_last: state.began.map(|began| now.saturating_duration_since(began)),
             reclaimed: state.fruit,
             blocks: space.blocks,
             free: space.free,
@@ -320,11 +336,13 @@ pub(super) async fn by_itself(host: Weak<Host>) {
         {
             host.note_space(space);
         }
-        if collecting.is_due(&host.parts.config.gc, health.lacks_space()) {
-            host.begin_cycle(Arc::clone(&store));
+        let config = &host.parts.config;
+        let next = collecting.next(&config.gc, config.gc_unmap, &health, Instant::now());
+        if next.unmapping {
+            host.begin_unmapping(Arc::clone(&store));
         }
-        if host.parts.config.gc_unmap && collecting.begins_unmapping() {
-            host.begin_unmapping(store);
+        if next.cycle {
+            host.begin_cycle(store);
         }
     }
 }
@@ -335,4 +353,35 @@ fn bytes(blocks: u64) -> u64 {
 
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Cycles follow each other closely while somebody waits for space on the device; what gives it space comes between them.
+    #[test]
+    fn unmapping_comes_between_the_cycles_that_a_full_device_calls_for() {
+        let collecting = Collecting::default();
+        let schedule = Schedule { free_below: 20, every: None };
+        let full = Health { waiting_for_device_space: 1, ..Health::default() };
+        let mut now = Instant::now();
+        let next = |now| collecting.next(&schedule, true, &full, now);
+        assert_eq!(next(now), Next { unmapping: false, cycle: true });
+        for _ in 0..3 {
+            let running =
+                Running { id: 1, since_ms: 0, began: now, progress: Arc::new(Progress::default()) };
+            {
+                let mut state = collecting.state.lock();
+                (state.began, state.running) = (Some(now), Some(running));
+            }
+            now += Duration::from_secs(600);
+            assert_eq!(next(now), Next { unmapping: false, cycle: false }, "one is under way");
+            collecting.end(Err("it took long".into()));
+            assert_eq!(next(now), Next { unmapping: true, cycle: false });
+            assert_eq!(next(now), Next { unmapping: false, cycle: false }, "the pass is under way");
+            collecting.state.lock().unmapping = false;
+            assert_eq!(next(now), Next { unmapping: false, cycle: true });
+        }
+    }
 }

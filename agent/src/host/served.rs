@@ -20,7 +20,9 @@ use crate::error::{Failure, Kind, Result};
 use crate::names::socket_path;
 use ballast_vhost::{DiskServer, Listening, NotServed, ServerOptions, Stats};
 use blockstore::types::Lsn;
-use blockstore::{AttachOptions, Policy, PolicyChange, SnapshotLabel, Vdi};
+use blockstore::{
+    AttachOptions, Policy, PolicyChange, SnapshotLabel, StoreError, StoreErrorKind, Vdi,
+};
 use cache::disk::AttachedDisk;
 use cache::{CacheError, SnapshotTaken, VdiIdentity};
 use parking_lot::Mutex;
@@ -282,7 +284,10 @@ impl Served {
                 return;
             }
             let Err(failure) = self.join_now(parts, &mut handle).await else { return };
-            if failure.kind != Kind::Unavailable {
+            // Where the device does not give or take the disk's head, what the store says of it is not known.
+            let is_unraised =
+                || parts.store.opened().is_some_and(|store| store.is_unraised(self.uuid));
+            if failure.kind != Kind::Unavailable && !is_unraised() {
                 tracing::error!(vdi = %self.name, "no longer served: {failure}");
                 if let Err(error) = self.stop_server(parts).await {
                     tracing::warn!(vdi = %self.name, "its server did not stop in good order: {error}");
@@ -297,7 +302,8 @@ impl Served {
 
     /// Compares the log with what the store says, before anything is written there; then attaches and joins.
     async fn join_now(&self, parts: &Parts, handle: &mut Option<Arc<Vdi>>) -> Result<()> {
-        let found = parts.store.get()?.lookup_vdi(&self.uuid.to_string()).await?;
+        let found = parts.store.get()?.lookup_vdi(&self.uuid.to_string()).await;
+        let found = found.map_err(no_word_on_the_log)?;
         parts.cache.verify(self.uuid, found.committed_lsn).await?;
         let log_id = parts.cache.reserve(&self.identity(self.view().size)).await?;
         let vdi = self.attach_in_store(parts, log_id, false).await?;
@@ -330,7 +336,7 @@ impl Served {
             };
             let failure = match attached {
                 Ok(vdi) => return Ok(vdi),
-                Err(error) => Failure::from(error),
+                Err(error) => no_word_on_the_log(error),
             };
             if !(patient && failure.kind == Kind::Unavailable) {
                 return Err(failure);
@@ -622,6 +628,14 @@ pub(super) fn server_options(
         serial,
         read_only: false,
         poll_us: config.poll_us,
+    }
+}
+
+/// A block of the store that its device does not read says nothing against the log: to its disk that is an outage.
+fn no_word_on_the_log(error: StoreError) -> Failure {
+    match error.kind {
+        StoreErrorKind::Device => Failure::new(Kind::Unavailable, error.to_string()),
+        _ => error.into(),
     }
 }
 

@@ -13,7 +13,7 @@ use super::{Core, Store, Writer};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::vdi::{Owner, VdiHead, VdiState};
 use crate::io::Io;
-use crate::slot::View;
+use crate::slot::{Content, View};
 use crate::store::open::take_up_vdi;
 use std::collections::BTreeMap;
 use uuid::Uuid;
@@ -91,6 +91,11 @@ impl Store {
     async fn raise_now(&self, writer: &Writer, place: u32) -> Result<()> {
         let owner = Owner { host: writer.host, generation: writer.generation };
         let view = self.read_vdi_slot(place).await?;
+        if let Content::Damaged(damage) = &view.content {
+            // Nothing would be written over it: the one that is there when it can be read again is still to be raised.
+            let object = format!("{}, VDI slot {place}", self.url());
+            return Err(StoreError::new(StoreErrorKind::Device, object, damage.to_string()));
+        }
         take_up_vdi(&self.core, &self.core.io.giving_up(), owner, place, view).await
     }
 

@@ -326,6 +326,11 @@ async fn a_head_that_is_not_written_keeps_its_own_disk_from_the_store() {
         soon("a new disk", world.create()).await;
         let health = world.store.health();
         assert!(health.reachable && health.last_error.is_none(), "{health:?}");
+        // Read wrongly, it is not raised either: what is there may come to light again.
+        world.sim.corrupt(head.byte_offset() + 64, 1);
+        soon("a cycle", cycle(&world.store)).await.expect_err("no cycle");
+        world.sim.corrupt(head.byte_offset() + 64, 1);
+        assert!(world.store.is_unraised(uuid));
 
         world.sim.set_bad(head.byte_offset(), 4096, &[]);
         if collects_first {

@@ -51,10 +51,10 @@ impl Pages {
         }
         self.trim();
         let is_refused = bad.has_refusals() && self.bad.are_all();
-        // What was not asked anew would be said again.
+        // What was not asked anew would be said again, and says more than a bad page.
         let full = said.filter(|_| self.is_thin_full);
         let full = full.map(|said| StoreError::new(StoreErrorKind::NoSpace, io.url(), said));
-        Ok(Claimed { runs, is_refused, refusal: bad.into_refusal().or(full) })
+        Ok(Claimed { runs, is_refused, refusal: full.or(bad.into_refusal()) })
     }
 
     async fn claim_all(

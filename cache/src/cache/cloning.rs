@@ -109,16 +109,15 @@ impl Cache {
         Ok(())
     }
 
-    /// Frees a slot whose writing failed. That may have torn its copy: what comes next must go there again, not to the good one.
-    /// Returns what the slot is now, and whether it is free.
+    /// Frees a slot whose writing failed. That may have torn its copy: what comes next must go there again, not to the good one, and
+    /// under the same sequence, since a first one that is torn means nothing. Returns what the slot is now, and whether it is free.
     async fn undo(&self, failed: VdiSlot) -> (VdiSlot, bool) {
-        let again = VdiSlot { sequence: failed.sequence + 1, ..failed };
-        let free = again.next(None);
+        let free = VdiSlot { vdi: None, quarantined: None, ..failed.clone() };
         match self.ground.local.write_slot(&free).await {
             Ok(()) => (free, true),
             Err(undoing) => {
                 tracing::error!(slot = free.slot, %undoing, "a slot cannot be freed again");
-                (VdiSlot { sequence: free.sequence + 1, ..again }, false)
+                (VdiSlot { sequence: failed.sequence - 1, ..failed }, false)
             }
         }
     }

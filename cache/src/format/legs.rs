@@ -151,12 +151,13 @@ impl Membership {
     }
 
     /// True if a leg whose word this is may have gone on without the legs of `others`, alone or with one that it got since: no leg is
-    /// a member of both, and `others` does not know this set as an attempt that failed. What it holds may then be nowhere else.
+    /// a member of both, and `others` does not know this set as an attempt that failed. What it holds may then be nowhere else. If not
+    /// both copies of its superblock `are_whole`, the one that is gone may have named a later set than this one, which was acted on.
     #[must_use]
-    pub fn is_split_from(&self, others: &Self) -> bool {
+    pub fn is_split_from(&self, others: &Self, are_whole: bool) -> bool {
         let shares = self.member_legs().any(|leg| others.member_legs().any(|other| other == leg));
         let is_void = others.voided.iter().any(|v| v.id == self.id && self.events <= v.events);
-        self.legs.len() > 1 && !shares && !is_void
+        self.legs.len() > 1 && !shares && !(is_void && are_whole)
     }
 
     /// Both say that the same legs hold everything.

@@ -5,7 +5,7 @@
 //! | two caches, or one leg twice (a clone) | refused |
 //! | equal event counts, one id | both are members |
 //! | equal event counts, two ids | each went on without the other: refused, the operator says which one counts |
-//! | unequal event counts, no leg a member of both sets, and the lower one not known to the other as a change that failed | the same |
+//! | unequal event counts, no leg a member of both sets, and the lower one, in two whole copies, not known to the other as a change that failed | the same |
 //! | unequal event counts else | the higher is the cache; the other was left behind and is no member |
 //! | a member is not there | the one that is there may be the one left behind: only on the operator's word |
 
@@ -29,8 +29,11 @@ pub(super) struct Choice {
     pub missing: LegSet,
 }
 
-/// Decides on what was found: at least one superblock, at most two.
-pub(super) fn choose(found: &[(PathBuf, Superblock)]) -> Result<Choice, CacheError> {
+/// Decides on what was found: at least one superblock, at most two; `are_whole` says of each, by place, whether both of its copies are.
+pub(super) fn choose(
+    found: &[(PathBuf, Superblock)],
+    are_whole: impl Fn(usize) -> bool,
+) -> Result<Choice, CacheError> {
     let [(path, a), others @ ..] = found else {
         return Err(CacheError::Missing { path: PathBuf::new() });
     };
@@ -45,8 +48,8 @@ pub(super) fn choose(found: &[(PathBuf, Superblock)]) -> Result<Choice, CacheErr
     let (of_a, of_b) = (&a.membership, &b.membership);
     let is_split = match of_a.events.cmp(&of_b.events) {
         Ordering::Equal => of_a.id != of_b.id,
-        Ordering::Less => of_a.is_split_from(of_b),
-        Ordering::Greater => of_b.is_split_from(of_a),
+        Ordering::Less => of_a.is_split_from(of_b, are_whole(0)),
+        Ordering::Greater => of_b.is_split_from(of_a, are_whole(1)),
     };
     if is_split && !(of_a.events != of_b.events && sabotage::on(Bug::UseStaleLeg)) {
         return Err(CacheError::SplitLegs { path, twin });
@@ -111,7 +114,7 @@ mod tests {
     fn decide(found: &[Superblock]) -> Result<Choice, CacheError> {
         let named: Vec<_> =
             found.iter().enumerate().map(|(n, s)| (format!("leg{n}").into(), s.clone())).collect();
-        choose(&named)
+        choose(&named, |_| true)
     }
 
     fn alone(superblock: &Superblock, number: u8) -> Superblock {

@@ -65,6 +65,8 @@ pub(super) struct FoundLeg {
     pub agrees: bool,
     /// The older copy is good, and names other members than the newer one.
     pub misleads: bool,
+    /// Both copies are good.
+    pub are_whole: bool,
 }
 
 impl Local {
@@ -128,7 +130,7 @@ impl Local {
         }
         let named: Vec<_> =
             found.iter().map(|leg| (leg.path.clone(), leg.superblock.clone())).collect();
-        let choice = choose(&named)?;
+        let choice = choose(&named, |at| found[at].are_whole)?;
         let (best_path, best) = &named[choice.best];
         let (given, known) = (found.len() + failed.len(), best.membership.legs.len());
         if given > known {
@@ -327,16 +329,16 @@ async fn read_leg(path: &Path, device: Device, is_alone: bool) -> Result<FoundLe
         other => other?,
     };
     let copies = [0, 1].map(|n| Superblock::decode(&bytes[n * BLOCK_SIZE..(n + 1) * BLOCK_SIZE]));
-    let (superblock, agrees, misleads) = match copies {
+    let (superblock, agrees, misleads, are_whole) = match copies {
         [Ok(a), Ok(b)] => {
             let agrees = a.membership == b.membership;
             let misleads = !a.membership.has_members_of(&b.membership);
-            (if a.sequence >= b.sequence { a } else { b }, agrees, misleads)
+            (if a.sequence >= b.sequence { a } else { b }, agrees, misleads, true)
         }
         [Ok(one), Err(error)] | [Err(error), Ok(one)] => {
             let why = unread.map_or_else(|| error.to_string(), |unread| unread.to_string());
             tracing::warn!(path = %path.display(), why, "one copy of the cache superblock is damaged; the other is used");
-            (one, false, false)
+            (one, false, false, false)
         }
         [Err(error), Err(_)] => {
             return Err(match unread {
@@ -348,7 +350,7 @@ async fn read_leg(path: &Path, device: Device, is_alone: bool) -> Result<FoundLe
             });
         }
     };
-    Ok(FoundLeg { path: path.into(), device, superblock, agrees, misleads })
+    Ok(FoundLeg { path: path.into(), device, superblock, agrees, misleads, are_whole })
 }
 
 /// Both copies of the superblock. Of one that cannot be read zeros, with the error: a bad sector under the one says nothing of

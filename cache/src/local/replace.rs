@@ -8,7 +8,7 @@
 
 use super::create::{mark_filling, may_be_filled};
 use super::joining::write_both_copies;
-use super::opening::{open_leg, refuse_same};
+use super::opening::{FoundLeg, open_leg, refuse_same};
 use super::{Local, Mode};
 use crate::error::CacheError;
 use crate::format::FormatError;
@@ -102,7 +102,7 @@ async fn open_blank(local: &Local, new: &Path) -> Result<Device, CacheError> {
     let size = local.geometry.size;
     if !may_be_filled(new)? {
         // A leg that was left behind may be overwritten; anything else may be someone's data.
-        let other = open_leg(new, true, false).await?.superblock;
+        let FoundLeg { superblock: other, are_whole, .. } = open_leg(new, true, false).await?;
         if other.cache != local.cache {
             let source = FormatError::Invalid {
                 what: "the new leg",
@@ -112,7 +112,7 @@ async fn open_blank(local: &Local, new: &Path) -> Result<Device, CacheError> {
         }
         let own = local.superblock().await.membership;
         let is_behind = other.membership.events < own.events;
-        if !is_behind || other.membership.is_split_from(&own) {
+        if !is_behind || other.membership.is_split_from(&own, are_whole) {
             // It was served after the other, or beside it: what it holds may be nowhere else.
             let why = format!(
                 "it went on without {} at some time, or is from before that one's last twin, and may hold writes that are nowhere else; if they are to be given up, wipe its \

@@ -14,6 +14,7 @@ use blockstore::buf::AlignedBuf;
 use blockstore::device::{DeviceError, DeviceErrorKind};
 use blockstore::types::BLOCK_SIZE;
 use std::time::Duration;
+use tokio::time::Instant;
 
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,8 @@ mod tests;
 const ASKED_AGAIN: u32 = 4;
 /// What is waited before the first time; each further time twice as long.
 const ASKED_AGAIN_AFTER: Duration = Duration::from_millis(100);
+/// A leg that takes longer than this to refuse is not asked again: everybody waits meanwhile.
+const ASKED_WITHIN: Duration = Duration::from_secs(2);
 
 /// The device's name for a write, in its errors.
 const WRITE: &str = "write";
@@ -63,7 +66,14 @@ impl Local {
         if !self.attempted.lock().is_unnoted {
             return Ok(());
         }
-        Box::pin(self.rewrite_superblock(|_| ())).await.map_err(|error| match error {
+        let mut superblock = self.superblock.lock().await;
+        // Another disk may have done it meanwhile.
+        if !self.attempted.lock().is_unnoted {
+            return Ok(());
+        }
+        let next = superblock.clone();
+        let stored = Box::pin(self.store_superblock(&mut superblock, next)).await;
+        stored.map_err(|error| match error {
             CacheError::Device(mut error) => {
                 error.message.push_str(
                     "; the cache is not used before its start is noted there: see to the device, or copy all of it to a sound one and \
@@ -93,6 +103,7 @@ impl Local {
         }
         let (mut copies, mut durable) = (0, superblock.sequence);
         let (mut asked_again, mut one_will_do) = (0, false);
+        let began = Instant::now();
         while copies < if is_doubtful && !one_will_do { 2 } else { 1 } {
             let results = self.write_superblock(&next).await;
             let may_pass = may_pass(&results, attempted.is_unnoted);
@@ -116,7 +127,7 @@ impl Local {
                 self.note_lost(failed, &error.to_string());
                 continue;
             }
-            if may_pass && asked_again < ASKED_AGAIN {
+            if may_pass && asked_again < ASKED_AGAIN && began.elapsed() < ASKED_WITHIN {
                 tokio::time::sleep(ASKED_AGAIN_AFTER * (1 << asked_again)).await;
                 asked_again += 1;
                 next.sequence += 2;

@@ -102,6 +102,33 @@ async fn a_start_that_is_noted_late_is_not_taken_for_an_attempt() {
     assert!(matches!(both, Err(CacheError::SplitLegs { .. })), "{both:?}");
 }
 
+/// What was served under is in the other place, which rots: what is left is void to the first leg, and must not excuse the second.
+#[tokio::test(start_paused = true)]
+async fn an_attempt_in_a_place_that_takes_no_writes_excuses_no_leg() {
+    let mut tried = 0;
+    for place in PLACES {
+        let (local, sims) = pair().await;
+        for out in [0_u8, 1] {
+            sims[1 - usize::from(out)].inject(OpKind::Flush, 1, Fault::Io);
+            local.leg_silent(out, None).await;
+        }
+        drop(local);
+        let attempt = Superblock::decode(&sims[1].peek(place, BLOCK_SIZE)).unwrap().membership;
+        if attempt.members != LegSet::NONE.with(1) {
+            continue;
+        }
+        tried += 1;
+        sims[1].set_dropping(place, PLACE_LEN, &[OpKind::Write]);
+        let alone = open(&sims[1]).await.unwrap();
+        alone.note_members().await.unwrap();
+        drop(alone);
+        sims[1].misplace(PLACE_LEN - place, &[7; BLOCK_SIZE]);
+        let both = Local::on_devices(named(&[&sims[0], &sims[1]]), false).await;
+        assert!(matches!(both, Err(CacheError::SplitLegs { .. })), "{both:?}");
+    }
+    assert!(tried > 0);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_lone_leg_goes_on_with_one_place_that_takes_writes() {
     for place in PLACES {

@@ -11,6 +11,7 @@ mod chaos;
 mod clones;
 mod cold;
 mod collecting;
+mod crew;
 mod cuts;
 mod damage;
 mod device;
@@ -21,6 +22,7 @@ mod profile;
 mod reading;
 #[cfg(feature = "sabotage")]
 mod sabotage;
+mod serving;
 mod trace;
 mod witness;
 mod worker;
@@ -69,7 +71,7 @@ fn run_all(seeds: impl Iterator<Item = (u64, u64)> + Send) -> Vec<(u64, u64, Str
     let seeds = Mutex::new(seeds);
     let failed = Mutex::new(Vec::new());
     let (done, requests, lives, simulated, hash) = <_>::default();
-    let events: [AtomicU64; 7] = <_>::default();
+    let events: [AtomicU64; 8] = <_>::default();
     let add = |sum: &AtomicU64, n: u64| sum.fetch_add(n, Ordering::Relaxed);
     let began = Instant::now();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -95,6 +97,7 @@ fn run_all(seeds: impl Iterator<Item = (u64, u64)> + Send) -> Vec<(u64, u64, Str
                                 e.damaged,
                                 e.refused,
                                 e.without_legs,
+                                e.clones_served,
                             ];
                             events.iter().zip(counts).for_each(|(sum, n)| {
                                 add(sum, n);
@@ -125,11 +128,11 @@ fn run_all(seeds: impl Iterator<Item = (u64, u64)> + Send) -> Vec<(u64, u64, Str
         began.elapsed().as_secs_f64(),
         hash.into_inner()
     );
-    let [mirrored, one_legged, replaced, cold, damaged, refused, without_legs] =
+    let [mirrored, one_legged, replaced, cold, damaged, refused, without_legs, clones_served] =
         events.map(AtomicU64::into_inner);
     eprintln!(
         "{mirrored} seeds on two legs: {one_legged} lives on one of them, {replaced} replaced; {cold} starts without the \
-         store; {damaged} seeds with damage beyond repair, {refused} refused; {without_legs} disks left without any leg"
+         store; {damaged} seeds with damage beyond repair, {refused} refused; {without_legs} disks left without any leg; {clones_served} clones served"
     );
     failed.into_inner().expect("all threads are done")
 }

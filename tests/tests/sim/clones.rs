@@ -10,6 +10,7 @@ use blockstore::{Store, StoreErrorKind, WhenOffline};
 use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::SmallRng;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -107,6 +108,28 @@ impl Agent {
         if self.store().delete_vdi(&clone_name(number)).await.is_ok() {
             self.clones.lock()[number].fate = Fate::Gone;
         }
+    }
+}
+
+/// The store has no disk that nobody asked for, and none twice.
+pub async fn check_listed(
+    store: &Store,
+    clones: &Clones,
+    models: &[Arc<Mutex<Model>>],
+    store_harmed: bool,
+) {
+    let listed = match store.list_vdis().await {
+        Err(_) if store_harmed => return,
+        listed => listed.expect("the list of disks is read"),
+    };
+    let known = clones.lock();
+    let others = (0..known.len()).filter(|n| !matches!(known[*n].fate, Fate::Gone | Fate::Disk));
+    let disks = models.iter().map(|model| model.lock()).filter(|model| !model.is_none);
+    let mut names: BTreeSet<String> = disks.map(|model| model.name.clone()).collect();
+    names.extend(others.map(clone_name));
+    for info in listed {
+        let name = &info.name;
+        assert!(names.remove(name) || store_harmed, "{name} is twice in the store, or unasked for");
     }
 }
 

@@ -83,7 +83,12 @@ impl Agent {
             let log_id = reserved.expect("a log that is open is known");
             assert_eq!(log_id, record.log_id, "a disk keeps its log");
             let options = AttachOptions { log_id: Uuid::from_u128(log_id) };
-            match self.store().attach(uuid, options).await {
+            // A clone's log was served: it goes on only where it ended (rule L6).
+            let attached = match n < self.disks {
+                true => self.store().attach(uuid, options).await,
+                false => self.store().resume(uuid, options).await,
+            };
+            match attached {
                 Ok(vdi) => break vdi,
                 Err(error) => transient("attaching", &error, lenient).await?,
             }

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use blockstore::device::Device;
 use blockstore::device::sim::{FaultRates, Reach, SimDevice};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
-use blockstore::{AttachOptions, OpenOptions, Store, StoreErrorKind, Vdi};
+use blockstore::{AttachOptions, OpenOptions, SnapshotHolds, Store, StoreErrorKind, Vdi};
 use bytes::Bytes;
 use cache::backing::{Backing, BackingError, Batch};
 use cache::disk::AttachedDisk;
@@ -167,6 +167,8 @@ async fn bring_up_and_use(
         stop: Cell::new(false),
     });
     let agent = Agent::start(world).await?;
+    agent.check_provisional().await;
+    let _held = agent.hold_origins().await;
     let mut disks = None;
     if cold {
         disks = agent.attach_alone().await?;
@@ -304,11 +306,13 @@ pub struct Agent {
     /// Disks that are no clones: the first among the models.
     pub disks: usize,
     pub clones: Clones,
+    /// Snapshots that are not deleted, as clones hang on them of which the store may not know.
+    pub holds: Arc<SnapshotHolds>,
     /// Clones that are served and have not joined the store.
     pub alone: Cell<usize>,
     legs: Vec<Device>,
     /// The legs themselves: they die with their host.
-    hosts: Vec<SimDevice>,
+    pub hosts: Vec<SimDevice>,
     /// The only leg, if it was damaged.
     damaged: Option<SimDevice>,
     /// There was damage without a second copy, on whatever device.
@@ -350,6 +354,7 @@ impl Agent {
             models,
             disks,
             clones,
+            holds: Arc::default(),
             alone: Cell::default(),
             legs,
             hosts,
@@ -365,6 +370,7 @@ impl Agent {
             host_uuid: self.cache.identity().await.host,
             host_name: "host".into(),
             unmap: self.unmaps,
+            holds: Arc::clone(&self.holds),
             ..OpenOptions::default()
         };
         let store = loop {
@@ -524,8 +530,8 @@ impl Agent {
     async fn wind_down(&self, orders: &Orders, last: bool) {
         if last {
             // Clones are there, and guests use up what they have left first.
-            let clones = self.disks..self.models.all().len();
-            while clones.clone().any(|n| !self.vdis.lock().contains_key(&n))
+            let clones = self.served_clones();
+            while clones.iter().any(|n| !self.vdis.lock().contains_key(n))
                 || self.served().iter().any(|(_, model)| !model.lock().guest_is_done)
             {
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -558,6 +564,12 @@ impl Agent {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         orders.stop.set(true);
+    }
+
+    /// Clones that are disks.
+    pub fn served_clones(&self) -> Vec<usize> {
+        let models = self.models.all();
+        (self.disks..models.len()).filter(|n| !models[*n].lock().is_none).collect()
     }
 
     /// Disks that are attached in the store, with what they should hold.

@@ -23,6 +23,9 @@ const PATTERN: usize = size_of::<u128>();
 /// Writes of one disk have numbers of so many bits.
 const STAMP_BITS: u32 = 24;
 
+/// In the place of a number: a part of what a clone began with is written once more.
+const COPIED: u32 = u32::MAX;
+
 /// One sector's content: the number of the write that made it (0: zeros).
 pub type Image = Vec<u32>;
 
@@ -33,6 +36,12 @@ struct Done {
     stamp: u32,
 }
 
+impl Done {
+    fn is_cut(&self) -> bool {
+        self.sectors.is_empty() && self.stamp != COPIED
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Model {
@@ -41,6 +50,14 @@ pub struct Model {
     pub uuid: Option<Uuid>,
     /// It must be in the store.
     pub made: bool,
+    /// A clone that the cache alone made, and of which the store may not know.
+    pub is_provisional: bool,
+    /// That was answered, or seen: it is there for good.
+    pub is_promised: bool,
+    /// It did not come about: there must be no such disk, anywhere.
+    pub is_none: bool,
+    /// Its log begins with so much of what was copied as its first recovery says.
+    is_copied: bool,
     /// Of the disk in every sector, and of all that was cloned from it.
     family: u32,
     /// What it began as; behind its end are zeros.
@@ -115,11 +132,21 @@ impl Model {
         Self { next_stamp, damaged: self.damaged, ..Self::begun(name, self.family, base) }
     }
 
+    /// As [`Self::clone_of`], made by the cache alone.
+    pub fn provisional_clone_of(&self, n: usize, name: String, uuid: Uuid, lsn: u64) -> Self {
+        let (is_provisional, is_copied) = (true, true);
+        Self { is_provisional, is_copied, uuid: Some(uuid), ..self.clone_of(n, name, lsn) }
+    }
+
     fn begun(name: String, family: u32, base: Image) -> Self {
         Self {
             name,
             uuid: None,
             made: false,
+            is_provisional: false,
+            is_promised: false,
+            is_none: false,
+            is_copied: false,
             family,
             log: Vec::new(),
             now: base.clone(),
@@ -281,6 +308,12 @@ impl Model {
     /// The log was recovered up to `last`: judges that, and forgets what came after. What the device itself said to be
     /// flushed reaches up to `stated`: less than that is never opened, however damaged it is.
     pub fn recovered(&mut self, last: u64, stated: u64) {
+        if std::mem::take(&mut self.is_copied) {
+            // None of that changes anything; all of it was durable before there was a clone.
+            let copied = Done { sectors: 0..0, stamp: COPIED };
+            self.log.resize(last as usize, copied);
+            self.flushed = last;
+        }
         let Self { name: disk, flushed, acked, .. } = &*self;
         let (flushed, acked) = (*flushed, *acked);
         assert!(last <= self.last_lsn(), "{disk}: LSN {last} was recovered but never given out");
@@ -440,7 +473,7 @@ impl Model {
 
 /// The LSNs of snapshots in a log, from after `base` up to `lsn`.
 fn cuts_in(log: &[Done], base: u64, lsn: u64) -> Vec<u64> {
-    let is_cut = |lsn: &u64| log.get(*lsn as usize - 1).is_some_and(|done| done.sectors.is_empty());
+    let is_cut = |lsn: &u64| log.get(*lsn as usize - 1).is_some_and(Done::is_cut);
     (base + 1..=lsn).filter(is_cut).collect()
 }
 

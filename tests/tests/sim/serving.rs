@@ -17,6 +17,8 @@ use std::time::Duration;
 
 /// Disks of a seed at most, but one clone always: each needs segments, of which the cache has fifteen.
 const DISKS_MAX: usize = 4;
+/// In a life, so many are tried to be had at most.
+const ATTEMPTS: u32 = 12;
 /// Between two looks at whether the store is there.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -43,26 +45,35 @@ impl Agent {
         let own = |rng: &mut SmallRng| SmallRng::seed_from_u64(rng.random());
         let mut under_way: FuturesUnordered<LocalBoxFuture<'_, Result<(), Refused>>> =
             FuturesUnordered::new();
-        for n in self.disks..self.models.all().len() {
+        for n in self.served_clones() {
             under_way.push(self.serve_clone(n, own(rng), manner, crew).boxed_local());
         }
+        // An outage of a day needs no thousand.
+        let mut attempts_left = ATTEMPTS;
         loop {
             let next = Duration::from_millis(few(rng, 10_000));
             tokio::select! {
                 biased;
                 Some(done) = under_way.next(), if !under_way.is_empty() => done?,
-                () = tokio::time::sleep(next) => {
-                    if self.takes_more(manner) && !self.vdis.lock().is_empty() {
+                () = tokio::time::sleep(next), if attempts_left > 0 => {
+                    attempts_left -= 1;
+                    if !self.takes_more(manner) {
+                        continue;
+                    }
+                    if rng.random() {
+                        under_way.push(self.begin_provisional(own(rng), manner, crew).boxed_local());
+                    } else if !self.vdis.lock().is_empty() {
                         under_way.push(self.begin_clone(own(rng), manner, crew).boxed_local());
                     }
                 }
+                else => std::future::pending().await,
             }
         }
     }
 
     /// Another clone may come.
-    fn takes_more(&self, manner: &Manner) -> bool {
-        let has_room = self.models.all().len() < DISKS_MAX.max(self.disks + 1);
+    pub fn takes_more(&self, manner: &Manner) -> bool {
+        let has_room = self.served_clones().len() < (DISKS_MAX - self.disks).max(1);
         has_room && !manner.last && !manner.orders.wind_down.get()
     }
 
@@ -116,9 +127,12 @@ impl Agent {
         let alone = self.store.lock().is_none() || rng.random_bool(0.3);
         let name = self.models.get(n).lock().name.clone();
         let record = record_of(&self.cache.attached().await, &name);
+        if record.as_ref().is_some_and(|record| record.origin.is_some()) {
+            return self.serve_provisional(n, rng, manner, crew).await;
+        }
         if let Some(record) = record.filter(|record| alone && record.was_served) {
             let attached = self.recover_alone(n, &record).await?;
-            if !self.begin_guest(n, attached, rng, manner, crew) {
+            if !self.begin_guest(n, attached, &mut rng, manner, crew) {
                 return Ok(());
             }
             self.alone.update(|alone| alone + 1);
@@ -129,6 +143,17 @@ impl Agent {
             return Ok(());
         }
         self.store_opened().await;
+        self.serve_joined(n, rng, manner, crew).await
+    }
+
+    /// Brings a clone up that the store knows of.
+    pub async fn serve_joined(
+        &self,
+        n: usize,
+        mut rng: SmallRng,
+        manner: &Manner,
+        crew: &Crew,
+    ) -> Result<(), Refused> {
         let (uuid, bytes) = self.make(n, 0).await?;
         let attached = loop {
             match self.attach(n, uuid, bytes).await? {
@@ -136,16 +161,16 @@ impl Agent {
                 None => pause().await,
             }
         };
-        self.begin_guest(n, attached, rng, manner, crew);
+        self.begin_guest(n, attached, &mut rng, manner, crew);
         Ok(())
     }
 
     /// False if none begins anything any more.
-    fn begin_guest(
+    pub fn begin_guest(
         &self,
         n: usize,
         attached: AttachedDisk,
-        mut rng: SmallRng,
+        rng: &mut SmallRng,
         manner: &Manner,
         crew: &Crew,
     ) -> bool {
@@ -154,7 +179,7 @@ impl Agent {
         }
         let verifies = manner.last || rng.random_bool(0.6);
         let budget = rng.random_range(0..=manner.budget);
-        let mut worker = self.worker(n, attached, rng, manner);
+        let mut worker = self.worker(n, attached, SmallRng::seed_from_u64(rng.random()), manner);
         if verifies {
             worker.verify_all();
         }
@@ -163,7 +188,7 @@ impl Agent {
         true
     }
 
-    async fn store_opened(&self) {
+    pub async fn store_opened(&self) {
         while self.store.lock().is_none() {
             tokio::time::sleep(LOOK_AGAIN).await;
         }

@@ -32,6 +32,12 @@ const STORE_BYTES: u64 = 1 << 30;
 /// The cache's path. Nothing is ever read or written there: all I/O goes to the simulated device.
 pub const NOWHERE: &str = "/dev/null";
 
+/// What is drawn apart begins with the seed and one of these.
+const CUTS: u64 = 0xc07;
+const SERVES: u64 = 0x5e12e;
+/// Of all seeds, those that take snapshots.
+const CUTS_SHARE: f64 = 0.4;
+
 /// What a run came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
@@ -62,6 +68,8 @@ pub struct Events {
     pub without_legs: u64,
     /// Clones that were served.
     pub clones_served: u64,
+    /// Of them, those that the cache alone made.
+    pub provisional: u64,
 }
 
 /// See the module.
@@ -100,6 +108,12 @@ pub struct World {
     pub served: Rc<Cell<bool>>,
 }
 
+/// Clones are served in this seed.
+pub fn serves_clones(seed: u64) -> bool {
+    let draw = |of, share| SmallRng::seed_from_u64(seed ^ of).random_bool(share);
+    draw(CUTS, CUTS_SHARE) && draw(SERVES, 0.3)
+}
+
 /// Runs a seed with so many guest requests. Panics when a promise is broken.
 pub fn run(seed: u64, requests: u64) -> Report {
     let mut world = World::new(seed, requests);
@@ -119,7 +133,12 @@ pub fn run(seed: u64, requests: u64) -> Report {
     let events = &mut world.report.events;
     events.mirrored = u64::from(world.legs.are_mirrored());
     events.replaced = world.legs.replaced;
-    events.clones_served = (world.models.all().len() - world.profile.disks.len()) as u64;
+    let models = world.models.all();
+    let clones = models.iter().skip(world.profile.disks.len()).map(|model| model.lock());
+    for clone in clones.filter(|clone| !clone.is_none) {
+        events.clones_served += 1;
+        events.provisional += u64::from(clone.is_provisional);
+    }
     events.without_legs = world.witness.notes.load(Ordering::Relaxed);
     events.damaged = u64::from(world.legs.may_have_lost() || world.store_harmed);
     world.report.hash = world.trace.hash();
@@ -130,12 +149,12 @@ pub fn run(seed: u64, requests: u64) -> Report {
 impl World {
     fn new(seed: u64, requests: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let mut cut_rng = SmallRng::seed_from_u64(seed ^ 0xc07);
-        let cuts = cut_rng.random_bool(0.4);
+        let mut cut_rng = SmallRng::seed_from_u64(seed ^ CUTS);
+        let cuts = cut_rng.random_bool(CUTS_SHARE);
         let mut clone_rng = SmallRng::seed_from_u64(seed ^ 0xc10e);
         let clones = cuts && clone_rng.random_bool(0.5);
-        let mut serve_rng = SmallRng::seed_from_u64(seed ^ 0x5e12e);
-        let serves = cuts && serve_rng.random_bool(0.3);
+        let serve_rng = SmallRng::seed_from_u64(!seed ^ SERVES);
+        let serves = serves_clones(seed);
         let mut collect_rng = SmallRng::seed_from_u64(seed ^ 0x6c);
         let collects = collect_rng.random_bool(0.5);
         let unmaps = collects && SmallRng::seed_from_u64(seed ^ 0x0a9).random_bool(0.5);
@@ -253,12 +272,13 @@ impl World {
                 opened => opened.expect("the store opens at any time"),
             };
             for model in &models {
-                let (disk, made) = {
+                let (disk, made, is_none) = {
                     let model = model.lock();
-                    (model.name.clone(), model.made)
+                    (model.name.clone(), model.made, model.is_none)
                 };
                 match read_out(&store, &disk, None, model).await {
                     Ok((lsn, image)) => {
+                        assert!(!is_none, "{disk} was not made, and is in the store");
                         model.lock().check_store(lsn, &image);
                         cuts::check_snapshots(&store, &disk, model, lsn, picks, self.store_harmed)
                             .await;
@@ -268,6 +288,7 @@ impl World {
                     Err(error) => panic!("P2: the store's image cannot be read: {error}"),
                 }
             }
+            clones::check_listed(&store, &self.clones, &models, self.store_harmed).await;
             clones::check_clones(&store, &self.clones, &models, self.store_harmed).await;
             let report = match gc::check(&store, gc::CheckOptions { data: false }).await {
                 Err(_) if self.store_harmed => return,

@@ -159,10 +159,10 @@ impl Agent {
 
     /// The host dies soon, at some operation, or does not.
     fn may_die(&self, rng: &mut SmallRng, manner: &Manner) {
-        if manner.last || !rng.random_bool(0.2) {
+        if manner.last || !rng.random_bool(0.3) {
             return;
         }
-        let after = few(rng, 60);
+        let after = few(rng, 40);
         if rng.random() {
             self.san.crash_after(after);
         } else {

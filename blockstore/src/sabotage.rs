@@ -80,10 +80,16 @@ pub enum Bug {
     CollectUnderReaders,
     /// Blocks are given out while the device is being told that they are free.
     GiveOutUnmapping,
+    /// A clone owns what it shares with its source.
+    CloneOwnsShared,
+    /// A clone that is made without the store takes over what its source's log has beyond the snapshot.
+    CloneBeyondSnapshot,
+    /// It is made in the store as often as that is asked for.
+    CloneTwice,
 }
 
 /// All of them.
-pub const ALL: [Bug; 37] = [
+pub const ALL: [Bug; 40] = [
     Bug::AckBeforeFlush,
     Bug::AckAcrossGap,
     Bug::SummaryBeforeFlush,
@@ -121,6 +127,9 @@ pub const ALL: [Bug; 37] = [
     Bug::CollectTouched,
     Bug::CollectUnderReaders,
     Bug::GiveOutUnmapping,
+    Bug::CloneOwnsShared,
+    Bug::CloneBeyondSnapshot,
+    Bug::CloneTwice,
 ];
 
 /// Whether this thread has the bug.

@@ -12,6 +12,7 @@ use crate::io::now_ms;
 use crate::name::check_name;
 use crate::policy::WhenOffline;
 use crate::root::{Garbage, GarbageSink};
+use crate::sabotage::{self, Bug};
 use crate::slot::View;
 use crate::snapshots::Page;
 use crate::snapshots::change::{Change, Changed, no_snapshot, writes};
@@ -19,7 +20,7 @@ use crate::snapshots::edit::Ground;
 use crate::store::registry::Found;
 use crate::store::{Store, VdiInfo};
 use crate::tree::Reader;
-use crate::types::Lsn;
+use crate::types::{Birth, Lsn};
 use crate::vdi::Vdi;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -365,7 +366,7 @@ impl Store {
     async fn register_now(&self, clone: &RegisteredClone) -> Result<()> {
         // One that was left in creation is none: it is made anew.
         let known = self.settled_directory(None).await?.origin_of(clone.uuid);
-        if let Some(origin) = known {
+        if let Some(origin) = known.filter(|_| !sabotage::on(Bug::CloneTwice)) {
             if origin == Some(clone.origin) {
                 return Ok(());
             }
@@ -406,11 +407,12 @@ impl Store {
         }
         let origin = Origin { vdi: found.head.uuid, lsn };
         let birth = found.head.birth.max(snapshot.birth);
+        let owned_after = if sabotage::on(Bug::CloneOwnsShared) { Birth(0) } else { birth };
         let head = VdiHead {
             root: snapshot.root,
             height: snapshot.height,
             birth,
-            last_snapshot_birth: birth,
+            last_snapshot_birth: owned_after,
             origin: Some(origin),
             ..VdiHead::new_disk(snapshot.size_bytes)
         };

@@ -9,6 +9,7 @@ use crate::local::Local;
 use crate::vdi::Undrained;
 use blockstore::buf::AlignedBuf;
 use blockstore::crc::crc32c;
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn, SECTOR_SIZE};
 use uuid::Uuid;
 
@@ -63,7 +64,7 @@ impl Content {
             for entry in Entries::new(&found.entries, geometry.segment_blocks()) {
                 let entry = entry.map_err(|_| damaged(segment.id.0))?;
                 at = at.plus(entry.lsns());
-                if at > lsn {
+                if at > lsn && !sabotage::on(Bug::CloneBeyondSnapshot) {
                     break;
                 }
                 if entry.kind.takes_lsn() && entry.kind != Kind::Snapshot && at > log.committed {

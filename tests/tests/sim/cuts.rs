@@ -4,7 +4,7 @@
 use crate::host::{Agent, few};
 use crate::model::Model;
 use crate::worker::Orders;
-use crate::world::{name, read_out};
+use crate::world::read_out;
 use blockstore::schedule::is_cut;
 use blockstore::snapshots::{PAGE_MAX, Page};
 use blockstore::types::Lsn;
@@ -14,7 +14,6 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use std::sync::Arc;
 use std::time::Duration;
 
 impl Agent {
@@ -33,11 +32,8 @@ impl Agent {
             if orders.wind_down.get() {
                 break;
             }
-            let (vdi, model) = {
-                let vdis = self.vdis.lock();
-                let at = rng.random_range(0..vdis.len());
-                (Arc::clone(&vdis[at]), &self.models[at])
-            };
+            let (n, vdi) = self.any_disk(rng);
+            let model = &*self.models.get(n);
             if has_rules {
                 self.change_rule(&vdi, model, &mut rules).await;
             }
@@ -123,7 +119,7 @@ impl Agent {
 /// should.
 pub async fn check_snapshots(
     store: &Store,
-    disk: usize,
+    disk: &str,
     model: &Mutex<Model>,
     lsn: u64,
     picks: usize,
@@ -133,7 +129,7 @@ pub async fn check_snapshots(
     loop {
         let beyond = lsns.last().copied().map(Lsn);
         let page = Page { newest_first: false, beyond, limit: PAGE_MAX };
-        let listed = match store.snapshots(&name(disk), page).await {
+        let listed = match store.snapshots(disk, page).await {
             Err(_) if store_harmed => return,
             listed => listed.expect("P5: the list of snapshots is read"),
         };
@@ -147,7 +143,7 @@ pub async fn check_snapshots(
     }
     model.lock().check_listed(lsn, &asked);
     for lsn in lsns.iter().skip(picks).step_by(7).chain(lsns.last()) {
-        match read_out(store, &name(disk), Some(*lsn), model).await {
+        match read_out(store, disk, Some(*lsn), model).await {
             Err(_) if store_harmed => {}
             Err(error) => panic!("P5: snapshot {lsn} cannot be read: {error}"),
             Ok((_, found)) => model.lock().check_store(*lsn, &found),

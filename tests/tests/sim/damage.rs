@@ -14,7 +14,7 @@ use rand::rngs::SmallRng;
 use std::sync::atomic::Ordering;
 use uuid::Uuid;
 
-/// Slots of a cache that may be in use in a simulation.
+/// Slots of a cache that are damaged: those that may be in use in a simulation, but for some of its clones'.
 const SLOTS: u32 = 3;
 
 /// Damages one block of a leg.
@@ -114,7 +114,8 @@ fn noted(sim: &SimDevice, vdi: Uuid, log_id: u128) -> u64 {
         let valid = copies.iter().filter_map(|copy| VdiSlot::decode(copy, slot).ok());
         valid.max_by_key(|copy| copy.sequence)
     };
-    let records = (0..SLOTS).filter_map(|slot| newest(slot)?.vdi);
+    let geometry = Geometry::for_size(sim.capacity()).expect("a cache lies on it");
+    let records = (0..geometry.slots).filter_map(|slot| newest(slot)?.vdi);
     let own = records.filter(|record| record.uuid == vdi && record.log_id == log_id);
     own.map(|record| record.durable.0).max().unwrap_or(0)
 }

@@ -79,6 +79,11 @@ impl Timed {
         Self { twin, ..self }
     }
 
+    /// Its host dies after so many operations.
+    pub fn crash_after(&self, operations: u64) {
+        self.sim.crash_after(operations);
+    }
+
     /// What a guest reads was read from the store: its answer may be late.
     pub async fn answer_fetch(&self) {
         let share = self.pace.late_fetches.load(Ordering::Relaxed);

@@ -2,26 +2,29 @@
 
 use crate::chaos;
 use crate::clones::Clones;
+use crate::crew::Crew;
 use crate::damage;
 use crate::device::Timed;
-use crate::model::Model;
+use crate::model::{Model, Models};
+use crate::serving::Manner;
 use crate::witness::Memory;
 use crate::worker::{Excuses, Orders, Worker};
-use crate::world::{NOWHERE, World, name};
+use crate::world::{NOWHERE, World};
 use async_trait::async_trait;
 use blockstore::device::Device;
 use blockstore::device::sim::{FaultRates, Reach, SimDevice};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
-use blockstore::{AttachOptions, OpenOptions, Store, StoreErrorKind, Vdi};
+use blockstore::{AttachOptions, OpenOptions, SnapshotHolds, Store, StoreErrorKind, Vdi};
 use bytes::Bytes;
 use cache::backing::{Backing, BackingError, Batch};
 use cache::disk::AttachedDisk;
 use cache::{Cache, CacheError, CacheOptions, VdiIdentity};
-use futures_util::future::{FutureExt, join_all};
+use futures_util::future::FutureExt;
 use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -79,7 +82,7 @@ pub async fn live(world: &mut World, last: bool) -> End {
     let lately = PATIENCE + Duration::from_millis(world.profile.outage_ms) * 3;
     let (models, requests) = (world.models.clone(), Arc::clone(&world.requests));
     let progress = move || {
-        let committed: u64 = models.iter().map(|model| model.lock().stored_lsn()).sum();
+        let committed: u64 = models.all().iter().map(|model| model.lock().stored_lsn()).sum();
         (requests.load(Ordering::Relaxed), committed)
     };
     let (cache, paces) = (Arc::clone(&world.cache), world.legs.paces.clone());
@@ -164,6 +167,8 @@ async fn bring_up_and_use(
         stop: Cell::new(false),
     });
     let agent = Agent::start(world).await?;
+    agent.check_provisional().await;
+    let _held = agent.hold_origins().await;
     let mut disks = None;
     if cold {
         disks = agent.attach_alone().await?;
@@ -185,15 +190,18 @@ async fn bring_up_and_use(
     let count = disks.len() as u64;
     let most = world.profile.life_requests.unwrap_or(u64::MAX).min(world.left / 2 + 1);
     let share = if last { world.left } else { world.rng.random_range(0..=most) };
+    // One that did not come up cannot be satisfied.
+    orders.wanting.set(orders.wanting.get().min(disks.len()));
+    let (habits, budget) = (world.profile.habits, share / count);
+    let manner = Manner { habits, excuses, orders: Rc::clone(&orders), budget, last };
     let mut workers = Vec::new();
-    for (attached, model) in disks.into_iter().zip(&agent.models) {
+    for (n, attached) in disks.into_iter().enumerate() {
         let rng = SmallRng::seed_from_u64(world.rng.random());
-        let manner = (world.profile.habits, excuses, Rc::clone(&orders));
-        let mut worker = Worker::new(attached, Arc::clone(model), agent.legs.clone(), rng, manner);
+        let mut worker = agent.worker(n, attached, rng, &manner);
         if last || world.rng.random_bool(0.6) {
             worker.verify_all();
         }
-        worker.budget = share / count;
+        worker.budget = budget;
         if world.profile.looks_ahead {
             worker.attached.disk.begin_boot_trace();
         }
@@ -204,10 +212,12 @@ async fn bring_up_and_use(
     let grows = world.profile.grows && !orderly;
     let looks_ahead = world.profile.looks_ahead;
     let (cuts, collects) = (world.profile.cuts, world.profile.collects);
-    let clones = world.profile.clones;
+    let (clones, serves) = (world.profile.clones, world.profile.serves);
+    let crew = Crew::default();
     let mut collect_rng = SmallRng::seed_from_u64(world.collect_rng.random());
     let mut cut_rng = SmallRng::seed_from_u64(world.cut_rng.random());
     let mut clone_rng = SmallRng::seed_from_u64(world.clone_rng.random());
+    let mut serve_rng = SmallRng::seed_from_u64(world.serve_rng.random());
     // What the agent does beside serving.
     let beside = async {
         if is_alone {
@@ -229,8 +239,16 @@ async fn bring_up_and_use(
         }
         Ok(())
     };
+    // And the clones, which come and join as they can.
+    let beside = async {
+        tokio::select! {
+            biased;
+            done = beside => done,
+            refused = agent.serve_clones(&mut serve_rng, &manner, &crew), if serves => refused,
+        }
+    };
     if !orderly {
-        let running = join_all(workers.into_iter().map(Worker::run));
+        let running = crew.run(workers, Worker::run);
         let workers = tokio::select! {
             biased;
             workers = running => workers,
@@ -240,9 +258,8 @@ async fn bring_up_and_use(
         return Ok(if failed { End::LogFailed } else { End::Spent });
     }
     // Workers go on while their disks are drained.
-    let running =
-        workers.into_iter().enumerate().map(|(n, worker)| agent.run_to_the_end(n, worker));
-    let (sealed, ()) = tokio::try_join!(join_all(running).map(Ok), beside)?;
+    let running = crew.run(workers, |worker| agent.run_to_the_end(worker));
+    let (sealed, ()) = tokio::try_join!(running.map(Ok), beside)?;
     if sealed.contains(&false) {
         return Ok(End::LogFailed);
     }
@@ -282,13 +299,20 @@ impl Backing for Checked {
 pub struct Agent {
     pub cache: Arc<Cache>,
     pub san: Arc<Timed>,
-    store: Mutex<Option<Arc<Store>>>,
-    pub vdis: Mutex<Vec<Arc<Vdi>>>,
-    pub models: Vec<Arc<Mutex<Model>>>,
+    pub store: Mutex<Option<Arc<Store>>>,
+    /// Disks that are attached in the store, by their places among the models.
+    pub vdis: Mutex<BTreeMap<usize, Arc<Vdi>>>,
+    pub models: Models,
+    /// Disks that are no clones: the first among the models.
+    pub disks: usize,
     pub clones: Clones,
+    /// Snapshots that are not deleted, as clones hang on them of which the store may not know.
+    pub holds: Arc<SnapshotHolds>,
+    /// Clones that are served and have not joined the store.
+    pub alone: Cell<usize>,
     legs: Vec<Device>,
     /// The legs themselves: they die with their host.
-    hosts: Vec<SimDevice>,
+    pub hosts: Vec<SimDevice>,
     /// The only leg, if it was damaged.
     damaged: Option<SimDevice>,
     /// There was damage without a second copy, on whatever device.
@@ -321,14 +345,17 @@ impl Agent {
         let hosts = world.legs.sims.clone();
         let (models, clones) = (world.models.clone(), Arc::clone(&world.clones));
         let (store, vdis) = (Mutex::default(), Mutex::default());
-        let unmaps = world.profile.unmaps;
+        let (unmaps, disks) = (world.profile.unmaps, world.profile.disks.len());
         Ok(Self {
             cache,
             san,
             store,
             vdis,
             models,
+            disks,
             clones,
+            holds: Arc::default(),
+            alone: Cell::default(),
             legs,
             hosts,
             damaged,
@@ -343,6 +370,7 @@ impl Agent {
             host_uuid: self.cache.identity().await.host,
             host_name: "host".into(),
             unmap: self.unmaps,
+            holds: Arc::clone(&self.holds),
             ..OpenOptions::default()
         };
         let store = loop {
@@ -370,30 +398,33 @@ impl Agent {
     async fn attach_all(&self, world: &mut World) -> Result<Vec<AttachedDisk>, Refused> {
         let mut disks = Vec::new();
         for (n, blocks) in world.profile.disks.clone().into_iter().enumerate() {
-            let (uuid, bytes) = self.make(n, blocks * BLOCK_SIZE as u64, world.made[n]).await?;
+            let (uuid, bytes) = self.make(n, blocks * BLOCK_SIZE as u64).await?;
             let Some(disk) = self.attach(n, uuid, bytes).await? else {
                 // A new disk has to wait for evictions, and so for workers, which do not run yet: the next life.
                 break;
             };
-            // A disk that was made by a command of unknown outcome is there for good once something was flushed after it.
-            world.made[n] = true;
             disks.push(disk);
         }
         Ok(disks)
     }
 
     /// Finds a disk, or makes it; with its size.
-    async fn make(&self, n: usize, bytes: u64, is_made: bool) -> Result<(Uuid, u64), Refused> {
+    pub async fn make(&self, n: usize, bytes: u64) -> Result<(Uuid, u64), Refused> {
         let (store, lenient) = (self.store(), self.may_have_lost);
+        let (name, is_made) = {
+            let model = self.models.get(n);
+            let model = model.lock();
+            (model.name.clone(), model.made)
+        };
         loop {
-            match store.lookup_vdi(&name(n)).await {
+            match store.lookup_vdi(&name).await {
                 Ok(info) => return Ok((info.uuid, info.size_bytes)),
                 Err(error) if error.kind == StoreErrorKind::NotFound => {
                     if is_made {
-                        assert!(lenient, "disk {n} is gone from the store: {error}");
+                        assert!(lenient, "{name} is gone from the store: {error}");
                         return Err(Refused(error.to_string()));
                     }
-                    match store.create_vdi(&name(n), bytes).await {
+                    match store.create_vdi(&name, bytes).await {
                         Ok(info) => return Ok((info.uuid, info.size_bytes)),
                         Err(error) if error.kind == StoreErrorKind::AlreadyExists => {}
                         // A device that is full, on which this host has no room for nodes yet.
@@ -406,13 +437,15 @@ impl Agent {
         }
     }
 
-    async fn attach(
+    /// Attaches a disk in the store and here; none if it is new and there are no segments for it now.
+    pub async fn attach(
         &self,
         n: usize,
         uuid: Uuid,
         size_bytes: u64,
     ) -> Result<Option<AttachedDisk>, Refused> {
-        let identity = VdiIdentity { uuid, name: name(n), size_bytes };
+        let model = self.models.get(n);
+        let identity = VdiIdentity { uuid, name: model.lock().name.clone(), size_bytes };
         let lenient = self.may_have_lost;
         let log_id = loop {
             match self.cache.reserve(&identity).await {
@@ -427,9 +460,8 @@ impl Agent {
                 Err(error) => transient("attaching", &error, lenient).await?,
             }
         };
-        let model = &self.models[n];
-        let san = Arc::clone(&self.san);
-        let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model: Arc::clone(model), san });
+        let (san, judge) = (Arc::clone(&self.san), Arc::clone(&model));
+        let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model: judge, san });
         let stated = self.stated(self.cache.identity().await.cache, uuid, log_id.as_u128());
         loop {
             match self.cache.attach(&identity, Arc::<Checked>::clone(&backing)).await {
@@ -438,7 +470,9 @@ impl Agent {
                     model.grow(attached.disk.size_bytes());
                     model.recovered(attached.disk.staged_lsn().0, stated);
                     model.attached_at(Backing::committed(&*vdi).0);
-                    self.vdis.lock().push(Arc::clone(&vdi));
+                    // One that was made by a command of unknown outcome is there for good once something was flushed after it.
+                    (model.made, model.uuid) = (true, Some(uuid));
+                    self.vdis.lock().insert(n, Arc::clone(&vdi));
                     return Ok(Some(attached));
                 }
                 Err(CacheError::NoSegments { .. }) if n > 0 => return Ok(None),
@@ -451,15 +485,31 @@ impl Agent {
         }
     }
 
+    /// What does for a disk what its worker would.
+    pub fn worker(
+        &self,
+        n: usize,
+        attached: AttachedDisk,
+        rng: SmallRng,
+        manner: &Manner,
+    ) -> Worker {
+        let Manner { habits, excuses, orders, .. } = manner.clone();
+        Worker::new(attached, self.models.get(n), self.legs.clone(), rng, (habits, excuses, orders))
+    }
+
+    /// A disk that is attached in the store, any of them.
+    pub fn any_disk(&self, rng: &mut SmallRng) -> (usize, Arc<Vdi>) {
+        let vdis = self.vdis.lock();
+        let at = rng.random_range(0..vdis.len());
+        let (n, vdi) = vdis.iter().nth(at).expect("so many");
+        (*n, Arc::clone(vdi))
+    }
+
     /// Grows disks, hydrates, pins and unpins them, for ever. Whatever becomes of it: the store says at the next start.
     async fn now_and_then(&self, rng: &mut SmallRng, grows: bool, looks_ahead: bool) {
         loop {
             tokio::time::sleep(Duration::from_millis(rng.random_range(0..8_000))).await;
-            let vdi = {
-                let vdis = self.vdis.lock();
-                let at = rng.random_range(0..vdis.len());
-                Arc::clone(&vdis[at])
-            };
+            let (_, vdi) = self.any_disk(rng);
             if grows {
                 let bytes =
                     vdi.committed().size_bytes + rng.random_range(1..40) * BLOCK_SIZE as u64;
@@ -479,16 +529,17 @@ impl Agent {
     /// Lets the guests finish, and in the last life drains every disk: all of it must get through.
     async fn wind_down(&self, orders: &Orders, last: bool) {
         if last {
-            // Guests use up what they have left first.
-            let served = self.vdis.lock().len();
-            while self.models[..served].iter().any(|model| !model.lock().guest_is_done) {
+            // Clones are there, and guests use up what they have left first.
+            let clones = self.served_clones();
+            while clones.iter().any(|n| !self.vdis.lock().contains_key(n))
+                || self.served().iter().any(|(_, model)| !model.lock().guest_is_done)
+            {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
         orders.wind_down.set(true);
         if last {
-            let vdis = self.vdis.lock().clone();
-            for (vdi, model) in vdis.iter().zip(&self.models) {
+            for (vdi, model) in self.served() {
                 // A snapshot that waited for room may have come after the first drain was asked for.
                 let mut drains = 2;
                 loop {
@@ -504,33 +555,48 @@ impl Agent {
                     }
                 }
                 let model = model.lock();
-                let committed = Backing::committed(&**vdi).0;
+                let committed = Backing::committed(&*vdi).0;
                 assert_eq!(committed, model.last_lsn(), "liveness: all of the log is in the store");
             }
+        }
+        // What guests wait for comes from the store.
+        while self.alone.get() > 0 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
         orders.stop.set(true);
     }
 
+    /// Clones that are disks.
+    pub fn served_clones(&self) -> Vec<usize> {
+        let models = self.models.all();
+        (self.disks..models.len()).filter(|n| !models[*n].lock().is_none).collect()
+    }
+
+    /// Disks that are attached in the store, with what they should hold.
+    fn served(&self) -> Vec<(Arc<Vdi>, Arc<Mutex<Model>>)> {
+        let vdis = self.vdis.lock();
+        vdis.iter().map(|(n, vdi)| (Arc::clone(vdi), self.models.get(*n))).collect()
+    }
+
     /// A disk is served until it is to stop, and its log sealed. False if the log failed.
-    async fn run_to_the_end(&self, n: usize, worker: Worker) -> bool {
-        let Worker { attached, log_failed, .. } = worker.run_to_the_end().await;
+    async fn run_to_the_end(&self, worker: Worker) -> bool {
+        let Worker { attached, model, log_failed, .. } = worker.run_to_the_end().await;
         if log_failed {
             return false;
         }
-        let uuid = self.vdis.lock()[n].uuid();
+        let uuid = model.lock().uuid.expect("it is attached");
         if self.cache.release(uuid, attached).await.is_err() {
             return false;
         }
-        let mut model = self.models[n].lock();
+        let mut model = model.lock();
         model.flushed = model.last_lsn();
         true
     }
 
     /// Stops in order; in the last life the disks are given up as well.
     async fn stop(&self, last: bool) -> End {
-        let vdis = self.vdis.lock().clone();
         if last {
-            for (vdi, model) in vdis.iter().zip(&self.models) {
+            for (vdi, model) in self.served() {
                 let lsn = Lsn(model.lock().last_lsn());
                 vdi.detach(lsn).await.expect("a drained disk can be given up");
                 self.cache.detach(vdi.uuid()).await.expect("a drained log can be forgotten");
@@ -553,7 +619,7 @@ thread_local! {
 }
 
 /// Before something is tried again; longer if that goes on: a device that is away for a day is not asked every moment.
-async fn pause() {
+pub async fn pause() {
     let before = PAUSES.replace(PAUSES.get() + 1);
     let factor = if before < PAUSES_SHORT { 1 } else { 120 };
     tokio::time::sleep(Duration::from_millis(500) * factor).await;

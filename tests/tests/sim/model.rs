@@ -1,19 +1,30 @@
 //! What a disk should hold: the log of what its guest did, and what of it must have survived.
 //!
 //! Every sector that a guest writes names the disk, its own place and the write that made it, so that data which is stale,
-//! torn, misdirected or another disk's is recognised wherever it turns up.
+//! torn, misdirected or another disk's is recognised wherever it turns up. A clone bears the name of what it was cloned from, whose
+//! sectors it begins with; its own writes have numbers that nobody else's have.
 
+use crate::world::name;
 use blockstore::commit::{Batch, Change};
 use blockstore::crc::crc32c;
 use blockstore::schedule::is_cut;
 use blockstore::types::{BLOCK_SIZE, SECTOR_SIZE};
+use parking_lot::Mutex;
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::Arc;
+use uuid::Uuid;
 
 /// Sectors in a block.
 pub const PER_BLOCK: u64 = (BLOCK_SIZE / SECTOR_SIZE) as u64;
 /// Bytes that say which write made a sector.
 const PATTERN: usize = size_of::<u128>();
+
+/// Writes of one disk have numbers of so many bits.
+const STAMP_BITS: u32 = 24;
+
+/// In the place of a number: a part of what a clone began with is written once more.
+const COPIED: u32 = u32::MAX;
 
 /// One sector's content: the number of the write that made it (0: zeros).
 pub type Image = Vec<u32>;
@@ -25,10 +36,32 @@ struct Done {
     stamp: u32,
 }
 
+impl Done {
+    fn is_cut(&self) -> bool {
+        self.sectors.is_empty() && self.stamp != COPIED
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Model {
-    disk: u32,
+    /// In the store.
+    pub name: String,
+    pub uuid: Option<Uuid>,
+    /// It must be in the store.
+    pub made: bool,
+    /// A clone that the cache alone made, and of which the store may not know.
+    pub is_provisional: bool,
+    /// That was answered, or seen: it is there for good.
+    pub is_promised: bool,
+    /// It did not come about: there must be no such disk, anywhere.
+    pub is_none: bool,
+    /// Its log begins with so much of what was copied as its first recovery says.
+    is_copied: bool,
+    /// Of the disk in every sector, and of all that was cloned from it.
+    family: u32,
+    /// What it began as; behind its end are zeros.
+    base: Image,
     log: Vec<Done>,
     /// With all of the log.
     now: Image,
@@ -61,20 +94,70 @@ pub struct Model {
     pub broken: Option<String>,
 }
 
+/// All disks of a seed, clones that are served among them: each has its place for good.
+#[derive(Clone, Debug, Default)]
+pub struct Models(Arc<Mutex<Vec<Arc<Mutex<Model>>>>>);
+
+impl Models {
+    pub fn get(&self, n: usize) -> Arc<Mutex<Model>> {
+        Arc::clone(&self.0.lock()[n])
+    }
+
+    pub fn all(&self) -> Vec<Arc<Mutex<Model>>> {
+        self.0.lock().clone()
+    }
+
+    /// Its place is the one that `model` is told.
+    pub fn add(&self, model: impl FnOnce(usize) -> Model) -> usize {
+        let mut all = self.0.lock();
+        let n = all.len();
+        all.push(Arc::new(Mutex::new(model(n))));
+        n
+    }
+}
+
 impl Model {
-    pub fn new(disk: u32, blocks: u64) -> Self {
+    /// Disk number `n`, empty.
+    pub fn new(n: usize, blocks: u64) -> Self {
         let empty = vec![0; (blocks * PER_BLOCK) as usize];
+        let base = Image::new();
+        Self { now: empty.clone(), stored: (empty, 0), ..Self::begun(name(n), n as u32 + 1, base) }
+    }
+
+    /// Disk number `n`, a clone of what this one is at `lsn`. It is as large as what it holds until [`Self::grow`] says more.
+    pub fn clone_of(&self, n: usize, name: String, lsn: u64) -> Self {
+        let mut base = self.image_at(lsn);
+        base.truncate(base.iter().rposition(|stamp| *stamp != 0).map_or(0, |last| last + 1));
+        let next_stamp = ((n as u32) << STAMP_BITS) + 1;
+        Self { next_stamp, damaged: self.damaged, ..Self::begun(name, self.family, base) }
+    }
+
+    /// As [`Self::clone_of`], made by the cache alone.
+    pub fn provisional_clone_of(&self, n: usize, name: String, uuid: Uuid, lsn: u64) -> Self {
+        let (is_provisional, is_copied) = (true, true);
+        Self { is_provisional, is_copied, uuid: Some(uuid), ..self.clone_of(n, name, lsn) }
+    }
+
+    fn begun(name: String, family: u32, base: Image) -> Self {
         Self {
-            disk,
+            name,
+            uuid: None,
+            made: false,
+            is_provisional: false,
+            is_promised: false,
+            is_none: false,
+            is_copied: false,
+            family,
             log: Vec::new(),
-            now: empty.clone(),
+            now: base.clone(),
             next_stamp: 1,
             acked: 0,
             flushed: 0,
             power_lost: false,
             damaged: false,
             former: None,
-            stored: (empty, 0),
+            stored: (base.clone(), 0),
+            base,
             guest_is_done: false,
             deleted: BTreeSet::new(),
             maybe_deleted: BTreeSet::new(),
@@ -113,17 +196,14 @@ impl Model {
 
     /// A snapshot was said to be taken: from now on it is durable, and so is all before it.
     pub fn cut_taken(&mut self, lsn: u64) {
-        let disk = self.disk;
-        assert!(
-            self.is_cut(lsn),
-            "P5, disk {disk}: LSN {lsn} is said to be a snapshot, and is none"
-        );
+        let disk = &self.name;
+        assert!(self.is_cut(lsn), "P5, {disk}: LSN {lsn} is said to be a snapshot, and is none");
         self.flushed = self.flushed.max(lsn);
     }
 
     /// A snapshot of what the disk was is said to be taken: it is durable, and so is all before it.
     pub fn as_of_taken(&mut self, lsn: u64) {
-        assert!(lsn <= self.last_lsn(), "P5, disk {}: LSN {lsn} was never given out", self.disk);
+        assert!(lsn <= self.last_lsn(), "P5, {}: LSN {lsn} was never given out", self.name);
         self.flushed = self.flushed.max(lsn);
         self.as_of.insert(lsn);
     }
@@ -160,7 +240,7 @@ impl Model {
     fn pattern(&self, stamp: u32, at: u64) -> u128 {
         match stamp {
             0 => 0,
-            stamp => u128::from(at) << 64 | u128::from(self.disk) << 32 | u128::from(stamp),
+            stamp => u128::from(at) << 64 | u128::from(self.family) << 32 | u128::from(stamp),
         }
     }
 
@@ -173,8 +253,8 @@ impl Model {
         }
         let (head, tail) = (&bytes[..16], &bytes[SECTOR_SIZE - 16..]);
         Err(format!(
-            "disk {}, sector {at} is torn, misdirected or foreign: {head:x?} … {tail:x?}",
-            self.disk
+            "{}, sector {at} is torn, misdirected or foreign: {head:x?} … {tail:x?}",
+            self.name
         ))
     }
 
@@ -204,8 +284,8 @@ impl Model {
                 || later.iter().any(|done| done.sectors.contains(&at) && done.stamp == found);
             if found != *was && !is_later() {
                 return Err(format!(
-                    "disk {}, sector {at} reads as write {found}, it was write {was} at LSN {since}",
-                    self.disk
+                    "{}, sector {at} reads as write {found}, it was write {was} at LSN {since}",
+                    self.name
                 ));
             }
         }
@@ -214,13 +294,13 @@ impl Model {
 
     /// The disk as it was at `lsn`.
     pub fn image_at(&self, lsn: u64) -> Image {
-        image_of(&self.log[..lsn as usize], self.now.len())
+        image_of(&self.base, &self.log[..lsn as usize], self.now.len())
     }
 
     /// The disk grew: what is new holds zeros.
     pub fn grow(&mut self, bytes: u64) {
         let sectors = bytes as usize / SECTOR_SIZE;
-        assert!(sectors >= self.now.len(), "disk {}: it shrank to {sectors} sectors", self.disk);
+        assert!(sectors >= self.now.len(), "{}: it shrank to {sectors} sectors", self.name);
         self.now.resize(sectors, 0);
         self.stored.0.resize(sectors, 0);
     }
@@ -228,19 +308,23 @@ impl Model {
     /// The log was recovered up to `last`: judges that, and forgets what came after. What the device itself said to be
     /// flushed reaches up to `stated`: less than that is never opened, however damaged it is.
     pub fn recovered(&mut self, last: u64, stated: u64) {
-        let Self { disk, flushed, acked, .. } = *self;
-        assert!(
-            last <= self.last_lsn(),
-            "disk {disk}: LSN {last} was recovered but never given out"
-        );
+        if std::mem::take(&mut self.is_copied) {
+            // None of that changes anything; all of it was durable before there was a clone.
+            let copied = Done { sectors: 0..0, stamp: COPIED };
+            self.log.resize(last as usize, copied);
+            self.flushed = last;
+        }
+        let Self { name: disk, flushed, acked, .. } = &*self;
+        let (flushed, acked) = (*flushed, *acked);
+        assert!(last <= self.last_lsn(), "{disk}: LSN {last} was recovered but never given out");
         let least = if self.damaged { flushed.min(stated) } else { flushed };
         assert!(
             last >= least,
-            "P1, disk {disk}: LSN {last} recovered, {flushed} was flushed, and {stated} stated"
+            "P1, {disk}: LSN {last} recovered, {flushed} was flushed, and {stated} stated"
         );
         assert!(
             self.power_lost || self.damaged || last >= acked,
-            "L1, disk {disk}: LSN {last} recovered, {acked} was acknowledged"
+            "L1, {disk}: LSN {last} recovered, {acked} was acknowledged"
         );
         if last < flushed && self.former.is_none() {
             self.former = Some(self.log.clone());
@@ -255,7 +339,7 @@ impl Model {
 
     /// The store's image was found at `lsn` when the disk was attached.
     pub fn attached_at(&mut self, lsn: u64) {
-        assert!(lsn <= self.last_lsn(), "disk {}: the store is ahead of the guest", self.disk);
+        assert!(lsn <= self.last_lsn(), "{}: the store is ahead of the guest", self.name);
         self.stored = (self.image_at(lsn), lsn);
         self.former = None;
     }
@@ -344,22 +428,20 @@ impl Model {
 
     /// The store's image was read from the device and claims to be that of `lsn` (P2).
     pub fn check_store(&self, lsn: u64, found: &Image) {
-        let disk = self.disk;
+        let disk = &self.name;
         if self.former.as_ref().is_some_and(|former| {
-            let before = former.get(..lsn as usize).map(|log| image_of(log, self.now.len()));
+            let before = former.get(..lsn as usize);
+            let before = before.map(|log| image_of(&self.base, log, self.now.len()));
             before.is_some_and(|before| differs(found, &before).is_none())
         }) {
             return;
         }
-        assert!(
-            lsn <= self.last_lsn(),
-            "P2, disk {disk}: the store holds LSN {lsn}, never given out"
-        );
+        assert!(lsn <= self.last_lsn(), "P2, {disk}: the store holds LSN {lsn}, never given out");
         let expected = self.image_at(lsn);
         if let Some(at) = differs(found, &expected) {
             let (found, expected) = (found.get(at), expected.get(at));
             panic!(
-                "P2, disk {disk}: the store at LSN {lsn} shows write {found:?} in sector {at}, it was {expected:?}"
+                "P2, {disk}: the store at LSN {lsn} shows write {found:?} in sector {at}, it was {expected:?}"
             );
         }
     }
@@ -380,24 +462,25 @@ impl Model {
             return;
         }
         let [expected, sure] = compared(&self.log);
-        let disk = self.disk;
-        assert_eq!(sure, expected, "P5, disk {disk}: snapshots in the store at LSN {lsn}");
+        let disk = &self.name;
+        assert_eq!(sure, expected, "P5, {disk}: snapshots in the store at LSN {lsn}");
     }
 
     fn breaks(&mut self, words: String) {
-        self.broken.get_or_insert(format!("disk {}: {words}", self.disk));
+        self.broken.get_or_insert(format!("{}: {words}", self.name));
     }
 }
 
 /// The LSNs of snapshots in a log, from after `base` up to `lsn`.
 fn cuts_in(log: &[Done], base: u64, lsn: u64) -> Vec<u64> {
-    let is_cut = |lsn: &u64| log.get(*lsn as usize - 1).is_some_and(|done| done.sectors.is_empty());
+    let is_cut = |lsn: &u64| log.get(*lsn as usize - 1).is_some_and(Done::is_cut);
     (base + 1..=lsn).filter(is_cut).collect()
 }
 
-/// What so many sectors hold after all of a log.
-fn image_of(log: &[Done], sectors: usize) -> Image {
-    let mut image = vec![0; sectors];
+/// What so many sectors, which began as `base`, hold after all of a log.
+fn image_of(base: &Image, log: &[Done], sectors: usize) -> Image {
+    let mut image = base.clone();
+    image.resize(sectors, 0);
     apply(&mut image, log);
     image
 }

@@ -49,6 +49,8 @@ pub struct Profile {
     pub cuts: bool,
     /// Some of them are cloned in the store, and the clones deleted.
     pub clones: bool,
+    /// Some of the clones are served as well, from then on.
+    pub serves: bool,
     /// Garbage is collected, one cycle after the other.
     pub collects: bool,
     /// The store's device is told of free blocks after cycles, and beside them.
@@ -176,6 +178,7 @@ impl Profile {
             looks_ahead: rng.random_bool(0.3),
             cuts: false,
             clones: false,
+            serves: false,
             collects: false,
             unmaps: false,
         }

@@ -1,5 +1,5 @@
 //! The simulator bites: each of a list of deliberate bugs is found within the first hundred seeds of an ordinary run, but for
-//! those in [`RARE`]. With a bug, anything may happen to the code under test; any panic of a run counts as found, and so does
+//! those in [`RARE`] and [`OF_CLONES`]. With a bug, anything may happen to the code under test; any panic of a run counts as found, and so does
 //! a run that does not end.
 //!
 //! `SIM_BUG=Name,Name` tries some of them, `SIM_FIRST_SEED=F` begins there. `SIM_COUNT=1` tries all those seeds and tells how
@@ -16,6 +16,9 @@ const SEEDS_MAX: u64 = 100;
 /// late reply to a read of it is under way, and then be read once more before anything else happens to it. `SkipTailMend`: the
 /// end of the log must differ between the legs, and the one that has more be lost before anything covers that end.
 const RARE: [(Bug, u64); 2] = [(Bug::StaleFill, 1000), (Bug::SkipTailMend, 200)];
+/// Those that only seeds with clones can find: of these so many as there are among so many seeds.
+const OF_CLONES: [(Bug, u64); 3] =
+    [(Bug::CloneOwnsShared, 400), (Bug::CloneBeyondSnapshot, 400), (Bug::CloneTwice, 400)];
 /// Requests per seed.
 const REQUESTS: u64 = 10_000;
 
@@ -30,7 +33,13 @@ struct Found {
 
 /// Seeds within which this bug must be found.
 fn seeds_max(bug: Bug) -> u64 {
-    RARE.iter().find(|(rare, _)| *rare == bug).map_or(SEEDS_MAX, |(_, seeds)| *seeds)
+    let mut others = RARE.iter().chain(&OF_CLONES);
+    others.find(|(other, _)| *other == bug).map_or(SEEDS_MAX, |(_, seeds)| *seeds)
+}
+
+/// This seed may find this bug.
+fn applies(bug: Bug, seed: u64) -> bool {
+    !OF_CLONES.iter().any(|(of_clones, _)| *of_clones == bug) || world::serves_clones(seed)
 }
 
 fn hunt(bug: Bug, count: bool) -> Found {
@@ -42,7 +51,8 @@ fn hunt(bug: Bug, count: bool) -> Found {
         outcome.err().map(|panic| words_of(&*panic))
     };
     let mut found = Found::default();
-    for seed in variable("SIM_FIRST_SEED", 1)..=seeds_max(bug) {
+    let seeds = variable("SIM_FIRST_SEED", 1)..=seeds_max(bug);
+    for seed in seeds.filter(|seed| applies(bug, *seed)) {
         let Some(words) = run(seed, Some(bug)) else { continue };
         found.seeds += 1;
         if found.first.is_none() && run(seed, None).is_none() {

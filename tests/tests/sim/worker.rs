@@ -98,6 +98,8 @@ pub struct Worker {
     orders: Rc<Orders>,
     /// Requests that the guest still has in this life.
     pub budget: u64,
+    /// Its guest is one of those that must be satisfied before the life ends.
+    pub counts: bool,
     /// Reads of the whole disk that come first.
     verify: VecDeque<Request>,
     ios: FuturesUnordered<LocalBoxFuture<'static, Finished>>,
@@ -141,6 +143,7 @@ impl Worker {
             excuses,
             orders,
             budget: 0,
+            counts: true,
             verify: VecDeque::new(),
             ios: FuturesUnordered::new(),
             log_ios: BTreeMap::new(),
@@ -221,7 +224,7 @@ impl Worker {
         }
         if !self.to_the_end {
             // Serves on until no guest wants anything; what is under way then stays under way.
-            if !std::mem::replace(&mut self.satisfied, true) {
+            if self.counts && !std::mem::replace(&mut self.satisfied, true) {
                 self.orders.wanting.update(|wanting| wanting.saturating_sub(1));
             }
             return self.orders.wanting.get() == 0;

@@ -6,7 +6,7 @@ use crate::damage;
 use crate::device::{Pace, Timed};
 use crate::host::{self, End};
 use crate::legs::Legs;
-use crate::model::{Image, Model};
+use crate::model::{Image, Model, Models};
 use crate::profile::Profile;
 use crate::trace::Trace;
 use crate::witness::Memory;
@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::cell::Cell;
+use std::cmp::Reverse;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -30,6 +31,12 @@ const CACHE_BYTES: u64 = 16 << 20;
 const STORE_BYTES: u64 = 1 << 30;
 /// The cache's path. Nothing is ever read or written there: all I/O goes to the simulated device.
 pub const NOWHERE: &str = "/dev/null";
+
+/// What is drawn apart begins with the seed and one of these.
+const CUTS: u64 = 0xc07;
+const SERVES: u64 = 0x5e12e;
+/// Of all seeds, those that take snapshots.
+const CUTS_SHARE: f64 = 0.4;
 
 /// What a run came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,6 +66,10 @@ pub struct Events {
     pub refused: u64,
     /// Disks that lost the last leg under their guests, and may have gone on in write-through.
     pub without_legs: u64,
+    /// Clones that were served.
+    pub clones_served: u64,
+    /// Of them, those that the cache alone made.
+    pub provisional: u64,
 }
 
 /// See the module.
@@ -70,6 +81,8 @@ pub struct World {
     /// For clones alone, likewise.
     pub clone_rng: SmallRng,
     pub clones: Clones,
+    /// For clones that are served alone, likewise.
+    pub serve_rng: SmallRng,
     /// For collection alone, likewise.
     pub collect_rng: SmallRng,
     pub trace: Arc<Trace>,
@@ -82,9 +95,7 @@ pub struct World {
     /// The store's device was damaged: some of it may be lost.
     pub store_harmed: bool,
     pub san_pace: Arc<Pace>,
-    pub models: Vec<Arc<Mutex<Model>>>,
-    /// Disks that were made in the store.
-    pub made: Vec<bool>,
+    pub models: Models,
     /// Requests that guests are to make, and those still to come.
     pub asked: u64,
     pub left: u64,
@@ -95,6 +106,12 @@ pub struct World {
     pub cache: Arc<Mutex<Weak<Cache>>>,
     /// Disks are served in this life.
     pub served: Rc<Cell<bool>>,
+}
+
+/// Clones are served in this seed.
+pub fn serves_clones(seed: u64) -> bool {
+    let draw = |of, share| SmallRng::seed_from_u64(seed ^ of).random_bool(share);
+    draw(CUTS, CUTS_SHARE) && draw(SERVES, 0.3)
 }
 
 /// Runs a seed with so many guest requests. Panics when a promise is broken.
@@ -116,6 +133,12 @@ pub fn run(seed: u64, requests: u64) -> Report {
     let events = &mut world.report.events;
     events.mirrored = u64::from(world.legs.are_mirrored());
     events.replaced = world.legs.replaced;
+    let models = world.models.all();
+    let clones = models.iter().skip(world.profile.disks.len()).map(|model| model.lock());
+    for clone in clones.filter(|clone| !clone.is_none) {
+        events.clones_served += 1;
+        events.provisional += u64::from(clone.is_provisional);
+    }
     events.without_legs = world.witness.notes.load(Ordering::Relaxed);
     events.damaged = u64::from(world.legs.may_have_lost() || world.store_harmed);
     world.report.hash = world.trace.hash();
@@ -126,14 +149,16 @@ pub fn run(seed: u64, requests: u64) -> Report {
 impl World {
     fn new(seed: u64, requests: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let mut cut_rng = SmallRng::seed_from_u64(seed ^ 0xc07);
-        let cuts = cut_rng.random_bool(0.4);
+        let mut cut_rng = SmallRng::seed_from_u64(seed ^ CUTS);
+        let cuts = cut_rng.random_bool(CUTS_SHARE);
         let mut clone_rng = SmallRng::seed_from_u64(seed ^ 0xc10e);
         let clones = cuts && clone_rng.random_bool(0.5);
+        let serve_rng = SmallRng::seed_from_u64(!seed ^ SERVES);
+        let serves = serves_clones(seed);
         let mut collect_rng = SmallRng::seed_from_u64(seed ^ 0x6c);
         let collects = collect_rng.random_bool(0.5);
         let unmaps = collects && SmallRng::seed_from_u64(seed ^ 0x0a9).random_bool(0.5);
-        let profile = Profile { cuts, clones, collects, unmaps, ..Profile::draw(&mut rng) };
+        let profile = Profile { cuts, clones, serves, collects, unmaps, ..Profile::draw(&mut rng) };
         let legs = Legs::new(profile.legs, CACHE_BYTES, profile.rots, &mut rng);
         let logical_block = if rng.random_bool(0.8) { 512 } else { 4096 };
         let options = SimOptions {
@@ -142,8 +167,10 @@ impl World {
             ..SimOptions::new(STORE_BYTES, rng.random())
         };
         let san = SimDevice::with_options(options);
-        let models = (0u32..).zip(&profile.disks).map(|(n, blocks)| Model::new(n + 1, *blocks));
-        let models: Vec<_> = models.map(|model| Arc::new(Mutex::new(model))).collect();
+        let models = Models::default();
+        for blocks in &profile.disks {
+            models.add(|n| Model::new(n, *blocks));
+        }
         let runtime = runtime();
         runtime.block_on(async {
             Local::make_legs(legs.named()).await.expect("a new cache");
@@ -153,12 +180,12 @@ impl World {
         Self {
             asked: requests,
             left: requests,
-            made: vec![false; profile.disks.len()],
             profile,
             rng,
             cut_rng,
             clone_rng,
             clones: Clones::default(),
+            serve_rng,
             collect_rng,
             trace: Arc::new(Trace::new()),
             legs,
@@ -185,7 +212,7 @@ impl World {
             damage::to_store(&self.san, &mut self.rng);
         }
         if self.legs.may_have_lost() {
-            self.models.iter().for_each(|model| model.lock().damaged = true);
+            self.models.all().iter().for_each(|model| model.lock().damaged = true);
         }
         self.report.lives += 1;
         let runtime = runtime();
@@ -226,7 +253,7 @@ impl World {
 
     /// What was acknowledged and not flushed may be gone.
     fn note_power_loss(&self) {
-        self.models.iter().for_each(|model| model.lock().power_lost = true);
+        self.models.all().iter().for_each(|model| model.lock().power_lost = true);
     }
 
     /// Were everything but the store lost now: each disk's image is the disk as of one LSN (P2), and the store is sound.
@@ -236,7 +263,7 @@ impl World {
             fork.crash();
         }
         let session = fork.connect();
-        let (models, made) = (&self.models, &self.made);
+        let models = self.models.all();
         let picks = self.cut_rng.random_range(0..7);
         runtime().block_on(async {
             let opened = Store::open(session.device(), OpenOptions::read_only()).await;
@@ -244,11 +271,16 @@ impl World {
                 Err(_) if self.store_harmed => return,
                 opened => opened.expect("the store opens at any time"),
             };
-            for ((n, model), made) in models.iter().enumerate().zip(made) {
-                match read_out(&store, &name(n), None, model).await {
+            for model in &models {
+                let (disk, made, is_none) = {
+                    let model = model.lock();
+                    (model.name.clone(), model.made, model.is_none)
+                };
+                match read_out(&store, &disk, None, model).await {
                     Ok((lsn, image)) => {
+                        assert!(!is_none, "{disk} was not made, and is in the store");
                         model.lock().check_store(lsn, &image);
-                        cuts::check_snapshots(&store, n, model, lsn, picks, self.store_harmed)
+                        cuts::check_snapshots(&store, &disk, model, lsn, picks, self.store_harmed)
                             .await;
                     }
                     Err(error) if error.kind == StoreErrorKind::NotFound && !made => {}
@@ -256,7 +288,8 @@ impl World {
                     Err(error) => panic!("P2: the store's image cannot be read: {error}"),
                 }
             }
-            clones::check_clones(&store, &self.clones, models, self.store_harmed).await;
+            clones::check_listed(&store, &self.clones, &models, self.store_harmed).await;
+            clones::check_clones(&store, &self.clones, &models, self.store_harmed).await;
             let report = match gc::check(&store, gc::CheckOptions { data: false }).await {
                 Err(_) if self.store_harmed => return,
                 report => report.expect("check"),
@@ -280,7 +313,7 @@ impl World {
             let store = Store::open(session.device(), options).await.expect("the store opens");
             let mut disks = store.list_vdis().await.expect("the disks");
             // A source goes after what was cloned from it.
-            disks.sort_by_key(|info| !clones::is_clone(&info.name));
+            disks.sort_by_key(|info| Reverse(clones::number_of(&info.name)));
             for info in disks {
                 let uuid = info.uuid.to_string();
                 store.delete_vdi_and_snapshots(&uuid).await.expect("a detached disk is deleted");

@@ -130,7 +130,7 @@ async fn serve(world: &mut World, last: bool) -> Result<End, Refused> {
     if last {
         let excuses = Excuses { write_errors: false, read_errors: world.may_have_lost() };
         heal(world);
-        return bring_up_and_use(world, last, cold, excuses).await;
+        return Box::pin(bring_up_and_use(world, last, cold, excuses)).await;
     }
     // The store may be away from the start.
     chaos.begin(cold);

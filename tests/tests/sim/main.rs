@@ -8,6 +8,7 @@
 //! `SIM_SEEDS=N SIM_FIRST_SEED=F SIM_REQUESTS=R cargo test -p tests --test sim` runs others, or more; `SIM_CLONES=1` those of them
 //! in which clones are served.
 
+mod attaching;
 mod chaos;
 mod clones;
 mod cold;

@@ -1,0 +1,105 @@
+//! Coming up with the store at hand: a disk is found or made there, its log reserved, attached in the store, recovered.
+
+use crate::host::{Agent, Checked, Refused, again, pause, transient};
+use crate::world::World;
+use blockstore::device::sim::SimDevice;
+use blockstore::types::BLOCK_SIZE;
+use blockstore::{AttachOptions, StoreErrorKind};
+use cache::backing::Backing;
+use cache::disk::AttachedDisk;
+use cache::{CacheError, VdiIdentity};
+use std::sync::Arc;
+use uuid::Uuid;
+
+impl Agent {
+    /// All disks but clones come up, with the store at hand.
+    pub async fn attach_all(&self, world: &mut World) -> Result<Vec<AttachedDisk>, Refused> {
+        let mut disks = Vec::new();
+        for (n, blocks) in world.profile.disks.clone().into_iter().enumerate() {
+            let (uuid, bytes) = self.make(n, blocks * BLOCK_SIZE as u64).await?;
+            let Some(disk) = self.attach(n, uuid, bytes).await? else {
+                // A new disk has to wait for evictions, and so for workers, which do not run yet: the next life.
+                break;
+            };
+            disks.push(disk);
+        }
+        Ok(disks)
+    }
+
+    /// Finds a disk, or makes it; with its size.
+    pub async fn make(&self, n: usize, bytes: u64) -> Result<(Uuid, u64), Refused> {
+        let (store, lenient) = (self.store(), self.may_have_lost);
+        let (name, is_made) = {
+            let model = self.models.get(n);
+            let model = model.lock();
+            (model.name.clone(), model.made)
+        };
+        loop {
+            match store.lookup_vdi(&name).await {
+                Ok(info) => return Ok((info.uuid, info.size_bytes)),
+                Err(error) if error.kind == StoreErrorKind::NotFound => {
+                    if is_made {
+                        assert!(lenient, "{name} is gone from the store: {error}");
+                        return Err(Refused(error.to_string()));
+                    }
+                    match store.create_vdi(&name, bytes).await {
+                        Ok(info) => return Ok((info.uuid, info.size_bytes)),
+                        Err(error) if error.kind == StoreErrorKind::AlreadyExists => {}
+                        // A device that is full, on which this host has no room for nodes yet.
+                        Err(error) if error.kind == StoreErrorKind::NoSpace => pause().await,
+                        Err(error) => transient("creating a disk", &error, lenient).await?,
+                    }
+                }
+                Err(error) => transient("looking a disk up", &error, lenient).await?,
+            }
+        }
+    }
+
+    /// Attaches a disk in the store and here; none if it is new and there are no segments for it now.
+    pub async fn attach(
+        &self,
+        n: usize,
+        uuid: Uuid,
+        size_bytes: u64,
+    ) -> Result<Option<AttachedDisk>, Refused> {
+        let model = self.models.get(n);
+        let identity = VdiIdentity { uuid, name: model.lock().name.clone(), size_bytes };
+        let lenient = self.may_have_lost;
+        let log_id = loop {
+            match self.cache.reserve(&identity).await {
+                Ok(log_id) => break Uuid::from_u128(log_id),
+                Err(CacheError::NoSegments { .. }) if n > 0 => return Ok(None),
+                Err(error) => again("reserving a log", &error, lenient).await?,
+            }
+        };
+        let vdi = loop {
+            match self.store().attach(uuid, AttachOptions { log_id }).await {
+                Ok(vdi) => break vdi,
+                Err(error) => transient("attaching", &error, lenient).await?,
+            }
+        };
+        let (san, judge) = (Arc::clone(&self.san), Arc::clone(&model));
+        let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model: judge, san });
+        let stated = self.stated(self.cache.identity().await.cache, uuid, log_id.as_u128());
+        loop {
+            match self.cache.attach(&identity, Arc::<Checked>::clone(&backing)).await {
+                Ok(attached) => {
+                    let mut model = model.lock();
+                    model.grow(attached.disk.size_bytes());
+                    model.recovered(attached.disk.staged_lsn().0, stated);
+                    model.attached_at(Backing::committed(&*vdi).0);
+                    // One that was made by a command of unknown outcome is there for good once something was flushed after it.
+                    (model.made, model.uuid) = (true, Some(uuid));
+                    self.vdis.lock().insert(n, Arc::clone(&vdi));
+                    return Ok(Some(attached));
+                }
+                Err(CacheError::NoSegments { .. }) if n > 0 => return Ok(None),
+                // Nobody hears of it.
+                Err(_) if self.hosts.iter().any(SimDevice::is_dead) => {
+                    std::future::pending::<()>().await;
+                }
+                Err(error) => again("recovering a log", &error, lenient).await?,
+            }
+        }
+    }
+}

@@ -97,8 +97,8 @@ impl Cache {
                 let (slot, is_free) = Box::pin(self.undo(next)).await;
                 inner.slots[at] = slot;
                 if !is_free {
-                    // It may name the segments: neither is used again before the next start, which looks.
-                    written.keep();
+                    // It may name the segments: neither is used for anything else, and the disk can be had if they can.
+                    inner.found.insert(new.disk.uuid, written.keep());
                 }
                 return Err(error);
             }

@@ -11,17 +11,29 @@ use cache::{CacheError, VdiIdentity};
 use std::sync::Arc;
 use uuid::Uuid;
 
+/// What came of an attempt to bring a disk up.
+pub enum Up {
+    Disk(AttachedDisk),
+    /// It is new, and there are no segments for it now.
+    NoRoom,
+    /// It was found, and is not there: a target forgot it, whose making nobody was told of.
+    Gone,
+}
+
 impl Agent {
     /// All disks but clones come up, with the store at hand.
     pub async fn attach_all(&self, world: &mut World) -> Result<Vec<AttachedDisk>, Refused> {
         let mut disks = Vec::new();
         for (n, blocks) in world.profile.disks.clone().into_iter().enumerate() {
-            let (uuid, bytes) = self.make(n, blocks * BLOCK_SIZE as u64).await?;
-            let Some(disk) = self.attach(n, uuid, bytes).await? else {
-                // A new disk has to wait for evictions, and so for workers, which do not run yet: the next life.
-                break;
-            };
-            disks.push(disk);
+            loop {
+                let (uuid, bytes) = self.make(n, blocks * BLOCK_SIZE as u64).await?;
+                match self.attach(n, uuid, bytes).await? {
+                    Up::Disk(disk) => break disks.push(disk),
+                    // A new disk has to wait for evictions, and so for workers, which do not run yet: the next life.
+                    Up::NoRoom => return Ok(disks),
+                    Up::Gone => {}
+                }
+            }
         }
         Ok(disks)
     }
@@ -43,7 +55,10 @@ impl Agent {
                         return Err(Refused(error.to_string()));
                     }
                     match store.create_vdi(&name, bytes).await {
-                        Ok(info) => return Ok((info.uuid, info.size_bytes)),
+                        Ok(info) => {
+                            self.models.get(n).lock().made = true;
+                            return Ok((info.uuid, info.size_bytes));
+                        }
                         Err(error) if error.kind == StoreErrorKind::AlreadyExists => {}
                         // A device that is full, on which this host has no room for nodes yet.
                         Err(error) if error.kind == StoreErrorKind::NoSpace => pause().await,
@@ -55,26 +70,27 @@ impl Agent {
         }
     }
 
-    /// Attaches a disk in the store and here; none if it is new and there are no segments for it now.
-    pub async fn attach(
-        &self,
-        n: usize,
-        uuid: Uuid,
-        size_bytes: u64,
-    ) -> Result<Option<AttachedDisk>, Refused> {
+    /// Attaches a disk in the store and here.
+    pub async fn attach(&self, n: usize, uuid: Uuid, size_bytes: u64) -> Result<Up, Refused> {
         let model = self.models.get(n);
         let identity = VdiIdentity { uuid, name: model.lock().name.clone(), size_bytes };
         let lenient = self.may_have_lost;
         let log_id = loop {
             match self.cache.reserve(&identity).await {
                 Ok(log_id) => break Uuid::from_u128(log_id),
-                Err(CacheError::NoSegments { .. }) if n > 0 => return Ok(None),
+                Err(CacheError::NoSegments { .. }) if n > 0 => return Ok(Up::NoRoom),
                 Err(error) => again("reserving a log", &error, lenient).await?,
             }
         };
         let vdi = loop {
             match self.store().attach(uuid, AttachOptions { log_id }).await {
                 Ok(vdi) => break vdi,
+                Err(error) if error.kind == StoreErrorKind::NotFound && !model.lock().made => {
+                    match self.cache.unreserve(uuid).await {
+                        Ok(()) => return Ok(Up::Gone),
+                        Err(error) => again("giving a log back", &error, lenient).await?,
+                    }
+                }
                 Err(error) => transient("attaching", &error, lenient).await?,
             }
         };
@@ -91,9 +107,9 @@ impl Agent {
                     // One that was made by a command of unknown outcome is there for good once something was flushed after it.
                     (model.made, model.uuid) = (true, Some(uuid));
                     self.vdis.lock().insert(n, Arc::clone(&vdi));
-                    return Ok(Some(attached));
+                    return Ok(Up::Disk(attached));
                 }
-                Err(CacheError::NoSegments { .. }) if n > 0 => return Ok(None),
+                Err(CacheError::NoSegments { .. }) if n > 0 => return Ok(Up::NoRoom),
                 // Nobody hears of it.
                 Err(_) if self.hosts.iter().any(SimDevice::is_dead) => {
                     std::future::pending::<()>().await;

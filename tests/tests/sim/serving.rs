@@ -1,6 +1,7 @@
 //! Clones that are served: from then on disks like any other, in this life and those that follow, each beginning with what its
 //! source was at the snapshot (P5). They come while others are served already, also after a start without the store.
 
+use crate::attaching::Up;
 use crate::clones::{CloneOf, Fate, clone_name};
 use crate::cold::record_of;
 use crate::crew::Crew;
@@ -154,11 +155,11 @@ impl Agent {
         manner: &Manner,
         crew: &Crew,
     ) -> Result<(), Refused> {
-        let (uuid, bytes) = self.make(n, 0).await?;
         let attached = loop {
+            let (uuid, bytes) = self.make(n, 0).await?;
             match self.attach(n, uuid, bytes).await? {
-                Some(attached) => break attached,
-                None => pause().await,
+                Up::Disk(attached) => break attached,
+                Up::NoRoom | Up::Gone => pause().await,
             }
         };
         self.begin_guest(n, attached, &mut rng, manner, crew);

@@ -7,11 +7,12 @@ use crate::trace::Trace;
 use async_trait::async_trait;
 use blockstore::buf::AlignedBuf;
 use blockstore::device::sim::{FaultRates, SimDevice};
-use blockstore::device::{BlockDevice, CawOutcome, DeviceError, DeviceInfo};
+use blockstore::device::{BlockDevice, CawOutcome, DeviceError, DeviceErrorKind, DeviceInfo};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -20,6 +21,9 @@ use std::time::Duration;
 const LATE_READ_MS: u64 = 4_000;
 /// How long a discard takes at most, beside what all operations do.
 const DISCARD_MS: u64 = 300;
+
+/// A read that is tried three times gets through.
+const ERRORS_MAX: u32 = 2;
 
 /// How slow a device is. Shared with whoever changes it.
 #[derive(Debug, Default)]
@@ -66,12 +70,37 @@ pub struct Timed {
     pace: Arc<Pace>,
     rng: Mutex<SmallRng>,
     trace: Arc<Trace>,
+    /// Where reads failed with a media error last, one after the other, if those are to pass: how often.
+    passing: Option<Mutex<HashMap<u64, u32>>>,
 }
 
 impl Timed {
     pub fn new(name: u64, sim: SimDevice, pace: Arc<Pace>, seed: u64, trace: Arc<Trace>) -> Self {
         let rng = Mutex::new(SmallRng::seed_from_u64(seed));
-        Self { name, sim, twin: None, pace, rng, trace }
+        Self { name, sim, twin: None, pace, rng, trace, passing: None }
+    }
+
+    /// Its media errors pass: at one place there are at most [`ERRORS_MAX`] in a row. One that lasts is damage.
+    pub fn with_passing_errors(self) -> Self {
+        Self { passing: Some(Mutex::default()), ..self }
+    }
+
+    /// As the device reads, but for a media error that would last.
+    async fn read_passing(&self, offset: u64, len: usize) -> Result<AlignedBuf, DeviceError> {
+        loop {
+            let result = self.sim.read(offset, len).await;
+            let Some(passing) = &self.passing else { return result };
+            let mut passing = passing.lock();
+            if !matches!(&result, Err(error) if error.kind == DeviceErrorKind::Io) {
+                passing.remove(&offset);
+                return result;
+            }
+            let errors = passing.entry(offset).or_default();
+            if *errors < ERRORS_MAX {
+                *errors += 1;
+                return result;
+            }
+        }
     }
 
     /// With another device of the same host.
@@ -137,7 +166,7 @@ impl BlockDevice for Timed {
 
     async fn read(&self, offset: u64, len: usize) -> Result<AlignedBuf, DeviceError> {
         self.wait().await;
-        let result = self.sim.read(offset, len).await;
+        let result = self.read_passing(offset, len).await;
         self.note(0, offset, len as u64, &result);
         let ms = {
             let mut rng = self.rng.lock();

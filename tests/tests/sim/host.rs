@@ -81,6 +81,7 @@ pub async fn live(world: &mut World, last: bool) -> End {
     // With one outage after the other, a life may be slow: if it still goes on then, it is cut off.
     let lately = PATIENCE + Duration::from_millis(world.profile.outage_ms) * 3;
     let (models, requests) = (world.models.clone(), Arc::clone(&world.requests));
+    let all = world.models.clone();
     let progress = move || {
         let committed: u64 = models.all().iter().map(|model| model.lock().stored_lsn()).sum();
         (requests.load(Ordering::Relaxed), committed)
@@ -104,17 +105,27 @@ pub async fn live(world: &mut World, last: bool) -> End {
             if progress() != before && !last {
                 return None;
             }
-            let cache = cache.lock().upgrade();
-            Some(cache.map_or_else(String::new, |cache| format!("{cache:#?}")))
+            let Some(cache) = cache.lock().upgrade() else { return Some((String::new(), false)) };
+            Some((format!("{cache:#?}"), has_orphan(&cache, &all)))
         } => {
-            let Some(words) = words else { return End::Spent };
+            let Some((words, orphan)) = words else { return End::Spent };
             // Nothing comes up on a device that is broken; what is up goes on without it.
             let broken = paces.iter().any(|pace| pace.broken.load(Ordering::Relaxed)) && !last;
-            let excused = broken && !served.get() || may_have_lost;
+            let excused = broken && (!served.get() || orphan) || may_have_lost;
             assert!(excused, "liveness: a life comes to no end: {words}");
             End::LogFailed
         }
     }
+}
+
+/// A clone that the store does not know of waits for a disk that takes nothing more to the store in this life.
+fn has_orphan(cache: &Cache, models: &Models) -> bool {
+    let status = |uuid: Uuid| cache.vdi_status(uuid);
+    let all = models.all().into_iter().filter_map(|model| model.lock().uuid);
+    let mut origins = all.filter_map(|uuid| status(uuid)?.origin);
+    origins.any(|origin| {
+        status(origin.snapshot.vdi).is_some_and(|parent| parent.state == cache::Phase::Failed)
+    })
 }
 
 /// Small numbers as often as large ones.

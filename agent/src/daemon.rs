@@ -12,6 +12,7 @@ use crate::error::{Failure, Kind, Result};
 use crate::host::Host;
 use crate::notify;
 use crate::run_dir::RunDir;
+use blockstore::turns::take_turns_of;
 use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
@@ -22,6 +23,8 @@ use tokio::sync::oneshot;
 
 /// How long the stop may take beyond the configured time for draining before the daemon ends regardless.
 const STOP_GRACE: Duration = Duration::from_secs(15);
+/// Somebody waits for each answer on the control socket, and there is little to compute for one.
+const TURN: Duration = Duration::from_micros(100);
 
 /// Runs the daemon until it is told to stop.
 ///
@@ -74,15 +77,12 @@ async fn live(config: AgentConfig, run_dir: &RunDir, control: UnixListener) -> R
     let mut signals = Signals::new()?;
     let gate = Gate::new();
     let (stop_serving, stopped) = oneshot::channel::<()>();
-    let control = adopt(control)?;
     let metrics = match config.metrics_listen {
         Some(address) => Some(listen_metrics(address).await?),
         None => None,
     };
     let metrics = metrics.map(|listener| tokio::spawn(serve_metrics(listener, gate.clone())));
-    let server = tokio::spawn(serve(control, gate.clone(), async {
-        let _ = stopped.await;
-    }));
+    serve_control(control, gate.clone(), stopped)?;
 
     let progress = |doing: &str| {
         tracing::info!("{doing}");
@@ -125,7 +125,6 @@ async fn live(config: AgentConfig, run_dir: &RunDir, control: UnixListener) -> R
             tracing::warn!("second signal: ending now; the log has what is not in the store");
         }
     }
-    server.abort();
     if let Some(metrics) = metrics {
         metrics.abort();
     }
@@ -139,13 +138,30 @@ async fn listen_metrics(address: SocketAddr) -> Result<tokio::net::TcpListener> 
     })
 }
 
-fn adopt(control: UnixListener) -> Result<tokio::net::UnixListener> {
-    control
-        .set_nonblocking(true)
-        .and_then(|()| tokio::net::UnixListener::from_std(control))
-        .map_err(|error| {
-            Failure::new(Kind::Failed, format!("cannot listen on the control socket: {error}"))
-        })
+/// Serves the control socket on a thread of its own: the others compute for milliseconds at a time, and whoever asks for a snapshot
+/// waits. What takes longer than a snapshot goes to them all the same ([`serve`]).
+fn serve_control(control: UnixListener, gate: Gate, stopped: oneshot::Receiver<()>) -> Result<()> {
+    let failed = |error: std::io::Error| {
+        Failure::new(Kind::Failed, format!("cannot listen on the control socket: {error}"))
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(failed)?;
+    control.set_nonblocking(true).map_err(failed)?;
+    let listener = {
+        let _of_this_runtime = runtime.enter();
+        tokio::net::UnixListener::from_std(control).map_err(failed)?
+    };
+    let others = tokio::runtime::Handle::current();
+    let thread = std::thread::Builder::new().name("control".to_owned());
+    let thread = thread.spawn(move || {
+        if let Err(error) = take_turns_of(TURN) {
+            tracing::debug!("no shorter turns for the control socket: {error}");
+        }
+        runtime.block_on(serve(listener, gate, others, async {
+            let _ = stopped.await;
+        }));
+    });
+    thread.map(drop).map_err(failed)
 }
 
 /// The signals that the daemon listens to. SIGHUP is taken and ignored, so that a closing terminal does not end it.

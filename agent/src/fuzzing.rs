@@ -32,7 +32,8 @@ pub fn daemon(folder: &Path) -> PathBuf {
             control.set_nonblocking(true).expect("a socket");
             let control = tokio::net::UnixListener::from_std(control).expect("a socket");
             ready.send(()).expect("somebody waits");
-            serve(control, gate, std::future::pending()).await;
+            let others = tokio::runtime::Handle::current();
+            serve(control, gate, others, std::future::pending()).await;
         });
     });
     serving.recv().expect("the daemon starts");

@@ -30,6 +30,8 @@ pub const DEPTH: usize = 32;
 const KEEP: u64 = 1000;
 /// Connections that ask for a snapshot after each write.
 const CONNECTIONS: usize = 32;
+/// Turns on the processor of who asks for snapshots beside the load.
+const TURN: Duration = Duration::from_micros(100);
 /// Longest round of those.
 const EACH_TIME: Duration = Duration::from_secs(2);
 /// How long the client waits for an answer before it looks whether it may go on by itself.
@@ -97,8 +99,10 @@ pub fn run(settings: &Settings) -> Result<Snapping> {
                 continue;
             }
             let snapper = Snapper::start(&bench.ballast, INTERVAL)?;
-            beside.with.push(bench.load()?);
+            beside.with.push(bench.writes()?);
+            // Before the disk settles: that is no load.
             snapshots.add(snapper.stop()?).context("add up latencies")?;
+            bench.ballast.settle()?;
         }
         bench.tidy()?;
     }
@@ -160,11 +164,17 @@ impl Bench<'_> {
         Limit { time: self.settings.burst, bytes: self.settings.cache_bytes / 4 }
     }
 
-    /// A round of writes; how many in a second.
+    /// A round of writes, until all of them are in the store; how many in a second.
     fn load(&mut self) -> Result<f64> {
+        let iops = self.writes()?;
+        self.ballast.settle()?;
+        Ok(iops)
+    }
+
+    /// A round of writes; how many in a second.
+    fn writes(&mut self) -> Result<f64> {
         let workload = self.workload();
         let sample = measure(&self.ballast, &workload, self.limit(), self.settings.poll)?;
-        self.ballast.settle()?;
         Ok(sample.measured.iops())
     }
 
@@ -361,6 +371,8 @@ impl Snapper {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
+            // The load's own client, which shares the core, is not to be waited for.
+            blockstore::turns::take_turns_of(TURN).context("ask for short turns")?;
             let (mut times, mut next) = (histogram()?, Instant::now());
             while !stopped.load(Ordering::Relaxed) {
                 std::thread::sleep(next.saturating_duration_since(Instant::now()));

@@ -51,6 +51,7 @@ pub mod slot;
 pub mod snapshots;
 pub mod store;
 pub mod tree;
+pub mod turns;
 pub mod types;
 pub mod vdi;
 

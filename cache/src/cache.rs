@@ -379,6 +379,11 @@ impl Cache {
         let read = |value: &std::sync::atomic::AtomicU64| value.load(Ordering::Relaxed);
         status.last_lsn = status.last_lsn.max(read(&handle.progress.staged));
         status.flushed_lsn = status.flushed_lsn.max(read(&handle.progress.flushed));
+        {
+            let pending = handle.desk.pending();
+            status.snapshots_pending = pending.len() as u64;
+            status.cuts_pending = pending.cuts().len() as u64;
+        }
         status.index_bytes = read(&handle.progress.index_bytes);
         status.held_bytes = read(&handle.progress.held_blocks) * BLOCK_SIZE as u64;
         status.boot_trace_bytes = read(&handle.progress.trace_blocks) * BLOCK_SIZE as u64;

@@ -19,6 +19,7 @@ pub mod backing;
 mod cache;
 mod check;
 mod clone;
+mod desk;
 pub mod disk;
 pub mod error;
 pub mod flusher;
@@ -43,11 +44,10 @@ pub use cache::{
     QuarantinedLog, Survey, VdiIdentity,
 };
 pub use check::{CheckReport, VdiReport, check};
+pub use desk::SnapshotTaken;
 pub use error::CacheError;
 pub use format::slot::{CloneOrigin, LeftBehind};
 pub use local::LegState;
 pub use pending::{LogCut, PendingSnapshot, PendingSnapshots};
-pub use vdi::{
-    HydrateError, HydrateStatus, MadeCuts, Phase, PinError, Pressed, SnapshotTaken, VdiStatus,
-};
+pub use vdi::{HydrateError, HydrateStatus, MadeCuts, Phase, PinError, Pressed, VdiStatus};
 pub use witness::Witness;

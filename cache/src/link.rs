@@ -3,6 +3,7 @@
 //! Queues are bounded by construction: fetches by the guest's queue sizes, segment messages by the number
 //! of segments, the rest by one outstanding message of a kind.
 
+use crate::desk::Desk;
 use crate::disk::plan::SegmentId;
 use crate::disk::trace::Ranges;
 use crate::format::LegSet;
@@ -189,6 +190,8 @@ pub struct Link {
     pub(crate) tx: tokio::sync::mpsc::UnboundedSender<FromDisk>,
     pub(crate) rx: crossbeam_channel::Receiver<ToDisk>,
     pub(crate) wake: Arc<EventFd>,
+    /// Where those are who asked for snapshots.
+    desk: Option<Arc<Desk>>,
 }
 
 /// The asynchronous side's end.
@@ -205,7 +208,7 @@ pub fn pair() -> std::io::Result<(Link, DiskSender, tokio::sync::mpsc::Unbounded
     let (to_disk, rx) = crossbeam_channel::unbounded();
     let (tx, from_disk) = tokio::sync::mpsc::unbounded_channel();
     let sender = DiskSender { tx: to_disk, wake: Arc::clone(&wake) };
-    Ok((Link { tx, rx, wake }, sender, from_disk))
+    Ok((Link { tx, rx, wake, desk: None }, sender, from_disk))
 }
 
 impl Link {
@@ -227,9 +230,17 @@ impl Link {
         self.rx.try_recv().ok()
     }
 
+    /// Snapshots are answered there, not by the disk's task.
+    pub(crate) fn answer_at(&mut self, desk: Arc<Desk>) {
+        self.desk = Some(desk);
+    }
+
     /// Sends a message. Ignored once the other side is gone (the agent is stopping).
     pub fn send(&self, message: FromDisk) {
-        let _ = self.tx.send(message);
+        match (message, &self.desk) {
+            (FromDisk::SnapshotTaken { id, result }, Some(desk)) => desk.taken(id, result),
+            (message, _) => drop(self.tx.send(message)),
+        }
     }
 }
 

@@ -57,6 +57,8 @@ pub struct PendingSnapshots {
     gone: u64,
     /// Those of a cadence that are to be kept.
     cuts: VecDeque<LogCut>,
+    /// The store has everything up to here.
+    retired: Lsn,
 }
 
 impl PendingSnapshots {
@@ -102,6 +104,7 @@ impl PendingSnapshots {
 
     /// The store has everything up to `committed`.
     pub fn retire(&mut self, committed: Lsn) {
+        self.retired = self.retired.max(committed);
         while let Some(first) = self.places.front().copied().filter(|first| first.lsn <= committed)
         {
             self.labels.drain(..(first.labels - self.gone) as usize);
@@ -115,9 +118,15 @@ impl PendingSnapshots {
         }
         if self.places.is_empty() {
             // A backlog's memory is not kept once it is gone.
-            let cuts = std::mem::take(&mut self.cuts);
-            *self = Self { cuts, ..Self::default() };
+            let (cuts, retired) = (std::mem::take(&mut self.cuts), self.retired);
+            *self = Self { cuts, retired, ..Self::default() };
         }
+    }
+
+    /// The store has everything up to here, as far as was said.
+    #[must_use]
+    pub fn retired(&self) -> Lsn {
+        self.retired
     }
 
     /// The one at `lsn`.

@@ -34,10 +34,15 @@ use serde::de::DeserializeOwned;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 
 /// Requests under way at one time.
 pub const REQUESTS_MAX: usize = 64;
+
+const ENDED_BADLY: &str =
+    "the agent failed inside (its log has the details); 'ballast status' shows the state it left";
 
 /// What the daemon is doing, as far as requests are concerned.
 #[derive(Clone, Debug)]
@@ -87,13 +92,15 @@ impl Gate {
     }
 }
 
-/// Serves the control socket until `stop` resolves and the requests under way are answered.
+/// Serves the control socket until `stop` resolves and the requests under way are answered. Snapshots are taken by the thread that this runs on,
+/// and what else is asked for is done by `others`.
 pub async fn serve(
     listener: UnixListener,
     gate: Gate,
+    others: Handle,
     stop: impl Future<Output = ()> + Send + 'static,
 ) {
-    let server = axum::serve(listener, router(gate)).with_graceful_shutdown(stop);
+    let server = axum::serve(listener, router(gate, others)).with_graceful_shutdown(stop);
     if let Err(error) = server.await {
         tracing::error!(
             "the control socket failed: {error}; restart the agent to control it again"
@@ -115,7 +122,7 @@ pub async fn serve_metrics(listener: TcpListener, gate: Gate) {
     }
 }
 
-fn router(gate: Gate) -> Router {
+fn router(gate: Gate, others: Handle) -> Router {
     Router::new()
         .route("/v1/status", get(status))
         .route("/v1/metrics", get(metrics))
@@ -132,7 +139,6 @@ fn router(gate: Gate) -> Router {
         .route("/v1/vdis", get(list).post(create))
         .route("/v1/vdis/{name}", get(info))
         .route("/v1/vdis/{name}/delete", post(delete))
-        .route("/v1/vdis/{name}/snapshots", post(snap))
         .route("/v1/vdis/{name}/snapshots/list", post(snapshots))
         .route("/v1/vdis/{name}/snapshots/label", post(label_snapshot))
         .route("/v1/vdis/{name}/snapshots/delete", post(delete_snapshots))
@@ -146,6 +152,8 @@ fn router(gate: Gate) -> Router {
         .route("/v1/vdis/{name}/hydrate", post(hydrate))
         .route("/v1/vdis/{name}/pin", post(pin).delete(unpin))
         .route("/v1/vdis/{name}/drill", post(drill).delete(end_drill))
+        .layer(middleware::from_fn_with_state(others, elsewhere))
+        .route("/v1/vdis/{name}/snapshots", post(snap))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
         .layer(middleware::from_fn_with_state(gate.clone(), limit))
@@ -159,6 +167,19 @@ async fn limit(State(gate): State<Gate>, request: Request, next: Next) -> Respon
         return Failure::new(Kind::Unavailable, words).into_response();
     };
     next.run(request).await
+}
+
+/// Has a request done by the threads of a runtime; it ends with its caller.
+async fn elsewhere(State(others): State<Handle>, request: Request, next: Next) -> Response {
+    let mut task = JoinSet::new();
+    task.spawn_on(next.run(request), &others);
+    match task.join_next().await {
+        Some(Ok(response)) => response,
+        ended => {
+            tracing::error!(?ended, "a control request ended badly");
+            Failure::new(Kind::Failed, ENDED_BADLY).into_response()
+        }
+    }
 }
 
 type Gated = State<Gate>;
@@ -513,10 +534,7 @@ async fn to_the_end<T: Send + 'static>(
 ) -> Result<T> {
     tokio::spawn(change).await.unwrap_or_else(|error| {
         tracing::error!("a control request ended badly: {error}");
-        Err(Failure::new(
-            Kind::Failed,
-            "the agent failed inside (its log has the details); 'ballast status' shows the state it left",
-        ))
+        Err(Failure::new(Kind::Failed, ENDED_BADLY))
     })
 }
 

@@ -6,6 +6,7 @@
 use super::{Cache, VdiIdentity};
 use crate::backing::Backing;
 use crate::backing::deferred::Deferred;
+use crate::desk::Desk;
 use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::format::segment::SegmentHeader;
@@ -193,6 +194,9 @@ impl Cache {
             // Until the task says otherwise the store may be away.
             self.ground.pool.set_pin(vdi, Some(Pin::Firm));
         }
+        let desk = Arc::new(Desk::new(vdi, open.sender.clone(), open.snapshots));
+        let mut disk = open.disk;
+        disk.link.answer_at(Arc::clone(&desk));
         let parts = VdiTaskParts {
             vdi,
             ground: self.ground.clone(),
@@ -208,13 +212,13 @@ impl Cache {
             from_disk: open.from_disk,
             from_pool,
             status: Arc::new(Mutex::new(status)),
-            snapshots: Arc::new(Mutex::new(open.snapshots)),
+            desk,
             made: Arc::default(),
             progress: Arc::clone(&progress),
         };
         let handle = VdiHandle::spawn(name, progress, parts);
         self.handles.lock().insert(vdi, Arc::new(handle));
-        open.disk
+        disk
     }
 }
 

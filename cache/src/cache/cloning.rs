@@ -43,7 +43,7 @@ impl Cache {
             return Err(refuse("it is itself a clone that is not in the store yet".into()));
         }
         let log = handle.undrained(parent, false).await?;
-        let snapshot = handle.snapshots.lock().find(lsn).filter(|_| lsn > log.committed);
+        let snapshot = handle.desk.pending().find(lsn).filter(|_| lsn > log.committed);
         let Some(snapshot) = snapshot else {
             return Err(refuse("its log holds no snapshot of that LSN".into()));
         };

@@ -1,11 +1,12 @@
 //! Snapshots of attached disks.
 
 use super::Cache;
+use crate::desk::SnapshotTaken;
 use crate::error::CacheError;
 use crate::flusher::Replay;
 use crate::pending::{LogCut, PendingSnapshot};
 use crate::recovery::sent::{self, Point};
-use crate::vdi::{MadeCuts, Pressed, SnapshotTaken, Undrained};
+use crate::vdi::{MadeCuts, Pressed, Undrained};
 use blockstore::SnapshotLabel;
 use blockstore::io::now_ms;
 use blockstore::types::Lsn;
@@ -34,7 +35,7 @@ impl Cache {
         vdi: Uuid,
         label: SnapshotLabel,
     ) -> Result<SnapshotTaken, CacheError> {
-        self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.snapshot(vdi, label).await
+        self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.desk.snapshot(label).await
     }
 
     /// Takes a snapshot of what an attached disk was at a point of its log that the store does not have yet. It is durable
@@ -107,9 +108,8 @@ impl Cache {
     #[must_use]
     pub fn pending_cuts(&self, vdi: Uuid) -> Vec<LogCut> {
         let handle = self.handle(vdi);
-        handle.map_or_else(Vec::new, |handle| {
-            handle.snapshots.lock().cuts().iter().copied().collect()
-        })
+        handle
+            .map_or_else(Vec::new, |handle| handle.desk.pending().cuts().iter().copied().collect())
     }
 
     /// Which of them commits have made since this was last asked.
@@ -132,6 +132,6 @@ impl Cache {
     #[must_use]
     pub fn pending_snapshots(&self, vdi: Uuid) -> Vec<PendingSnapshot> {
         let handle = self.handle(vdi);
-        handle.map_or_else(Vec::new, |handle| handle.snapshots.lock().iter().collect())
+        handle.map_or_else(Vec::new, |handle| handle.desk.pending().iter().collect())
     }
 }

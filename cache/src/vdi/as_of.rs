@@ -10,12 +10,11 @@
 //! * Its LSN is flushed: a log that ends before it is damaged, and none of its LSNs comes again with other data.
 
 use super::task::VdiTask;
+use crate::desk::{Reply, SnapshotTaken};
 use crate::error::CacheError;
 use crate::flusher::Replay;
 use crate::format::slot::CUTS_MAX;
 use crate::pending::PendingSnapshot;
-use crate::vdi::SnapshotTaken;
-use crate::vdi::snapshots::Reply;
 use blockstore::types::Lsn;
 use tokio::sync::oneshot;
 
@@ -54,7 +53,7 @@ impl VdiTask {
         let no_more_cuts = for_cut && self.p.record.cuts.len() >= CUTS_MAX;
         let full = no_more_cuts || self.as_of.looks.len() >= CUTS_MAX;
         let too_many = if full { Err(Self::too_many()) } else { Ok(()) };
-        if let Err(why) = self.may_ask_snapshot().and(too_many) {
+        if let Err(why) = self.p.desk.may_ask().and(too_many) {
             let _ = reply.send(Err(CacheError::Snapshot { vdi: self.p.vdi, why }));
             return;
         }
@@ -123,7 +122,7 @@ impl VdiTask {
 
     async fn place(&mut self, asked: Asked) {
         let lsn = asked.cut.lsn;
-        let known = self.p.snapshots.lock().find(lsn);
+        let known = self.p.desk.pending().find(lsn);
         if let Some(known) = known {
             let taken = SnapshotTaken { lsn, time_ms: known.time_ms };
             let is_it = known.label == asked.cut.label;
@@ -149,7 +148,7 @@ impl VdiTask {
             self.p.record.cuts.retain(|cut| cut.lsn != lsn);
             return self.answer_cut(asked, Err(format!("it cannot be noted: {error}")));
         }
-        self.p.snapshots.lock().insert(&asked.cut);
+        self.p.desk.pending().insert(&asked.cut);
         let taken = SnapshotTaken { lsn, time_ms: asked.cut.time_ms };
         self.answer_cut(asked, Ok(taken));
     }

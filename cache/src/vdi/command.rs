@@ -1,12 +1,14 @@
 //! What the cache asks of a disk's task.
 
+use super::as_of;
 use super::cuts::Pressed;
 use super::hydrate::{HydrateError, HydrateStatus};
 use super::pin::PinError;
+use super::task::NOT_SERVED;
 use super::task::VdiTask;
-use super::{as_of, snapshots};
 use crate::backing::Backing;
 use crate::cache::attach::verified;
+use crate::desk::Reply;
 use crate::disk::AttachedDisk;
 use crate::disk::plan::SegmentId;
 use crate::error::CacheError;
@@ -17,7 +19,7 @@ use crate::pending::PendingSnapshot;
 use crate::release;
 use blockstore::sabotage::{self, Bug};
 use blockstore::types::{Lba, Lsn};
-use blockstore::{Policy, PolicyChange, SnapshotLabel};
+use blockstore::{Policy, PolicyChange};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -43,12 +45,10 @@ pub(crate) enum Command {
     Rename { name: String, reply: oneshot::Sender<Result<(), CacheError>> },
     /// Change the disk's policy; the answer is what holds then.
     SetPolicy { change: PolicyChange, reply: oneshot::Sender<Result<Policy, CacheError>> },
-    /// Take a snapshot.
-    Snapshot { label: SnapshotLabel, reply: snapshots::Reply },
     /// Seal the log and tell what is in it that the store may not have.
     Undrained { for_cut: bool, reply: as_of::UndrainedReply },
     /// Take a snapshot of what the disk was.
-    Cut { cut: PendingSnapshot, reply: snapshots::Reply },
+    Cut { cut: PendingSnapshot, reply: Reply },
     /// Cut more or less often than the schedule says.
     Press { pressed: Pressed, reply: oneshot::Sender<()> },
     /// Fetch these ranges into the cache ahead of need; all of the disk if none are given.
@@ -105,8 +105,8 @@ impl VdiTask {
                         })
                     }
                 };
-                self.fail_snapshots("the disk went out of service");
-                self.fail_looks("the disk went out of service");
+                self.p.desk.close(NOT_SERVED);
+                self.fail_asked("the disk went out of service");
                 self.finish_evictions().await;
                 let _ = reply.send(result);
             }
@@ -135,7 +135,6 @@ impl VdiTask {
             Command::Pin { on, reply } => {
                 let _ = reply.send(self.pin(on).await);
             }
-            Command::Snapshot { label, reply } => self.snapshot(label, reply),
             Command::Undrained { for_cut, reply } => self.undrained(for_cut, reply),
             Command::Cut { cut, reply } => self.cut(cut, reply).await,
             Command::Press { pressed, reply } => {
@@ -219,7 +218,8 @@ impl VdiTask {
             self.p.ground.pool.disk_joined(self.p.vdi, None, None);
         }
         let (open, headers, owned) = open?;
-        let OpenLog { slot, record, disk, sender, from_disk, segments, last_lsn, snapshots } = open;
+        let OpenLog { slot, record, mut disk, sender, from_disk, segments, last_lsn, snapshots } =
+            open;
         (self.p.slot, self.p.record) = (slot, record);
         (self.p.sender, self.p.from_disk) = (sender, from_disk);
         self.p.segments.renew(segments);
@@ -234,9 +234,9 @@ impl VdiTask {
         self.unreadable.clear();
         // The new worker cuts as the schedule says.
         self.send_cadence();
-        self.fail_snapshots("the disk's worker was replaced");
         self.fail_looks("the disk's worker was replaced");
-        *self.p.snapshots.lock() = snapshots;
+        self.p.desk.reopen(self.p.sender.clone(), snapshots);
+        disk.link.answer_at(Arc::clone(&self.p.desk));
         for waiter in &mut self.waiters {
             waiter.lsn.get_or_insert(last_lsn);
         }

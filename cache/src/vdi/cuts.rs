@@ -73,7 +73,7 @@ impl VdiTask {
         if sealed.cuts.is_empty() {
             return;
         }
-        let mut pending = self.p.snapshots.lock();
+        let mut pending = self.p.desk.pending();
         for cut in &sealed.cuts {
             pending.push_cut(*cut);
         }

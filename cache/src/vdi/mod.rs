@@ -22,7 +22,6 @@ mod pin;
 mod ration;
 mod slope;
 mod slot;
-mod snapshots;
 mod state;
 mod task;
 mod through;
@@ -32,18 +31,18 @@ pub(crate) use command::{Command, Leave};
 pub use cuts::{MadeCuts, Pressed};
 pub use hydrate::{HydrateError, HydrateStatus};
 pub use pin::PinError;
-pub use snapshots::SnapshotTaken;
 pub use state::{Phase, VdiStatus};
 pub(crate) use state::{Segment, Segments};
 pub(crate) use task::{VdiTask, VdiTaskParts};
 
 use crate::backing::Backing;
+use crate::desk::{Desk, SnapshotTaken};
 use crate::disk::{AttachedDisk, Progress};
 use crate::error::CacheError;
 use crate::format::slot::VdiSlot;
-use crate::pending::{PendingSnapshot, PendingSnapshots};
+use crate::pending::PendingSnapshot;
 use blockstore::types::{Lba, Lsn};
-use blockstore::{Policy, PolicyChange, SnapshotLabel};
+use blockstore::{Policy, PolicyChange};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
@@ -57,7 +56,7 @@ pub(crate) struct VdiHandle {
     pub name: String,
     pub status: Arc<Mutex<VdiStatus>>,
     pub progress: Arc<Progress>,
-    pub snapshots: Arc<Mutex<PendingSnapshots>>,
+    pub desk: Arc<Desk>,
     pub made: Arc<Mutex<MadeCuts>>,
     commands: mpsc::Sender<Command>,
     task: Mutex<Option<tokio::task::JoinHandle<()>>>,
@@ -67,9 +66,9 @@ impl VdiHandle {
     pub fn spawn(name: String, progress: Arc<Progress>, parts: VdiTaskParts) -> Self {
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
         let status = Arc::clone(&parts.status);
-        let (snapshots, made) = (Arc::clone(&parts.snapshots), Arc::clone(&parts.made));
+        let (desk, made) = (Arc::clone(&parts.desk), Arc::clone(&parts.made));
         let task = Mutex::new(Some(tokio::spawn(VdiTask::new(parts, receiver).run())));
-        Self { name, status, progress, snapshots, made, commands, task }
+        Self { name, status, progress, desk, made, commands, task }
     }
 
     pub async fn drain(&self, vdi: uuid::Uuid) -> Result<Lsn, CacheError> {
@@ -115,14 +114,6 @@ impl VdiHandle {
     pub async fn pin(&self, vdi: uuid::Uuid, on: bool) -> Result<(), PinError> {
         let asked = self.ask(vdi, |reply| Command::Pin { on, reply }).await;
         asked.map_err(|error| PinError::Failed(error.to_string()))?
-    }
-
-    pub async fn snapshot(
-        &self,
-        vdi: uuid::Uuid,
-        label: SnapshotLabel,
-    ) -> Result<SnapshotTaken, CacheError> {
-        self.ask(vdi, |reply| Command::Snapshot { label, reply }).await?
     }
 
     pub async fn undrained(&self, vdi: uuid::Uuid, for_cut: bool) -> Result<Undrained, CacheError> {

@@ -13,11 +13,11 @@ use super::offline::Offline;
 use super::pin::Lost;
 use super::ration::Ration;
 use super::slope::Slope;
-use super::snapshots::Snapshots;
 use super::state::{Phase, Segments, VdiStatus};
 use super::through::Through;
 use crate::backing::Backing;
 use crate::backing::deferred::Deferred;
+use crate::desk::Desk;
 use crate::disk::Progress;
 use crate::disk::plan::SegmentId;
 use crate::error::CacheError;
@@ -25,7 +25,6 @@ use crate::flusher::FlushOptions;
 use crate::format::slot::{SlotVdi, VdiSlot};
 use crate::link::{DiskSender, FetchError, FromDisk, ToDisk, WORKER_PANICKED};
 use crate::log_open::Ground;
-use crate::pending::PendingSnapshots;
 use crate::pool::PoolMessage;
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use parking_lot::Mutex;
@@ -44,6 +43,8 @@ const TICKS_PER_MARKER: u32 = 4;
 const TICKS_PER_NOTE: u32 = 40;
 /// How long a commit under way may still take when the task stops.
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
+/// Why there are no snapshots of a disk that was released.
+pub(super) const NOT_SERVED: &str = "it is not served: start it again";
 /// After a commit failed for good, how long until it is tried again.
 pub(super) const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -67,8 +68,8 @@ pub(crate) struct VdiTaskParts {
     pub from_pool: mpsc::UnboundedReceiver<PoolMessage>,
     pub status: Arc<Mutex<VdiStatus>>,
     pub progress: Arc<Progress>,
-    /// Those that are durable in the log and not in the store yet.
-    pub snapshots: Arc<Mutex<PendingSnapshots>>,
+    /// For snapshots.
+    pub desk: Arc<Desk>,
     /// Those of a cadence that commits have made.
     pub made: Arc<Mutex<MadeCuts>>,
 }
@@ -116,7 +117,6 @@ pub(crate) struct VdiTask {
     pub(super) unreadable: Vec<(u64, Lba, u32)>,
     pub(super) hydration: Option<Hydration>,
     pub(super) lost: Lost,
-    pub(super) snapshots: Snapshots,
     pub(super) as_of: AsOf,
     pub(super) pressed: Pressed,
     /// The last LSN of any batch that was sent to the store, whatever became of it.
@@ -154,7 +154,6 @@ impl VdiTask {
             offline: Offline::default(),
             hydration: None,
             lost: Lost::default(),
-            snapshots: Snapshots::default(),
             as_of: AsOf::default(),
             pressed: Pressed::default(),
             sent: Lsn(0),
@@ -196,6 +195,8 @@ impl VdiTask {
                 abort.abort();
             }
         }
+        self.p.desk.close(NOT_SERVED);
+        self.fail_asked("the disk went out of service");
         self.p.ground.pool.unregister(self.p.vdi);
     }
 
@@ -262,7 +263,7 @@ impl VdiTask {
                     hydration.answer(message);
                 }
             }
-            FromDisk::SnapshotTaken { id, result } => self.snapshot_taken(id, result),
+            FromDisk::SnapshotTaken { id, result } => self.p.desk.taken(id, result),
             FromDisk::Failed { reason } => {
                 self.device_failed |= reason != WORKER_PANICKED;
                 self.log_failed(reason);
@@ -288,7 +289,10 @@ impl VdiTask {
             // No worker writes its segments any more.
             self.p.ground.pool.disk_joined(self.p.vdi, None, None);
         }
-        self.tick_snapshots();
+        if self.p.from_disk.is_closed() {
+            // It ended without a word.
+            self.fail_asked("the disk's worker is gone");
+        }
         if self.through.is_some() {
             return self.tick_offline();
         }
@@ -322,9 +326,15 @@ impl VdiTask {
     pub(super) fn log_failed(&mut self, reason: String) {
         tracing::error!(vdi = %self.p.record.name, %reason, "the log failed");
         self.fail_waiters(&reason);
-        self.fail_snapshots(&reason);
-        self.fail_looks(&reason);
+        self.p.desk.close(&format!("its log has failed ({reason})"));
+        self.fail_asked(&reason);
         self.log_failure.get_or_insert(reason);
+    }
+
+    /// Who asked for a snapshot, or for a look at the log, gets no other answer.
+    pub(super) fn fail_asked(&mut self, why: &str) {
+        self.p.desk.fail(why);
+        self.fail_looks(why);
     }
 
     pub(super) fn log_is_sound(&self) -> Result<(), CacheError> {
@@ -358,11 +368,9 @@ impl VdiTask {
         let (dirty, clean) = self.p.segments.bytes(committed);
         let oldest = self.p.segments.oldest_dirty(committed);
         let oldest = oldest.or(self.open_since.map(|(_, since)| since));
-        let (snapshots_pending, cuts_pending) = self.count_pending_snapshots();
+        self.p.desk.pending().retire(committed);
         let mut status = self.p.status.lock();
         status.committed_lsn = committed.0;
-        status.snapshots_pending = snapshots_pending;
-        status.cuts_pending = cuts_pending;
         status.write_through = self.through.is_some();
         status.origin = self.p.record.origin;
         let last = self.p.segments.last_lsn().unwrap_or(committed).max(committed).0;

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 /// What came of an attempt to bring a disk up.
 pub enum Up {
-    Disk(AttachedDisk),
+    Disk(Box<AttachedDisk>),
     /// It is new, and there are no segments for it now.
     NoRoom,
     /// It was found, and is not there: a target forgot it, whose making nobody was told of.
@@ -28,7 +28,7 @@ impl Agent {
             loop {
                 let (uuid, bytes) = self.make(n, blocks * BLOCK_SIZE as u64).await?;
                 match self.attach(n, uuid, bytes).await? {
-                    Up::Disk(disk) => break disks.push(disk),
+                    Up::Disk(disk) => break disks.push(*disk),
                     // A new disk has to wait for evictions, and so for workers, which do not run yet: the next life.
                     Up::NoRoom => return Ok(disks),
                     Up::Gone => {}
@@ -107,7 +107,7 @@ impl Agent {
                     // One that was made by a command of unknown outcome is there for good once something was flushed after it.
                     (model.made, model.uuid) = (true, Some(uuid));
                     self.vdis.lock().insert(n, Arc::clone(&vdi));
-                    return Ok(Up::Disk(attached));
+                    return Ok(Up::Disk(Box::new(attached)));
                 }
                 Err(CacheError::NoSegments { .. }) if n > 0 => return Ok(Up::NoRoom),
                 // Nobody hears of it.

@@ -158,7 +158,7 @@ impl Agent {
         let attached = loop {
             let (uuid, bytes) = self.make(n, 0).await?;
             match self.attach(n, uuid, bytes).await? {
-                Up::Disk(attached) => break attached,
+                Up::Disk(attached) => break *attached,
                 Up::NoRoom | Up::Gone => pause().await,
             }
         };

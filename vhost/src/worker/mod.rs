@@ -29,6 +29,7 @@ use crate::memory::GuestMap;
 use crate::request::Limits;
 use crate::sigbus;
 use crate::stats::{Counters, Shared};
+use blockstore::turns::take_turns_of;
 use cache::disk::{Action, AttachedDisk, OpId};
 use cache::link::{FromDisk, ToDisk};
 use control::Envelope;
@@ -48,6 +49,9 @@ use std::time::{Duration, Instant};
 use uring::{Completion, Token, Uring};
 use vmm_sys_util::eventfd::EventFd;
 use write::Stalled;
+
+/// A guest waits for each of its turns: shorter than those of threads that compute.
+const TURN: Duration = Duration::from_micros(300);
 
 /// What a worker is told at its start.
 #[derive(Clone, Debug)]
@@ -85,6 +89,9 @@ pub(crate) fn spawn(
     let (give, take) = bounded::<AttachedDisk>(1);
     let thread = std::thread::Builder::new().name(options.name.clone()).spawn(move || {
         let _alive = alive;
+        if let Err(error) = take_turns_of(TURN) {
+            tracing::debug!(disk = options.name, %error, "no shorter turns for the disk's worker");
+        }
         let disk = take.recv().expect("the disk was sent before the sender went");
         // io_uring's single-issuer mode wants the ring made by the thread that uses it.
         let legs: Vec<_> = disk.legs.iter().map(AsRawFd::as_raw_fd).collect();

@@ -6,6 +6,7 @@ use super::*;
 use crate::disk::SNAPSHOTS_WAITING_MAX;
 use crate::{CacheError, SnapshotTaken};
 use blockstore::SnapshotLabel;
+use futures_util::FutureExt;
 use std::pin::Pin;
 
 type Asked = Pin<Box<dyn Future<Output = Result<SnapshotTaken, CacheError>>>>;
@@ -256,6 +257,37 @@ async fn a_segment_of_nothing_but_snapshots_is_read_by_its_summary() {
     assert_eq!(lsns(&guest.store), (1..=2000).collect::<Vec<_>>());
     let found = crate::recovery::read_segment(&cache.ground.local, &headers[0]).await.unwrap();
     assert!(found.sealed && found.entries.len() > 3 * BLOCK_SIZE);
+    guest.leave(&cache).await;
+    assert_empty(&cache);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_needs_nobody_but_the_worker() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut guest = Guest::new(&cache, 1).await;
+    let vdi = guest.vdi.uuid;
+    assert_eq!(guest.stage(7, 1), Staged::All);
+    let mut asked = std::pin::pin!(cache.snapshot(vdi, SnapshotLabel::default()));
+    assert!(asked.as_mut().now_or_never().is_none());
+    // All is done by this thread: the disk's task has no turn in between.
+    guest.turn();
+    let taken = asked.as_mut().now_or_never().expect("the disk's task is not waited for");
+    assert_eq!(taken.unwrap().lsn, Lsn(2));
+    // Nor is it known any later, though somebody looks through all that there are.
+    assert_eq!(cache.vdi_status(vdi).unwrap().snapshots_pending, 1);
+    assert_eq!(cache.pending_snapshots(vdi)[0].lsn, Lsn(2));
+    let handle = cache.handle(vdi).unwrap();
+    {
+        let looking = handle.desk.pending();
+        let mut asked = std::pin::pin!(cache.snapshot(vdi, SnapshotLabel::default()));
+        assert!(asked.as_mut().now_or_never().is_none());
+        guest.turn();
+        assert!(asked.as_mut().now_or_never().is_some());
+        assert_eq!(looking.len(), 1);
+    }
+    assert_eq!(handle.desk.pending().len(), 2);
+    guest.drain(&cache).await;
     guest.leave(&cache).await;
     assert_empty(&cache);
 }

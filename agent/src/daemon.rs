@@ -139,29 +139,46 @@ async fn listen_metrics(address: SocketAddr) -> Result<tokio::net::TcpListener> 
 }
 
 /// Serves the control socket on a thread of its own: the others compute for milliseconds at a time, and whoever asks for a snapshot
-/// waits. What takes longer than a snapshot goes to them all the same ([`serve`]).
+/// waits. All but snapshots of served disks is done by them all the same ([`serve`]).
 fn serve_control(control: UnixListener, gate: Gate, stopped: oneshot::Receiver<()>) -> Result<()> {
     let failed = |error: std::io::Error| {
         Failure::new(Kind::Failed, format!("cannot listen on the control socket: {error}"))
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(failed)?;
-    control.set_nonblocking(true).map_err(failed)?;
-    let listener = {
-        let _of_this_runtime = runtime.enter();
-        tokio::net::UnixListener::from_std(control).map_err(failed)?
-    };
     let others = tokio::runtime::Handle::current();
+    let (ready, started) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().name("control".to_owned());
     let thread = thread.spawn(move || {
         if let Err(error) = take_turns_of(TURN) {
             tracing::debug!("no shorter turns for the control socket: {error}");
         }
-        runtime.block_on(serve(listener, gate, others, async {
-            let _ = stopped.await;
-        }));
+        let (runtime, listener) = match listen(control) {
+            Ok(listening) => listening,
+            Err(error) => return drop(ready.send(Err(error))),
+        };
+        let _ = ready.send(Ok(()));
+        runtime.block_on(async {
+            serve(listener, gate, others, async { drop(stopped.await) }).await;
+            // What was begun here goes on, also if who asked has gone.
+            std::future::pending::<()>().await;
+        });
     });
-    thread.map(drop).map_err(failed)
+    thread.map_err(failed)?;
+    started
+        .recv()
+        .unwrap_or_else(|_| Err(std::io::Error::other("its thread ended")))
+        .map_err(failed)
+}
+
+/// The socket, on a runtime of its own.
+fn listen(
+    control: UnixListener,
+) -> std::io::Result<(tokio::runtime::Runtime, tokio::net::UnixListener)> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    control.set_nonblocking(true)?;
+    let of_this_runtime = runtime.enter();
+    let listener = tokio::net::UnixListener::from_std(control)?;
+    drop(of_this_runtime);
+    Ok((runtime, listener))
 }
 
 /// The signals that the daemon listens to. SIGHUP is taken and ignored, so that a closing terminal does not end it.

@@ -2,18 +2,21 @@
 //!
 //! Threads that answer somebody share processors with others that compute for long: commits, collection. Under EEVDF (Linux 6.12 and
 //! later) a thread may ask for shorter turns than the others have. It gets no more of the processor by that, but when it is woken it
-//! does not wait for the end of a longer turn.
+//! does not wait for the end of a longer turn, unless it had more than its share just before.
 
 use std::io;
 use std::time::Duration;
 
 /// Asks for turns of this length for the calling thread, and for those that it starts; the kernel makes 0.1 ms to 100 ms of it. Takes
-/// no privilege. Former kernels know only one length, and say nothing.
+/// no privilege. Former kernels know only one length, and say nothing. A thread with a real-time policy keeps what it was given.
 ///
 /// # Errors
 /// The system call's: a sandbox may forbid it. Nothing has changed then.
 pub fn take_turns_of(length: Duration) -> io::Result<()> {
     let mut attributes = attributes()?;
+    if ![libc::SCHED_OTHER, libc::SCHED_BATCH].contains(&attributes.sched_policy.cast_signed()) {
+        return Ok(());
+    }
     attributes.sched_runtime = u64::try_from(length.as_nanos()).unwrap_or(u64::MAX);
     // SAFETY: the structure is as long as it says, and only read.
     let set = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };

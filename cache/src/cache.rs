@@ -391,6 +391,12 @@ impl Cache {
         Some(status)
     }
 
+    /// A disk's log is open here.
+    #[must_use]
+    pub fn is_attached(&self, vdi: Uuid) -> bool {
+        self.handles.lock().contains_key(&vdi)
+    }
+
     /// How full the cache is.
     #[must_use]
     pub fn status(&self) -> CacheStatus {

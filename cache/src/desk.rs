@@ -7,7 +7,7 @@
 //! there is no snapshot. One whose record became durable all the same is found by the next recovery.
 //!
 //! The worker holds no lock for longer than it takes to add something: [`Desk::pending`], which may look through a million snapshots,
-//! holds none that it wants.
+//! holds none that it wants, nor one that who asks for a snapshot does.
 
 use crate::disk::SNAPSHOTS_WAITING_MAX;
 use crate::error::CacheError;
@@ -18,8 +18,12 @@ use blockstore::io::now_ms;
 use blockstore::types::Lsn;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use tokio::sync::oneshot;
 use uuid::Uuid;
+
+/// Why there are no snapshots of a disk that was released.
+pub(crate) const NOT_SERVED: &str = "it is not served: start it again";
 
 /// A snapshot that is durable in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +75,7 @@ impl Desk {
     /// Asks for a snapshot of all that was answered before the call.
     ///
     /// # Errors
-    /// [`CacheError::Snapshot`]; [`CacheError::NotAttached`] if the disk is given back meanwhile.
+    /// [`CacheError::Snapshot`].
     pub async fn snapshot(&self, label: SnapshotLabel) -> Result<SnapshotTaken, CacheError> {
         let (reply, answer) = oneshot::channel();
         self.ask(label, reply).map_err(|why| CacheError::Snapshot { vdi: self.vdi, why })?;
@@ -80,12 +84,13 @@ impl Desk {
 
     fn ask(&self, label: SnapshotLabel, reply: Reply) -> Result<(), String> {
         let time_ms = now_ms();
+        let asked = Asked { time_ms, label: label.clone(), reply };
         let (id, worker) = {
             let mut waiting = self.waiting.lock();
             waiting.may_ask()?;
             let id = waiting.next;
             waiting.next += 1;
-            waiting.asked.insert(id, Asked { time_ms, label: label.clone(), reply });
+            waiting.asked.insert(id, asked);
             (id, waiting.worker.clone())
         };
         if !worker.send(ToDisk::Snapshot { id, time_ms, label }) {
@@ -130,6 +135,10 @@ impl Desk {
     /// Nobody answers those who wait any more.
     pub fn fail(&self, why: &str) {
         let asked = std::mem::take(&mut self.waiting.lock().asked);
+        self.refuse(asked, why);
+    }
+
+    fn refuse(&self, asked: BTreeMap<u64, Asked>, why: &str) {
         for Asked { reply, .. } in asked.into_values() {
             let why = format!(
                 "{why}, before it was known to be durable: it may be there once the disk is served again"
@@ -145,10 +154,24 @@ impl Desk {
 
     /// Another worker is about to serve the disk, whose log was recovered.
     pub fn reopen(&self, worker: DiskSender, known: PendingSnapshots) {
-        self.fail("the disk's worker was replaced");
         *self.pending() = known;
-        let mut waiting = self.waiting.lock();
-        (waiting.worker, waiting.closed) = (worker, None);
+        let asked = {
+            let mut waiting = self.waiting.lock();
+            (waiting.worker, waiting.closed) = (worker, None);
+            std::mem::take(&mut waiting.asked)
+        };
+        self.refuse(asked, "the disk's worker was replaced");
+    }
+}
+
+/// The end of the task that looks after a disk, also by a panic: nobody else says that a worker is gone.
+#[derive(Debug)]
+pub(crate) struct Closing(pub Arc<Desk>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.close(NOT_SERVED);
+        self.0.fail("the disk went out of service");
     }
 }
 

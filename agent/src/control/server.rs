@@ -20,7 +20,6 @@ use crate::api::{
 use crate::error::{ErrorBody, Failure, Kind, Result};
 use crate::host::Host;
 use crate::metrics;
-use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, PathRejection};
 use axum::extract::{DefaultBodyLimit, Path, Request, State};
@@ -28,6 +27,7 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Extension, Router};
 use parking_lot::RwLock;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -35,7 +35,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 /// Requests under way at one time.
@@ -92,8 +92,8 @@ impl Gate {
     }
 }
 
-/// Serves the control socket until `stop` resolves and the requests under way are answered. Snapshots are taken by the thread that this runs on,
-/// and what else is asked for is done by `others`.
+/// Serves the control socket until `stop` resolves and the requests under way are answered. Snapshots of served disks are taken by the thread that
+/// this runs on, and what else is asked for is done by `others`.
 pub async fn serve(
     listener: UnixListener,
     gate: Gate,
@@ -152,8 +152,8 @@ fn router(gate: Gate, others: Handle) -> Router {
         .route("/v1/vdis/{name}/hydrate", post(hydrate))
         .route("/v1/vdis/{name}/pin", post(pin).delete(unpin))
         .route("/v1/vdis/{name}/drill", post(drill).delete(end_drill))
-        .layer(middleware::from_fn_with_state(others, elsewhere))
-        .route("/v1/vdis/{name}/snapshots", post(snap))
+        .layer(middleware::from_fn_with_state(others.clone(), elsewhere))
+        .route("/v1/vdis/{name}/snapshots", post(snap).layer(Extension(others)))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
         .layer(middleware::from_fn_with_state(gate.clone(), limit))
@@ -161,20 +161,34 @@ fn router(gate: Gate, others: Handle) -> Router {
         .with_state(gate)
 }
 
-async fn limit(State(gate): State<Gate>, request: Request, next: Next) -> Response {
-    let Ok(_permit) = gate.permits.try_acquire() else {
+/// Held for as long as something of a request is under way.
+type Permit = Arc<OwnedSemaphorePermit>;
+
+async fn limit(State(gate): State<Gate>, mut request: Request, next: Next) -> Response {
+    let Ok(permit) = Arc::clone(&gate.permits).try_acquire_owned() else {
         let words = format!("{REQUESTS_MAX} requests are under way already: try again later");
         return Failure::new(Kind::Unavailable, words).into_response();
     };
+    let permit: Permit = Arc::new(permit);
+    request.extensions_mut().insert(Arc::clone(&permit));
     next.run(request).await
 }
 
 /// Has a request done by the threads of a runtime; it ends with its caller.
 async fn elsewhere(State(others): State<Handle>, request: Request, next: Next) -> Response {
     let mut task = JoinSet::new();
-    task.spawn_on(next.run(request), &others);
+    let permit = request.extensions().get::<Permit>().cloned();
+    let doing = async move {
+        let response = next.run(request).await;
+        drop(permit);
+        response
+    };
+    task.spawn_on(doing, &others);
     match task.join_next().await {
         Some(Ok(response)) => response,
+        Some(Err(error)) if error.is_cancelled() => {
+            Failure::new(Kind::Unavailable, "the agent is stopping").into_response()
+        }
         ended => {
             tracing::error!(?ended, "a control request ended badly");
             Failure::new(Kind::Failed, ENDED_BADLY).into_response()
@@ -267,12 +281,20 @@ async fn create(State(gate): Gated, body: Body) -> Response {
     )
 }
 
-async fn snap(State(gate): Gated, name: Name, body: Body) -> Response {
+/// Of what a served disk is now: at once. What may read a log, or the registry, is done by the others.
+async fn snap(
+    State(gate): Gated,
+    Extension(others): Extension<Handle>,
+    name: Name,
+    body: Body,
+) -> Response {
     answer(
         async {
             let request: SnapRequest = parse_or_default(body)?;
             let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.snap(&name, request).await }).await
+            let is_here = request.as_of.is_none() && host.serves(&name);
+            let doer = if is_here { Handle::current() } else { others };
+            to_the_end_by(&doer, async move { host.snap(&name, request).await }).await
         }
         .await,
     )
@@ -532,7 +554,14 @@ async fn drain(State(gate): Gated, body: Body) -> Response {
 async fn to_the_end<T: Send + 'static>(
     change: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
-    tokio::spawn(change).await.unwrap_or_else(|error| {
+    to_the_end_by(&Handle::current(), change).await
+}
+
+async fn to_the_end_by<T: Send + 'static>(
+    doer: &Handle,
+    change: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    doer.spawn(change).await.unwrap_or_else(|error| {
         tracing::error!("a control request ended badly: {error}");
         Err(Failure::new(Kind::Failed, ENDED_BADLY))
     })

@@ -17,6 +17,11 @@ use uuid::Uuid;
 
 impl Host {
     /// The disk of this host with that name or UUID.
+    /// A disk of that name or UUID is served, or about to be.
+    pub fn serves(&self, name_or_uuid: &str) -> bool {
+        self.find_served(name_or_uuid).is_some()
+    }
+
     pub(super) fn find_served(&self, name_or_uuid: &str) -> Option<Arc<Served>> {
         let uuid = Uuid::try_parse(name_or_uuid).ok();
         let served = self.served.lock();

@@ -594,7 +594,7 @@ impl Served {
 
     async fn has_open_log(&self, parts: &Parts) -> Result<()> {
         drop(self.handle.lock().await);
-        if parts.cache.vdi_status(self.uuid).is_none() || self.unserved.lock().is_some() {
+        if !parts.cache.is_attached(self.uuid) || self.unserved.lock().is_some() {
             self.refuse_gone()?;
             return Err(self.log_not_open());
         }

@@ -4,12 +4,14 @@ use super::Cache;
 use crate::desk::SnapshotTaken;
 use crate::error::CacheError;
 use crate::flusher::Replay;
+use crate::local::Local;
 use crate::pending::{LogCut, PendingSnapshot};
 use crate::recovery::sent::{self, Point};
 use crate::vdi::{MadeCuts, Pressed, Undrained};
 use blockstore::SnapshotLabel;
 use blockstore::io::now_ms;
 use blockstore::types::Lsn;
+use std::sync::Arc;
 use uuid::Uuid;
 
 /// A point of a log.
@@ -53,54 +55,14 @@ impl Cache {
     ) -> Result<SnapshotTaken, CacheError> {
         let handle = self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?;
         let log = handle.undrained(vdi, true).await?;
-        let found = self.find_point(vdi, point, &log).await?;
-        let Point { lsn, time_ms } = found.map_err(|why| CacheError::Snapshot { vdi, why })?;
+        let local = Arc::clone(&self.ground.local);
+        // To its end, whatever becomes of who asks: a leg that is silent may be put out on the way.
+        let finding = tokio::spawn(async move { find_point(&local, vdi, point, &log).await });
+        let found =
+            finding.await.unwrap_or_else(|error| Ok(Err(format!("looking for it: {error}"))));
+        let Point { lsn, time_ms } = found?.map_err(|why| CacheError::Snapshot { vdi, why })?;
         let time_ms = if time_ms == 0 { now_ms() } else { time_ms };
         handle.cut(vdi, PendingSnapshot { lsn, time_ms, label }).await
-    }
-
-    /// The point, or why there is none.
-    async fn find_point(
-        &self,
-        vdi: Uuid,
-        point: AsOf,
-        log: &Undrained,
-    ) -> Result<Result<Point, String>, CacheError> {
-        let Undrained { committed, segments } = log;
-        let local = &self.ground.local;
-        let found = match point {
-            AsOf::Lsn(lsn) => sent::at_lsn(local, vdi, segments, lsn).await?,
-            AsOf::Time(ms) => sent::at_time(local, vdi, segments, ms).await?,
-        };
-        match found.filter(|found| found.lsn > *committed) {
-            Some(Point { time_ms: 0, .. }) if matches!(point, AsOf::Time(_)) => Ok(Err(
-                "this part of its log was written by a version that did not note times: name an LSN".into(),
-            )),
-            Some(found) => Ok(Ok(found)),
-            None => Ok(Err(self.what_is_held(vdi, *committed, segments).await?)),
-        }
-    }
-
-    /// Words on which points the log holds.
-    async fn what_is_held(
-        &self,
-        vdi: Uuid,
-        committed: Lsn,
-        segments: &[Replay],
-    ) -> Result<String, CacheError> {
-        let first = committed.plus(1);
-        let oldest = sent::at_lsn(&self.ground.local, vdi, segments, first).await?;
-        Ok(match (oldest, segments.last()) {
-            (Some(oldest), Some(last)) => format!(
-                "its log holds the LSNs from {first} to {}, the first of them written {} s ago; what is older is in the store, \
-                 where only snapshots are kept apart",
-                last.last_lsn,
-                now_ms().saturating_sub(oldest.time_ms) / 1000
-            ),
-            _ => format!(
-                "everything is in the store, up to LSN {committed}, where only snapshots are kept apart"
-            ),
-        })
     }
 
     /// Snapshots that the cadence of an attached disk's schedule has cut, that are durable in the log, which the store does not have yet, and
@@ -134,4 +96,48 @@ impl Cache {
         let handle = self.handle(vdi);
         handle.map_or_else(Vec::new, |handle| handle.desk.pending().iter().collect())
     }
+}
+
+/// The point, or why there is none.
+async fn find_point(
+    local: &Local,
+    vdi: Uuid,
+    point: AsOf,
+    log: &Undrained,
+) -> Result<Result<Point, String>, CacheError> {
+    let Undrained { committed, segments } = log;
+    let found = match point {
+        AsOf::Lsn(lsn) => sent::at_lsn(local, vdi, segments, lsn).await?,
+        AsOf::Time(ms) => sent::at_time(local, vdi, segments, ms).await?,
+    };
+    match found.filter(|found| found.lsn > *committed) {
+        Some(Point { time_ms: 0, .. }) if matches!(point, AsOf::Time(_)) => Ok(Err(
+            "this part of its log was written by a version that did not note times: name an LSN"
+                .into(),
+        )),
+        Some(found) => Ok(Ok(found)),
+        None => Ok(Err(what_is_held(local, vdi, *committed, segments).await?)),
+    }
+}
+
+/// Words on which points the log holds.
+async fn what_is_held(
+    local: &Local,
+    vdi: Uuid,
+    committed: Lsn,
+    segments: &[Replay],
+) -> Result<String, CacheError> {
+    let first = committed.plus(1);
+    let oldest = sent::at_lsn(local, vdi, segments, first).await?;
+    Ok(match (oldest, segments.last()) {
+        (Some(oldest), Some(last)) => format!(
+            "its log holds the LSNs from {first} to {}, the first of them written {} s ago; what is older is in the store, \
+             where only snapshots are kept apart",
+            last.last_lsn,
+            now_ms().saturating_sub(oldest.time_ms) / 1000
+        ),
+        _ => format!(
+            "everything is in the store, up to LSN {committed}, where only snapshots are kept apart"
+        ),
+    })
 }

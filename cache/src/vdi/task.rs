@@ -17,7 +17,7 @@ use super::state::{Phase, Segments, VdiStatus};
 use super::through::Through;
 use crate::backing::Backing;
 use crate::backing::deferred::Deferred;
-use crate::desk::Desk;
+use crate::desk::{Closing, Desk};
 use crate::disk::Progress;
 use crate::disk::plan::SegmentId;
 use crate::error::CacheError;
@@ -43,8 +43,6 @@ const TICKS_PER_MARKER: u32 = 4;
 const TICKS_PER_NOTE: u32 = 40;
 /// How long a commit under way may still take when the task stops.
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
-/// Why there are no snapshots of a disk that was released.
-pub(super) const NOT_SERVED: &str = "it is not served: start it again";
 /// After a commit failed for good, how long until it is tried again.
 pub(super) const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -166,6 +164,7 @@ impl VdiTask {
     }
 
     pub async fn run(mut self) {
+        let _closing = Closing(Arc::clone(&self.p.desk));
         self.offer_clean();
         self.p.ground.pool.came_up(self.p.vdi);
         let mut tick = tokio::time::interval(TICK);
@@ -195,8 +194,6 @@ impl VdiTask {
                 abort.abort();
             }
         }
-        self.p.desk.close(NOT_SERVED);
-        self.fail_asked("the disk went out of service");
         self.p.ground.pool.unregister(self.p.vdi);
     }
 

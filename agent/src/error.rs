@@ -74,7 +74,7 @@ Exit codes:
   8  a guest that was frozen for a snapshot may still be frozen: the message says what to do
 
 With --json, stdout carries exactly one JSON document when the command succeeds or a check ran to its end, and
-nothing otherwise; errors go to stderr as {\"error\": {\"kind\": …, \"message\": …}}.";
+nothing otherwise ('snap stream': one per snapshot, each a line, whatever becomes of others); errors go to stderr as {\"error\": {\"kind\": …, \"message\": …}}.";
 
 /// A failure with its kind and one message.
 #[derive(Clone, Debug, Serialize, Deserialize)]

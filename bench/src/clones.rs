@@ -10,7 +10,7 @@ use crate::ballast::{Ballast, DISK_NAME};
 use crate::collecting::{Cycle, collect};
 use crate::control::Control;
 use crate::outage::{Latency, histogram};
-use crate::snapping::Snapper;
+use crate::snapping::{Snapper, Way};
 use crate::stage::{NO_CYCLES, NO_LIMIT, Stage};
 use crate::suite::Settings;
 use crate::synthetic::{Shape, disk_name};
@@ -180,7 +180,7 @@ pub fn empty(settings: &Settings) -> Result<Empty> {
     let ballast = Ballast::attach(agent, DISK_NAME)?;
     let before = collect(ballast.agent(), &mut control)?;
     let begun = Instant::now();
-    let snapper = Snapper::start(&ballast, EMPTY_INTERVAL)?;
+    let snapper = Snapper::start(&ballast, EMPTY_INTERVAL, Way::Request)?;
     std::thread::sleep(settings.sustained);
     let snapshots = snapper.stop()?.len();
     let took = begun.elapsed();

@@ -9,6 +9,23 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+/// A stream of snapshots: a line asks for one, a line answers it.
+#[derive(Debug)]
+pub struct Stream(Control);
+
+impl Stream {
+    /// Takes a snapshot.
+    ///
+    /// # Errors
+    /// When the agent refuses, with its words, or goes away.
+    pub fn snap(&mut self) -> Result<()> {
+        self.0.stream.get_mut().write_all(b"{}\n").context("ask for a snapshot")?;
+        let answer = self.0.line()?;
+        ensure!(answer.contains("\"lsn\""), "a snapshot was answered: {answer}");
+        Ok(())
+    }
+}
+
 /// How long an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -45,6 +62,22 @@ impl Control {
     /// As [`get`](Self::get).
     pub fn post(&mut self, path: &str, body: &Value) -> Result<Value> {
         self.request("POST", path, &body.to_string())
+    }
+
+    /// Makes the connection a stream of snapshots of a disk.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    pub fn stream(mut self, disk: &str) -> Result<Stream> {
+        let path = format!("/v1/vdis/{disk}/snapshots/stream");
+        let head = format!(
+            "GET {path} HTTP/1.1\r\nhost: ballast\r\nconnection: upgrade\r\nupgrade: ballast-snapshots\r\n\r\n"
+        );
+        self.stream.get_mut().write_all(head.as_bytes()).context("ask for a stream")?;
+        let status = self.line()?;
+        ensure!(status.contains(" 101 "), "{path}: {status}");
+        while !self.line()?.is_empty() {}
+        Ok(Stream(self))
     }
 
     fn request(&mut self, method: &str, path: &str, body: &str) -> Result<Value> {

@@ -1,7 +1,7 @@
 //! What snapshots cost a guest: how long one takes until it is acknowledged, and how much slower the guest is beside them.
 //!
 //! Snapshots are asked for through the agent's control socket, over a connection that stays open: what is measured is what a
-//! program that asks for them sees. A snapshot behind every write is the agent's own doing, by a schedule that says so; beside it stands
+//! program that asks for them sees, by requests and by a stream. A snapshot behind every write is the agent's own doing, by a schedule that says so; beside it stands
 //! what it costs to ask for each. With and without snapshots the same load runs in turn, and medians are compared.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,7 +15,7 @@ use serde_json::json;
 
 use crate::ballast::{Ballast, DISK_NAME};
 use crate::collecting::{collect, delete_snapshots_of};
-use crate::control::Control;
+use crate::control::{Control, Stream};
 use crate::front_end::{Disk, Options, Request, Status};
 use crate::load::{Limit, Pattern, Random, Workload};
 use crate::outage::{Latency, histogram};
@@ -24,7 +24,7 @@ use crate::suite::{Settings, fill};
 
 /// Between two snapshots beside the load.
 pub const INTERVAL: Duration = Duration::from_millis(10);
-/// Writes in flight.
+/// Writes in flight under the load.
 pub const DEPTH: usize = 32;
 /// Snapshots that the schedule of one behind every write keeps.
 const KEEP: u64 = 1000;
@@ -42,10 +42,16 @@ const NAP: Duration = Duration::from_millis(1);
 pub struct Snapping {
     /// A flush by the guest, under the load.
     pub flush: Latency,
-    /// A snapshot, under the load.
+    /// A snapshot, under the load, asked for over a stream.
     pub snapshot: Latency,
-    /// A snapshot of a disk that nobody writes.
+    /// The same by a request.
+    pub requested: Latency,
+    /// Over a stream, with one write in flight.
+    pub beside_one: Latency,
+    /// A snapshot of a disk that nobody writes, over a stream.
     pub idle: Latency,
+    /// The same by a request.
+    pub idle_requested: Latency,
     /// Writes in a second, per round: alone, and with a snapshot every [`INTERVAL`].
     pub beside: Pair,
     /// The same with a snapshot behind each write by the disk's schedule.
@@ -85,11 +91,12 @@ pub fn run(settings: &Settings) -> Result<Snapping> {
     config.arguments.extend(own);
     let mut ballast = Ballast::create(&config, settings.disk_bytes)?;
     fill(&mut ballast, settings.disk_bytes, settings.cache_bytes)?;
-    let mut bench = Bench { settings, ballast, seed: 0x5eed_5eed };
+    let mut bench = Bench { settings, ballast, seed: 0x5eed_5eed, depth: DEPTH };
 
-    let idle = bench.snapshots_alone()?;
+    let idle = bench.snapshots_alone(Way::Stream)?;
+    let idle_requested = bench.snapshots_alone(Way::Request)?;
     let flush = bench.flushes()?;
-    let mut snapshots = histogram()?;
+    let (mut snapshots, mut requested) = (histogram()?, histogram()?);
     let mut beside = Pair::default();
     for round in 0..settings.rounds {
         // Who comes first after the tidying finds another disk than who comes second: they change places.
@@ -98,14 +105,21 @@ pub fn run(settings: &Settings) -> Result<Snapping> {
                 beside.without.push(bench.load()?);
                 continue;
             }
-            let snapper = Snapper::start(&bench.ballast, INTERVAL)?;
-            beside.with.push(bench.writes()?);
-            // Before the disk settles: that is no load.
-            snapshots.add(snapper.stop()?).context("add up latencies")?;
-            bench.ballast.settle()?;
+            let (iops, times) = bench.snapped(Way::Stream)?;
+            beside.with.push(iops);
+            snapshots.add(times).context("add up latencies")?;
         }
         bench.tidy()?;
+        requested.add(bench.snapped(Way::Request)?.1).context("add up latencies")?;
+        bench.tidy()?;
     }
+    let mut beside_one = histogram()?;
+    bench.depth = 1;
+    for _ in 0..settings.rounds {
+        beside_one.add(bench.snapped(Way::Stream)?.1).context("add up latencies")?;
+        bench.tidy()?;
+    }
+    bench.depth = DEPTH;
     let mut each = Pair::default();
     for round in 0..settings.rounds {
         for snapping in [round % 2 == 1, round % 2 == 0] {
@@ -132,7 +146,10 @@ pub fn run(settings: &Settings) -> Result<Snapping> {
     Ok(Snapping {
         flush: Latency::of(&flush),
         snapshot: Latency::of(&snapshots),
+        requested: Latency::of(&requested),
+        beside_one: Latency::of(&beside_one),
         idle: Latency::of(&idle),
+        idle_requested: Latency::of(&idle_requested),
         beside,
         each,
         asked,
@@ -144,6 +161,8 @@ struct Bench<'a> {
     settings: &'a Settings,
     ballast: Ballast,
     seed: u64,
+    /// Writes in flight.
+    depth: usize,
 }
 
 impl Bench<'_> {
@@ -152,7 +171,7 @@ impl Bench<'_> {
         Workload {
             pattern: Pattern::RandomWrite,
             block_bytes: 4096,
-            depth: DEPTH,
+            depth: self.depth,
             span_bytes: self.settings.disk_bytes,
             paced_writes_per_second: 0,
             seed: self.seed,
@@ -169,6 +188,16 @@ impl Bench<'_> {
         let iops = self.writes()?;
         self.ballast.settle()?;
         Ok(iops)
+    }
+
+    /// A round of writes, with a snapshot every [`INTERVAL`]: how many writes in a second, and how long snapshots took.
+    fn snapped(&mut self, way: Way) -> Result<(f64, Histogram<u64>)> {
+        let snapper = Snapper::start(&self.ballast, INTERVAL, way)?;
+        let iops = self.writes()?;
+        // Before the disk settles: that is no load.
+        let times = snapper.stop()?;
+        self.ballast.settle()?;
+        Ok((iops, times))
     }
 
     /// A round of writes; how many in a second.
@@ -199,8 +228,8 @@ impl Bench<'_> {
     }
 
     /// Snapshots of an idle disk, one after the other.
-    fn snapshots_alone(&mut self) -> Result<Histogram<u64>> {
-        let snapper = Snapper::start(&self.ballast, INTERVAL)?;
+    fn snapshots_alone(&mut self, way: Way) -> Result<Histogram<u64>> {
+        let snapper = Snapper::start(&self.ballast, INTERVAL, way)?;
         std::thread::sleep(self.settings.burst);
         let times = snapper.stop()?;
         self.tidy()?;
@@ -354,6 +383,30 @@ impl Writer {
     }
 }
 
+/// How snapshots are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// By the line.
+    Stream,
+    /// A request for each.
+    Request,
+}
+
+/// Who asks.
+enum Asker {
+    Stream(Stream),
+    Request(Control),
+}
+
+impl Asker {
+    fn snap(&mut self) -> Result<()> {
+        match self {
+            Self::Stream(stream) => stream.snap(),
+            Self::Request(control) => snap(control),
+        }
+    }
+}
+
 /// Asks for a snapshot over and over, in a thread of its own.
 #[derive(Debug)]
 pub struct Snapper {
@@ -366,8 +419,12 @@ impl Snapper {
     ///
     /// # Errors
     /// When the agent cannot be reached.
-    pub fn start(ballast: &Ballast, interval: Duration) -> Result<Self> {
-        let mut control = Control::connect(&ballast.agent().config().run_dir())?;
+    pub fn start(ballast: &Ballast, interval: Duration, way: Way) -> Result<Self> {
+        let control = Control::connect(&ballast.agent().config().run_dir())?;
+        let mut asker = match way {
+            Way::Stream => Asker::Stream(control.stream(DISK_NAME)?),
+            Way::Request => Asker::Request(control),
+        };
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
@@ -377,7 +434,7 @@ impl Snapper {
             while !stopped.load(Ordering::Relaxed) {
                 std::thread::sleep(next.saturating_duration_since(Instant::now()));
                 let sent = Instant::now();
-                snap(&mut control)?;
+                asker.snap()?;
                 times.saturating_record(sent.elapsed().as_nanos() as u64);
                 // A late one is not made up for.
                 next = (next + interval).max(Instant::now());

@@ -55,8 +55,11 @@ pub fn snapping(found: &Snapping) -> String {
     };
     let times = [
         row("the guest's flush, under the load", &found.flush),
-        row("snapshot, under the load", &found.snapshot),
-        row("snapshot, idle disk", &found.idle),
+        row("snapshot over a stream, under the load", &found.snapshot),
+        row("snapshot by a request, under the load", &found.requested),
+        row("snapshot over a stream, one write in flight", &found.beside_one),
+        row("snapshot over a stream, idle disk", &found.idle),
+        row("snapshot by a request, idle disk", &found.idle_requested),
     ];
     let p50 = found.flush.p50 + target::SNAPSHOT_P50_BEYOND_FLUSH;
     let latency = |what: &str, found: Duration, target: Duration| {
@@ -76,7 +79,11 @@ pub fn snapping(found: &Snapping) -> String {
         ]
     };
     let targets = [
-        latency("snapshot under load, p50 (100 µs and one flush)", found.snapshot.p50, p50),
+        latency(
+            "snapshot over a stream under load, p50 (100 µs and one flush)",
+            found.snapshot.p50,
+            p50,
+        ),
         latency("the same, p99", found.snapshot.p99, target::SNAPSHOT_P99),
         latency("the same, max", found.snapshot.max, target::SNAPSHOT_MAX),
         loss(

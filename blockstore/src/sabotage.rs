@@ -86,10 +86,38 @@ pub enum Bug {
     CloneBeyondSnapshot,
     /// It is made in the store as often as that is asked for.
     CloneTwice,
+    /// A scrub calls damaged what does not match a pointer that it read before, without a second look.
+    ScrubBelievesFirstLook,
+    /// It takes what lies beside something else of its neighbour for read.
+    ScrubSkipsBeside,
+    /// It notes a tree as done when it begins with it.
+    ScrubNotesAhead,
+    /// It does not go on once the store was away.
+    ScrubStaysAway,
+    /// A commit of several snapshots gives each the label of the one before it.
+    LabelOfNeighbour,
+    /// Of snapshots that reach the store, the log's list forgets all but the labels.
+    PendingLabelsShift,
+    /// Snapshots that are held are deleted.
+    DeleteHeld,
+    /// It is made there under a name that another disk has.
+    CloneTakesName,
+    /// The cache does not note that it has another name in the store.
+    RenameUnnoted,
+    /// One that is given up leaves the cache before its slot says so.
+    GiveUpUnnoted,
+    /// One that is given up keeps its segments.
+    GiveUpKeepsSegments,
+    /// A disk that was detached leaves the cache before its slot says so.
+    DetachUnnoted,
+    /// A disk that was rolled back to a snapshot owns what that holds.
+    RollbackOwnsSnapshot,
+    /// A rollback to a snapshot takes no LSN of its own.
+    RollbackWithoutLsn,
 }
 
 /// All of them.
-pub const ALL: [Bug; 40] = [
+pub const ALL: [Bug; 54] = [
     Bug::AckBeforeFlush,
     Bug::AckAcrossGap,
     Bug::SummaryBeforeFlush,
@@ -130,6 +158,20 @@ pub const ALL: [Bug; 40] = [
     Bug::CloneOwnsShared,
     Bug::CloneBeyondSnapshot,
     Bug::CloneTwice,
+    Bug::ScrubBelievesFirstLook,
+    Bug::ScrubSkipsBeside,
+    Bug::ScrubNotesAhead,
+    Bug::ScrubStaysAway,
+    Bug::LabelOfNeighbour,
+    Bug::PendingLabelsShift,
+    Bug::DeleteHeld,
+    Bug::CloneTakesName,
+    Bug::RenameUnnoted,
+    Bug::GiveUpUnnoted,
+    Bug::GiveUpKeepsSegments,
+    Bug::DetachUnnoted,
+    Bug::RollbackOwnsSnapshot,
+    Bug::RollbackWithoutLsn,
 ];
 
 /// Whether this thread has the bug.

@@ -391,6 +391,12 @@ impl Cache {
         Some(status)
     }
 
+    /// Segments that are a disk's.
+    #[must_use]
+    pub fn segments_of(&self, vdi: Uuid) -> usize {
+        self.ground.pool.owned(vdi).len()
+    }
+
     /// A disk's log is open here.
     #[must_use]
     pub fn is_attached(&self, vdi: Uuid) -> bool {

@@ -18,6 +18,7 @@ use blockstore::io::now_ms;
 use blockstore::types::Lsn;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 use tokio::sync::oneshot;
 use uuid::Uuid;
@@ -34,8 +35,11 @@ pub struct SnapshotTaken {
     pub time_ms: u64,
 }
 
-/// Where the answer goes.
+/// Where an answer goes that somebody waits for.
 pub(crate) type Reply = oneshot::Sender<Result<SnapshotTaken, CacheError>>;
+
+/// What is done with the answer to who asked for a snapshot: as a rule by the disk's worker, which it must neither hold up nor end.
+pub type OnTaken = Box<dyn FnOnce(Result<SnapshotTaken, CacheError>) + Send>;
 
 /// See the module.
 #[derive(Debug)]
@@ -58,11 +62,20 @@ struct Waiting {
     closed: Option<String>,
 }
 
-#[derive(Debug)]
 struct Asked {
     time_ms: u64,
     label: SnapshotLabel,
-    reply: Reply,
+    then: OnTaken,
+}
+
+impl fmt::Debug for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { time_ms, label, .. } = self;
+        f.debug_struct("Asked")
+            .field("time_ms", time_ms)
+            .field("label", label)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Desk {
@@ -78,25 +91,27 @@ impl Desk {
     /// [`CacheError::Snapshot`].
     pub async fn snapshot(&self, label: SnapshotLabel) -> Result<SnapshotTaken, CacheError> {
         let (reply, answer) = oneshot::channel();
-        self.ask(label, reply).map_err(|why| CacheError::Snapshot { vdi: self.vdi, why })?;
+        self.snapshot_then(label, Box::new(move |taken| drop(reply.send(taken))));
         answer.await.unwrap_or(Err(CacheError::NotAttached { vdi: self.vdi }))
     }
 
-    fn ask(&self, label: SnapshotLabel, reply: Reply) -> Result<(), String> {
+    /// Likewise, and has `then` done with the answer, now or later.
+    pub fn snapshot_then(&self, label: SnapshotLabel, then: OnTaken) {
         let time_ms = now_ms();
-        let asked = Asked { time_ms, label: label.clone(), reply };
         let (id, worker) = {
             let mut waiting = self.waiting.lock();
-            waiting.may_ask()?;
+            if let Err(why) = waiting.may_ask() {
+                drop(waiting);
+                return then(Err(CacheError::Snapshot { vdi: self.vdi, why }));
+            }
             let id = waiting.next;
             waiting.next += 1;
-            waiting.asked.insert(id, asked);
+            waiting.asked.insert(id, Asked { time_ms, label: label.clone(), then });
             (id, waiting.worker.clone())
         };
         if !worker.send(ToDisk::Snapshot { id, time_ms, label }) {
             self.taken(id, Err("the disk's worker is gone".into()));
         }
-        Ok(())
     }
 
     /// Why there can be no snapshot now.
@@ -106,7 +121,7 @@ impl Desk {
 
     /// The worker's answer.
     pub fn taken(&self, id: u64, result: Result<Lsn, String>) {
-        let Some(Asked { time_ms, label, reply }) = self.waiting.lock().asked.remove(&id) else {
+        let Some(Asked { time_ms, label, then }) = self.waiting.lock().asked.remove(&id) else {
             return;
         };
         let result = match result {
@@ -116,8 +131,7 @@ impl Desk {
             }
             Err(why) => Err(CacheError::Snapshot { vdi: self.vdi, why }),
         };
-        // Whoever asked may have gone; the snapshot is there.
-        let _ = reply.send(result);
+        then(result);
     }
 
     /// Snapshots that are durable in the log and not in the store yet: all that were answered, and more as the store goes on.
@@ -139,11 +153,11 @@ impl Desk {
     }
 
     fn refuse(&self, asked: BTreeMap<u64, Asked>, why: &str) {
-        for Asked { reply, .. } in asked.into_values() {
+        for Asked { then, .. } in asked.into_values() {
             let why = format!(
                 "{why}, before it was known to be durable: it may be there once the disk is served again"
             );
-            let _ = reply.send(Err(CacheError::Snapshot { vdi: self.vdi, why }));
+            then(Err(CacheError::Snapshot { vdi: self.vdi, why }));
         }
     }
 

@@ -44,7 +44,7 @@ pub use cache::{
     QuarantinedLog, Survey, VdiIdentity,
 };
 pub use check::{CheckReport, VdiReport, check};
-pub use desk::SnapshotTaken;
+pub use desk::{OnTaken, SnapshotTaken};
 pub use error::CacheError;
 pub use format::slot::{CloneOrigin, LeftBehind};
 pub use local::LegState;

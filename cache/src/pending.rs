@@ -5,6 +5,7 @@
 //! [`KEEP_MAX`](blockstore::schedule::KEEP_MAX): 24 bytes each.
 
 use blockstore::SnapshotLabel;
+use blockstore::sabotage::{self, Bug};
 use blockstore::schedule::Cadence;
 use blockstore::types::Lsn;
 use std::collections::VecDeque;
@@ -107,7 +108,9 @@ impl PendingSnapshots {
         self.retired = self.retired.max(committed);
         while let Some(first) = self.places.front().copied().filter(|first| first.lsn <= committed)
         {
-            self.labels.drain(..(first.labels - self.gone) as usize);
+            if !sabotage::on(Bug::PendingLabelsShift) {
+                self.labels.drain(..(first.labels - self.gone) as usize);
+            }
             self.gone = first.labels;
             self.places.pop_front();
         }

@@ -1,6 +1,7 @@
 //! Snapshots, as they cross the control socket.
 
 use super::VdiState;
+use crate::error::Failure;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use uuid::Uuid;
@@ -43,6 +44,41 @@ pub struct SnapRequest {
     /// Not of the disk as it is, but as it was then.
     #[serde(default)]
     pub as_of: Option<AsOf>,
+}
+
+/// A line of a stream of snapshots that asks for one.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapAsked {
+    /// Comes back with the answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<u64>,
+    /// For people.
+    #[serde(default)]
+    pub label: String,
+}
+
+/// A line of a stream of snapshots that answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum SnapAnswered {
+    /// There may be no snapshot.
+    Failed {
+        /// Of what was asked.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tag: Option<u64>,
+        /// Why.
+        error: Failure,
+    },
+    /// It is durable in the log.
+    Taken {
+        /// Of what was asked.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tag: Option<u64>,
+        /// The snapshot.
+        #[serde(flatten)]
+        snapped: Snapped,
+    },
 }
 
 /// A point of a disk's log.

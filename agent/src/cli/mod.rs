@@ -18,6 +18,7 @@ mod schedule;
 mod scrub;
 mod sizes;
 mod snap;
+mod snap_stream;
 mod store_commands;
 mod store_dump;
 mod store_repair;
@@ -32,6 +33,7 @@ use crate::machine::MACHINE_ID_FILE;
 use crate::units::{parse_duration, parse_rate, parse_size};
 use blockstore::{Schedule, WhenOffline};
 use clap::{Parser, Subcommand};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -439,10 +441,15 @@ fn report(failure: &Failure, json: bool) {
     }
     if json {
         let body = ErrorBody { error: failure.clone() };
-        eprintln!("{}", serde_json::to_string(&body).unwrap_or_default());
+        say(&serde_json::to_string(&body).unwrap_or_default());
     } else {
-        eprintln!("ballast: {failure}");
+        say(&format!("ballast: {failure}"));
     }
+}
+
+/// On standard error, if somebody reads it.
+fn say(words: &str) {
+    let _ = writeln!(io::stderr(), "{words}");
 }
 
 fn execute(cli: Cli) -> Result<()> {

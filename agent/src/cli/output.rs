@@ -17,13 +17,21 @@ impl Output {
     /// # Errors
     /// Standard output cannot be written. A reader that has gone away (`| head`) is no error.
     pub fn print<T: Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
-        let mut text = if self.json {
-            serde_json::to_string_pretty(value).map_err(|error| {
-                Failure::new(Kind::Failed, format!("cannot print the result: {error}"))
-            })?
-        } else {
-            text(value)
-        };
+        let text =
+            if self.json { json_of(serde_json::to_string_pretty(value))? } else { text(value) };
+        Self::write(text).map(drop)
+    }
+
+    /// Likewise, as one of many lines. False if the reader has gone away.
+    ///
+    /// # Errors
+    /// As [`print`](Self::print).
+    pub fn line<T: Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) -> Result<bool> {
+        let text = if self.json { json_of(serde_json::to_string(value))? } else { text(value) };
+        Self::write(text)
+    }
+
+    fn write(mut text: String) -> Result<bool> {
         if !text.is_empty() && !text.ends_with('\n') {
             text.push('\n');
         }
@@ -32,9 +40,13 @@ impl Output {
             Err(error) if error.kind() != ErrorKind::BrokenPipe => {
                 Err(Failure::new(Kind::Failed, format!("cannot write to standard output: {error}")))
             }
-            _ => Ok(()),
+            written => Ok(written.is_ok()),
         }
     }
+}
+
+fn json_of(written: serde_json::Result<String>) -> Result<String> {
+    written.map_err(|error| Failure::new(Kind::Failed, format!("cannot print the result: {error}")))
 }
 
 /// A table with a head line and columns as wide as their widest cell.

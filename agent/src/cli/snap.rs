@@ -65,6 +65,16 @@ pub enum SnapCommand {
         #[arg(long, value_name = "POINT", value_parser = parse_point, conflicts_with = "quiesce")]
         as_of: Option<AsOf>,
     },
+    /// Take a snapshot of an attached disk for each line of standard input, over one connection: a line is a label, or empty
+    ///
+    /// Each holds what the guest was answered before its line was read, and its name is written when it is durable. At most 64 are under way;
+    /// a line is not read before. Ends with standard input, when nobody reads the names any more, or when the agent goes away. With --json,
+    /// each is one line of JSON. What is refused is said on standard error, and makes the exit code at the end.
+    #[command(after_help = crate::error::EXIT_CODES)]
+    Stream {
+        /// The disk: name or UUID
+        vdi: String,
+    },
     /// List a disk's snapshots, newest first
     List {
         /// The disk: name or UUID
@@ -137,6 +147,7 @@ pub async fn run(command: SnapCommand, run_dir: &Path, out: Output) -> Result<()
             let guest = Quiesced::default();
             out.print(&One { snapshot: &taken, guest: &guest }, |one| name_of(one.snapshot))
         }
+        SnapCommand::Stream { vdi } => super::snap_stream::run(&client, &vdi, out).await,
         SnapCommand::List { vdi, limit, beyond, oldest_first, sizes } => {
             let limit = limit.unwrap_or_default();
             let request = SnapListRequest { oldest_first, beyond, limit };
@@ -253,7 +264,7 @@ async fn quiesced(client: &Client, request: &SnapSetRequest, out: Output) -> Res
     }
 }
 
-fn name_of(snapped: &Snapped) -> String {
+pub(super) fn name_of(snapped: &Snapped) -> String {
     format!("{}@{}", snapped.name, snapped.snapshot.lsn)
 }
 

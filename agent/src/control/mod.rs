@@ -13,6 +13,7 @@
 //! GET    /v1/vdis/NAME              VdiInfo
 //! POST   /v1/vdis/NAME/delete       DeleteRequest  → Done
 //! POST   /v1/vdis/NAME/snapshots           SnapRequest       → Snapped
+//! GET    /v1/vdis/NAME/snapshots/stream    no HTTP from here on, see below
 //! POST   /v1/vdis/NAME/snapshots/list      SnapListRequest   → Snapshots
 //! POST   /v1/vdis/NAME/snapshots/label     SnapLabelRequest  → Snapped
 //! POST   /v1/vdis/NAME/snapshots/delete    SnapDeleteRequest → SnapDeleted
@@ -37,9 +38,17 @@
 //!
 //! NAME is a percent-escaped name or UUID; to attach or detach a snapshot, `VDI@LSN` or `VDI@LABEL`. A failure has a status of 400 and above and the body
 //! `{"error": {"kind": …, "message": …}}`.
+//!
+//! A stream of snapshots is asked for with `Connection: Upgrade` and `Upgrade: ballast-snapshots`, and begins behind the answer's head (101):
+//! each line to the agent is a SnapAsked, `{}` at the least, each line from it a SnapAnswered, in the order of LSNs. What is refused at once may
+//! overtake others. Whoever does not read what is answered is cut off.
 
 pub mod client;
 pub mod server;
+mod stream;
+
+/// What a connection becomes that asks for snapshots by the line.
+pub const SNAPSHOT_STREAM: &str = "ballast-snapshots";
 
 /// Longest request body.
 pub const REQUEST_BYTES_MAX: usize = 64 << 10;

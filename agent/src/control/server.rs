@@ -5,6 +5,7 @@
 //! can end the daemon: what cannot be understood is answered with words.
 
 use super::REQUEST_BYTES_MAX;
+use super::stream::{self, STREAMS_MAX};
 use crate::api::diff::DiffRequest;
 use crate::api::loss::RollbackRequest;
 use crate::api::schedule::ScheduleRequest;
@@ -60,6 +61,7 @@ pub enum Phase {
 pub struct Gate {
     phase: Arc<RwLock<Phase>>,
     permits: Arc<Semaphore>,
+    streams: Arc<Semaphore>,
 }
 
 impl Gate {
@@ -69,6 +71,7 @@ impl Gate {
         Self {
             phase: Arc::new(RwLock::new(Phase::Starting("starting".into()))),
             permits: Arc::new(Semaphore::new(REQUESTS_MAX)),
+            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
         }
     }
 
@@ -77,7 +80,7 @@ impl Gate {
         *self.phase.write() = phase;
     }
 
-    fn host(&self) -> Result<Arc<Host>> {
+    pub(super) fn host(&self) -> Result<Arc<Host>> {
         match &*self.phase.read() {
             Phase::Running(host) => Ok(Arc::clone(host)),
             Phase::Starting(doing) => Err(Failure::new(
@@ -154,6 +157,7 @@ fn router(gate: Gate, others: Handle) -> Router {
         .route("/v1/vdis/{name}/drill", post(drill).delete(end_drill))
         .layer(middleware::from_fn_with_state(others.clone(), elsewhere))
         .route("/v1/vdis/{name}/snapshots", post(snap).layer(Extension(others)))
+        .route("/v1/vdis/{name}/snapshots/stream", get(snap_stream))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
         .layer(middleware::from_fn_with_state(gate.clone(), limit))
@@ -298,6 +302,29 @@ async fn snap(
         }
         .await,
     )
+}
+
+async fn snap_stream(State(gate): Gated, name: Name, request: Request) -> Response {
+    let begun = || {
+        let name = name_of(name)?;
+        stream::check(&request)?;
+        let Some(uuid) = gate.host()?.served(&name) else {
+            let words = format!(
+                "disk '{name}' is not attached to this host: 'ballast vdi attach {name}' first"
+            );
+            return Err(Failure::new(Kind::Conflict, words));
+        };
+        let place = Arc::clone(&gate.streams).try_acquire_owned().map_err(|_| {
+            let words =
+                format!("{STREAMS_MAX} streams of snapshots are open already: end one first");
+            Failure::new(Kind::Unavailable, words)
+        })?;
+        Ok((stream::Disk { uuid, name }, place))
+    };
+    match begun() {
+        Ok((disk, place)) => stream::begin(gate, disk, request, place),
+        Err(failure) => failure.into_response(),
+    }
 }
 
 async fn snap_quiesced(State(gate): Gated, body: Body) -> Response {

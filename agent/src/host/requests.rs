@@ -22,6 +22,11 @@ impl Host {
         self.find_served(name_or_uuid).is_some()
     }
 
+    /// The identity of a disk that is served here.
+    pub fn served(&self, name_or_uuid: &str) -> Option<Uuid> {
+        self.find_served(name_or_uuid).map(|disk| disk.uuid)
+    }
+
     pub(super) fn find_served(&self, name_or_uuid: &str) -> Option<Arc<Served>> {
         let uuid = Uuid::try_parse(name_or_uuid).ok();
         let served = self.served.lock();

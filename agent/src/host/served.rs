@@ -581,6 +581,22 @@ impl Served {
         Ok(parts.cache.snapshot(self.uuid, label).await?)
     }
 
+    /// As [`Self::snapshot`], and `then` is done with the answer, as a rule by the disk's worker: it must not wait.
+    pub async fn snapshot_then(
+        &self,
+        parts: &Parts,
+        label: SnapshotLabel,
+        then: impl FnOnce(Result<SnapshotTaken>) + Send + 'static,
+    ) {
+        match self.has_open_log(parts).await {
+            Ok(()) => {
+                let then = Box::new(|taken: Result<_, CacheError>| then(taken.map_err(Into::into)));
+                parts.cache.snapshot_then(self.uuid, label, then);
+            }
+            Err(failure) => then(Err(failure)),
+        }
+    }
+
     /// Takes a snapshot of what it was at a point of its log that the store does not have yet.
     pub async fn snapshot_as_of(
         &self,

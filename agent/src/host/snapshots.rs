@@ -20,7 +20,7 @@ use blockstore::schedule::{is_automatic, is_cut};
 use blockstore::snapshots::{PAGE_MAX, Page};
 use blockstore::types::Lsn;
 use blockstore::{SnapshotLabel, WhenOffline};
-use cache::{LogCut, PendingSnapshot};
+use cache::{LogCut, PendingSnapshot, SnapshotTaken};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,6 +47,29 @@ impl Host {
             return take_as_of(&self.parts, &disk, point, label, wait).await;
         }
         take(&self.parts, &disk, label, wait).await
+    }
+
+    /// Likewise, for as long as it takes, and `then` is done with the answer, as a rule by the disk's worker: it must not wait. A disk
+    /// that was attached as `name` once.
+    pub async fn snap_then(
+        &self,
+        uuid: Uuid,
+        name: &str,
+        label: String,
+        then: impl FnOnce(Result<Snapped>) + Send + 'static,
+    ) {
+        let label = match label_of(label) {
+            Ok(label) => label,
+            Err(failure) => return then(Err(failure)),
+        };
+        let Some(disk) = self.served.lock().get(&uuid).cloned() else {
+            let words = format!("disk '{name}' is not attached to this host any more");
+            return then(Err(Failure::new(Kind::Conflict, words)));
+        };
+        // Not the disk itself, which ends its worker when it is dropped.
+        let (text, name) = (label.as_str().to_owned(), disk.name.clone());
+        let then = move |taken| then(answer_for(&name, uuid, text, taken));
+        disk.snapshot_then(&self.parts, label, then).await;
     }
 
     /// A page of a disk's snapshots, those that are still in the log among them.
@@ -299,17 +322,7 @@ pub(super) async fn take(
         );
         Err(Failure::new(Kind::Unavailable, words))
     });
-    let taken = taken.map_err(|failure| {
-        failure.within(format_args!("no snapshot of disk '{}' is known to be taken", disk.name))
-    })?;
-    let snapshot = Snapshot {
-        lsn: taken.lsn.0,
-        time: taken.time_ms,
-        label: text,
-        place: SnapshotPlace::Log,
-        size: None,
-    };
-    Ok(Snapped::new(&disk.name, disk.uuid, snapshot))
+    answer_for(&disk.name, disk.uuid, text, taken)
 }
 
 /// Takes a snapshot of what a disk was at a point of its log.
@@ -336,12 +349,21 @@ async fn take_as_of(
         );
         Err(Failure::new(Kind::Unavailable, words))
     });
-    let taken = taken.map_err(|failure| {
-        failure.within(format_args!("no snapshot of disk '{}' is known to be taken", disk.name))
+    answer_for(&disk.name, disk.uuid, text, taken)
+}
+
+/// What who asked for a snapshot is told.
+fn answer_for(
+    name: &str,
+    uuid: Uuid,
+    label: String,
+    taken: Result<SnapshotTaken>,
+) -> Result<Snapped> {
+    let SnapshotTaken { lsn, time_ms } = taken.map_err(|failure| {
+        failure.within(format_args!("no snapshot of disk '{name}' is known to be taken"))
     })?;
-    let (lsn, time) = (taken.lsn.0, taken.time_ms);
-    let snapshot = Snapshot { lsn, time, label: text, place: SnapshotPlace::Log, size: None };
-    Ok(Snapped::new(&disk.name, disk.uuid, snapshot))
+    let (lsn, time, place) = (lsn.0, time_ms, SnapshotPlace::Log);
+    Ok(Snapped::new(name, uuid, Snapshot { lsn, time, label, place, size: None }))
 }
 
 /// A label that people give.

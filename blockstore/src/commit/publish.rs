@@ -218,7 +218,7 @@ impl VdiInner {
         let (committed, listed) = (image.head.committed, image.head.snapshots);
         let purpose = if prepared.writes.is_empty() { Purpose::GivesBack } else { Purpose::Normal };
         let mut unwritten = HashMap::new();
-        let mut taken = Vec::new();
+        let mut taken: Vec<Snapshot> = Vec::new();
         for part in &prepared.parts {
             // It rises at every cut, also at one that changes nothing.
             let birth = image.head.birth.plus(1);
@@ -237,6 +237,10 @@ impl VdiInner {
                 && *lsn > committed
             {
                 let head = &image.head;
+                let label = match taken.last() {
+                    Some(last) if sabotage::on(Bug::LabelOfNeighbour) => &last.label,
+                    _ => label,
+                };
                 taken.push(Snapshot {
                     lsn: *lsn,
                     time_ms: *time_ms,

@@ -249,6 +249,12 @@ impl SimDevice {
         self.target.state.lock().media.written_blocks()
     }
 
+    /// Blocks of which a reply to any session had a flipped bit ([`Fault::Garbled`]), in the order of the replies.
+    #[must_use]
+    pub fn garbled(&self) -> Vec<u64> {
+        self.target.state.lock().garbled.clone()
+    }
+
     /// Bytes.
     #[must_use]
     pub fn capacity(&self) -> u64 {

@@ -17,9 +17,10 @@ use crate::format::snapshot::{Snapshot, SnapshotLabel};
 use crate::format::vdi::{COMMITTED_LSN_MAX, GIVEN_UP, VdiHead};
 use crate::io::now_ms;
 use crate::root::{Garbage, GarbageSink, Subtree};
+use crate::sabotage::{self, Bug};
 use crate::snapshots::change::{no_snapshot, writes};
 use crate::snapshots::edit::Ground;
-use crate::types::Lsn;
+use crate::types::{Birth, Lsn};
 use std::sync::Arc;
 
 /// What a rollback to a snapshot did.
@@ -71,6 +72,10 @@ impl Store {
             return Err(StoreError::new(StoreErrorKind::Invalid, object, words));
         }
         let birth = head.birth.plus(1);
+        let owns = sabotage::on(Bug::RollbackOwnsSnapshot);
+        let last_snapshot_birth = if owns { Birth(0) } else { birth };
+        let without_lsn = sabotage::on(Bug::RollbackWithoutLsn);
+        let committed = if without_lsn { kept.unwrap_or(head.committed) } else { committed };
         let mut next = VdiHead {
             root: target.root,
             height: target.height,
@@ -78,7 +83,7 @@ impl Store {
             committed,
             committed_ms: now_ms(),
             birth,
-            last_snapshot_birth: birth,
+            last_snapshot_birth,
             last_log: Some(GIVEN_UP),
             ..head.clone()
         };

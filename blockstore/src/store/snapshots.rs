@@ -319,6 +319,9 @@ impl Store {
     /// Refuses what would take a snapshot away that is read just now: any of the disk's, or one of `snapshots`.
     pub(super) fn refuse_held(&self, found: &Found, snapshots: Option<&[Lsn]>) -> Result<()> {
         let Some(lsn) = self.holds.first_of(found.head.uuid, snapshots) else { return Ok(()) };
+        if sabotage::on(Bug::DeleteHeld) {
+            return Ok(());
+        }
         let name = &found.name;
         let words = format!(
             "its snapshot {lsn} is attached read-only ('ballast vdi detach {name}@{lsn}' first), or a clone of it that was made \

@@ -1,7 +1,7 @@
 //! Snapshots of attached disks.
 
 use super::Cache;
-use crate::desk::SnapshotTaken;
+use crate::desk::{OnTaken, SnapshotTaken};
 use crate::error::CacheError;
 use crate::flusher::Replay;
 use crate::local::Local;
@@ -38,6 +38,15 @@ impl Cache {
         label: SnapshotLabel,
     ) -> Result<SnapshotTaken, CacheError> {
         self.handle(vdi).ok_or(CacheError::NotAttached { vdi })?.desk.snapshot(label).await
+    }
+
+    /// As [`Self::snapshot`], and `then` is done with what it would return, now or later: as a rule by the disk's worker, which it must
+    /// neither hold up nor end.
+    pub fn snapshot_then(&self, vdi: Uuid, label: SnapshotLabel, then: OnTaken) {
+        match self.handle(vdi) {
+            Some(handle) => handle.desk.snapshot_then(label, then),
+            None => then(Err(CacheError::NotAttached { vdi })),
+        }
     }
 
     /// Takes a snapshot of what an attached disk was at a point of its log that the store does not have yet. It is durable

@@ -60,9 +60,16 @@ impl VdiTask {
         Ok(())
     }
 
-    /// Durable before it takes effect.
+    /// Durable before it takes effect. With no leg left the slot is not written any more; it names the store's snapshot still, so the
+    /// next start asks the store for the disk's name again.
     pub(super) async fn rename(&mut self, name: String) -> Result<(), CacheError> {
+        if sabotage::on(Bug::RenameUnnoted) {
+            return Ok(());
+        }
         let former = std::mem::replace(&mut self.p.record.name, name);
+        if self.through.is_some() {
+            return Ok(());
+        }
         let written = self.write_slot().await;
         if written.is_err() {
             self.p.record.name = former;
@@ -187,7 +194,11 @@ impl VdiTask {
         let mut slot = self.p.slot.clone();
         slot.sequence += 1;
         slot.vdi = None;
-        if let Err(error) = self.p.ground.local.write_slot(&slot).await {
+        let of_clone = self.keeps_origin();
+        let unnoted = if of_clone { Bug::GiveUpUnnoted } else { Bug::DetachUnnoted };
+        if !sabotage::on(unnoted)
+            && let Err(error) = self.p.ground.local.write_slot(&slot).await
+        {
             if self.through.is_none() || self.keeps_origin() {
                 return Err(error);
             }
@@ -201,7 +212,9 @@ impl VdiTask {
         // settled.
         self.p.ground.pool.unregister(self.p.vdi);
         self.refuse_evictions();
-        self.free_all();
+        if !(of_clone && sabotage::on(Bug::GiveUpKeepsSegments)) {
+            self.free_all();
+        }
         if self.through.is_some() {
             // Those that were forgotten when they were committed.
             for id in self.p.ground.pool.owned(self.p.vdi) {

@@ -21,6 +21,7 @@ use blockstore::format::node::{NODE_SHIFT, Node, entry_span, tree_span};
 use blockstore::format::pointer::Pointer;
 use blockstore::format::snapshot::Snapshot;
 use blockstore::format::vdi::VdiHead;
+use blockstore::sabotage::{self, Bug};
 use blockstore::slot::{Content, View};
 use blockstore::snapshots::Page;
 use blockstore::tree::Reader;
@@ -272,6 +273,11 @@ impl<'a> Looking<'a> {
     ) -> Result<Verdict> {
         if let Bad::NoAnswer(error) = bad {
             return Ok(Verdict::Unknown(error.to_string()));
+        }
+        if sabotage::on(Bug::ScrubBelievesFirstLook)
+            && let Bad::Mismatch(error) = bad
+        {
+            return Ok(Verdict::Damaged(error));
         }
         let (mut why, mut pause) = (bad.error().to_string(), LOOK_PAUSE);
         for _ in 0..LOOKS {

@@ -7,6 +7,7 @@
 
 use super::looking::{BATCH, Looking, Whose};
 use blockstore::format::pointer::Pointer;
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Birth, Gba};
 use blockstore::{Result, StoreError, StoreErrorKind};
 use bytes::Bytes;
@@ -127,6 +128,9 @@ impl Looking<'_> {
         while let Err(error) = self.probe().await {
             at_once = false;
             self.progress.wait_for(Some(error.to_string()));
+            if sabotage::on(Bug::ScrubStaysAway) {
+                std::future::pending::<()>().await;
+            }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(AWAY_MAX);
         }

@@ -11,6 +11,7 @@ use crate::mark::{DATA_ADVICE, MAP_ADVICE};
 use blockstore::Result;
 use blockstore::format::node::{Node, entry_span, tree_span};
 use blockstore::format::pointer::Pointer;
+use blockstore::sabotage::{self, Bug};
 use blockstore::types::{BLOCK_SIZE, Lsn};
 use bytes::Bytes;
 
@@ -92,6 +93,9 @@ struct Walk<'w, 'a, 't> {
 }
 
 pub(super) async fn verify(looking: &mut Looking<'_>, tree: &Tree<'_>) -> Result<Ended> {
+    if sabotage::on(Bug::ScrubNotesAhead) {
+        tree.reach(looking, tree_span(tree.height));
+    }
     let mut walk = Walk { looking, tree, gathered: Vec::new(), gone: false };
     walk.all().await?;
     if walk.gone {
@@ -153,7 +157,9 @@ impl Walk<'_, '_, '_> {
                 }
                 _ => Beside::Nothing,
             };
-            if !beside.is(pointer) {
+            let skips = sabotage::on(Bug::ScrubSkipsBeside)
+                && matches!(beside, Beside::At(other) if !other.is_sparse());
+            if !beside.is(pointer) && !skips {
                 below.push(Visit { pointer, base, beside });
             }
         }

@@ -44,7 +44,7 @@ impl Agent {
         let (name, is_made) = {
             let model = self.models.get(n);
             let model = model.lock();
-            (model.name.clone(), model.made)
+            (model.in_store(), model.made)
         };
         loop {
             match store.lookup_vdi(&name).await {
@@ -83,7 +83,15 @@ impl Agent {
             }
         };
         let vdi = loop {
-            match self.store().attach(uuid, AttachOptions { log_id }).await {
+            // A log that was served may hold records: it goes on only where it ended (rule L6).
+            let parts = self.parting.plan.is_any();
+            let was_served = parts && self.cache.log_of(uuid).await.is_some_and(|(_, was)| was);
+            let (store, options) = (self.store(), AttachOptions { log_id });
+            let attached = match was_served {
+                true => store.resume(uuid, options).await,
+                false => store.attach(uuid, options).await,
+            };
+            match attached {
                 Ok(vdi) => break vdi,
                 Err(error) if error.kind == StoreErrorKind::NotFound && !model.lock().made => {
                     match self.cache.unreserve(uuid).await {
@@ -91,9 +99,19 @@ impl Agent {
                         Err(error) => again("giving a log back", &error, lenient).await?,
                     }
                 }
+                // It was rolled back, and the device had taken no word of its leaving: the operator gives that log up.
+                Err(error)
+                    if error.kind == StoreErrorKind::InUse
+                        && model.lock().parted.was_rolled_back =>
+                {
+                    self.give_up_log(uuid, log_id).await?;
+                    return Ok(Up::Gone);
+                }
                 Err(error) => transient("attaching", &error, lenient).await?,
             }
         };
+        let committed = vdi.committed();
+        model.lock().settle_rollback(committed.lsn.0, committed.size_bytes);
         let (san, judge) = (Arc::clone(&self.san), Arc::clone(&model));
         let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model: judge, san });
         let stated = self.stated(self.cache.identity().await.cache, uuid, log_id.as_u128());
@@ -106,6 +124,8 @@ impl Agent {
                     model.attached_at(Backing::committed(&*vdi).0);
                     // One that was made by a command of unknown outcome is there for good once something was flushed after it.
                     (model.made, model.uuid) = (true, Some(uuid));
+                    model.parted.may_have_left = false;
+                    model.parted.was_rolled_back = false;
                     self.vdis.lock().insert(n, Arc::clone(&vdi));
                     return Ok(Up::Disk(Box::new(attached)));
                 }

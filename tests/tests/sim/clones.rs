@@ -3,6 +3,7 @@
 
 use crate::host::{Agent, few};
 use crate::model::Model;
+use crate::taken::{Takers, check_names};
 use crate::worker::Orders;
 use crate::world::read_out;
 use blockstore::types::Lsn;
@@ -116,15 +117,19 @@ pub async fn check_listed(
     store: &Store,
     clones: &Clones,
     models: &[Arc<Mutex<Model>>],
+    takers: &Takers,
     store_harmed: bool,
 ) {
-    let listed = match store.list_vdis().await {
+    let mut listed = match store.list_vdis().await {
         Err(_) if store_harmed => return,
         listed => listed.expect("the list of disks is read"),
     };
+    check_names(&mut listed, models, takers, store_harmed);
     let known = clones.lock();
     let others = (0..known.len()).filter(|n| !matches!(known[*n].fate, Fate::Gone | Fate::Disk));
-    let disks = models.iter().map(|model| model.lock()).filter(|model| !model.is_none);
+    let may_be = |model: &Model| !model.is_none || model.parted.may_be_in_store;
+    let disks = models.iter().map(|model| model.lock()).filter(|model| may_be(model));
+    let disks = disks.filter(|model| !model.is_provisional);
     let mut names: BTreeSet<String> = disks.map(|model| model.name.clone()).collect();
     names.extend(others.map(clone_name));
     for info in listed {

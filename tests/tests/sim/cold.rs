@@ -95,6 +95,7 @@ impl Agent {
         };
         let model = self.models.get(n);
         model.lock().attached_at(Backing::committed(&*vdi).0);
+        model.lock().parted.may_have_left = false;
         let san = Arc::clone(&self.san);
         let backing = Arc::new(Checked { vdi: Arc::clone(&vdi), model, san });
         while let Err(error) = self.cache.join(record.vdi, Arc::<Checked>::clone(&backing)).await {
@@ -114,4 +115,14 @@ impl Agent {
 /// What the cache has noted of a disk.
 pub fn record_of(records: &[AttachedRecord], name: &str) -> Option<AttachedRecord> {
     records.iter().find(|record| record.name == name).cloned()
+}
+
+/// As [`record_of`], whatever its name came to be.
+pub fn record_named(
+    records: &[AttachedRecord],
+    name: &str,
+    uuid: Option<Uuid>,
+) -> Option<AttachedRecord> {
+    let same = records.iter().find(|record| Some(record.vdi) == uuid);
+    same.cloned().or_else(|| record_of(records, name))
 }

@@ -8,7 +8,7 @@ use crate::world::read_out;
 use blockstore::schedule::is_cut;
 use blockstore::snapshots::{PAGE_MAX, Page};
 use blockstore::types::Lsn;
-use blockstore::{PolicyChange, SnapshotLabel, Store, Vdi};
+use blockstore::{PolicyChange, Store, Vdi};
 use cache::AsOf;
 use futures_util::future::join_all;
 use parking_lot::Mutex;
@@ -22,6 +22,7 @@ impl Agent {
         // Apart, so that the others come as they would without.
         let mut rules = SmallRng::seed_from_u64(rng.clone().random::<u64>() ^ 0xcade);
         let has_rules = rules.random_bool(0.3);
+        let mut labels = SmallRng::seed_from_u64(rng.clone().random::<u64>() ^ 0x1abe1);
         // A day's outage needs no ten thousand.
         for round in 0_u32.. {
             if orders.wind_down.get() {
@@ -37,15 +38,26 @@ impl Agent {
             if has_rules {
                 self.change_rule(&vdi, model, &mut rules).await;
             }
-            let taken = (0..few(rng, 12)).map(|_| async {
-                let label = SnapshotLabel::default();
-                if let Ok(taken) = self.cache.snapshot(vdi.uuid(), label).await {
-                    model.lock().cut_taken(taken.lsn.0);
+            self.check_pending(&vdi, model);
+            let taken = (0..few(rng, 12)).map(|_| {
+                let label = self.next_label(&mut labels);
+                let vdi = vdi.uuid();
+                async move {
+                    model.lock().labels.asked(&label);
+                    if let Ok(taken) = self.cache.snapshot(vdi, label.clone()).await {
+                        let mut model = model.lock();
+                        model.labels.taken(taken.lsn.0, &label);
+                        model.cut_taken(taken.lsn.0);
+                    }
                 }
             });
             join_all(taken).await;
+            self.check_pending(&vdi, model);
+            if self.labels && labels.random_bool(0.3) {
+                self.change_label(&vdi, model, &mut labels).await;
+            }
             if rng.random_range(0..4) == 0 {
-                self.cut_as_of(&vdi, model, rng).await;
+                self.cut_as_of(&vdi, model, rng, &mut labels).await;
             }
             if rng.random_range(0..6) == 0 {
                 self.delete_some(&vdi, model, rng).await;
@@ -78,34 +90,53 @@ impl Agent {
     }
 
     /// Takes one of what a disk was.
-    async fn cut_as_of(&self, vdi: &Vdi, model: &Mutex<Model>, rng: &mut SmallRng) {
+    async fn cut_as_of(
+        &self,
+        vdi: &Vdi,
+        model: &Mutex<Model>,
+        rng: &mut SmallRng,
+        labels: &mut SmallRng,
+    ) {
         let (from, to) = (vdi.committed().lsn.0, model.lock().last_lsn());
         if from >= to {
             return;
         }
         let lsn = rng.random_range(from + 1..=to);
-        model.lock().maybe_as_of.insert(lsn);
+        let label = self.next_label(labels);
+        {
+            let mut model = model.lock();
+            model.maybe_as_of.insert(lsn);
+            model.labels.asked_at(lsn, &label);
+        }
         let point = AsOf::Lsn(Lsn(lsn));
-        let taken = self.cache.snapshot_as_of(vdi.uuid(), point, SnapshotLabel::default());
+        let taken = self.cache.snapshot_as_of(vdi.uuid(), point, label.clone());
         // With the store away since the start it waits for it.
         let patience = Duration::from_millis(few(rng, 100_000));
         if let Ok(Ok(_)) = tokio::time::timeout(patience, taken).await {
-            model.lock().as_of_taken(lsn);
+            let mut model = model.lock();
+            let is_cut = model.is_cut(lsn);
+            model.labels.taken_at(lsn, &label, is_cut);
+            model.as_of_taken(lsn);
         }
     }
 
     async fn delete_some(&self, vdi: &Vdi, model: &Mutex<Model>, rng: &mut SmallRng) {
-        let mut wanted = {
-            let model = model.lock();
-            let mut there = model.cuts(0, vdi.committed().lsn.0);
-            there.retain(|lsn| !model.deleted.contains(lsn) && !model.maybe_deleted.contains(lsn));
-            there
-        };
+        let mut wanted = model.lock().there(vdi.committed().lsn.0);
         wanted.retain(|_| rng.random_bool(0.3));
         if wanted.is_empty() {
             return;
         }
-        model.lock().maybe_deleted.extend(&wanted);
+        for lsn in &wanted {
+            self.find_by_label(vdi, model, *lsn).await;
+        }
+        {
+            // Others delete some, too: each is one's own to tell of.
+            let Model { deleted, maybe_deleted, .. } = &mut *model.lock();
+            wanted.retain(|lsn| !deleted.contains(lsn) && maybe_deleted.insert(*lsn));
+        }
+        if wanted.is_empty() {
+            return;
+        }
         let lsns = wanted.iter().copied().map(Lsn).collect();
         if self.store().delete_snapshots(&vdi.uuid().to_string(), lsns).await.is_ok() {
             let mut model = model.lock();
@@ -125,7 +156,7 @@ pub async fn check_snapshots(
     picks: usize,
     store_harmed: bool,
 ) {
-    let (mut lsns, mut asked): (Vec<u64>, Vec<u64>) = (Vec::new(), Vec::new());
+    let (mut lsns, mut labelled): (Vec<u64>, Vec<_>) = (Vec::new(), Vec::new());
     loop {
         let beyond = lsns.last().copied().map(Lsn);
         let page = Page { newest_first: false, beyond, limit: PAGE_MAX };
@@ -136,12 +167,14 @@ pub async fn check_snapshots(
         lsns.extend(listed.iter().map(|snapshot| snapshot.lsn.0));
         // Those of rules come and go; each is what it should be, as the others.
         let others = listed.iter().filter(|snapshot| !is_cut(snapshot.label.as_str()));
-        asked.extend(others.map(|snapshot| snapshot.lsn.0));
+        labelled.extend(others.map(|snapshot| (snapshot.lsn.0, snapshot.label.clone())));
         if listed.len() < PAGE_MAX {
             break;
         }
     }
+    let asked: Vec<u64> = labelled.iter().map(|(lsn, _)| *lsn).collect();
     model.lock().check_listed(lsn, &asked);
+    model.lock().check_labels(&labelled);
     for lsn in lsns.iter().skip(picks).step_by(7).chain(lsns.last()) {
         match read_out(store, disk, Some(*lsn), model).await {
             Err(_) if store_harmed => {}

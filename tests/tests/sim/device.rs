@@ -108,6 +108,11 @@ impl Timed {
         Self { twin, ..self }
     }
 
+    /// What is underneath.
+    pub fn sim(&self) -> &SimDevice {
+        &self.sim
+    }
+
     /// Its host dies after so many operations.
     pub fn crash_after(&self, operations: u64) {
         self.sim.crash_after(operations);

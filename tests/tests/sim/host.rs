@@ -6,7 +6,10 @@ use crate::crew::Crew;
 use crate::damage;
 use crate::device::Timed;
 use crate::model::{Model, Models};
+use crate::parting::Parting;
+use crate::scrubs::Scrubs;
 use crate::serving::Manner;
+use crate::shown;
 use crate::witness::Memory;
 use crate::worker::{Excuses, Orders, Worker};
 use crate::world::{NOWHERE, World};
@@ -14,7 +17,7 @@ use async_trait::async_trait;
 use blockstore::device::Device;
 use blockstore::device::sim::{FaultRates, Reach, SimDevice};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
-use blockstore::{OpenOptions, SnapshotHolds, Store, StoreErrorKind, Vdi};
+use blockstore::{OpenOptions, Policy, SnapshotHolds, Store, StoreErrorKind, Vdi};
 use bytes::Bytes;
 use cache::backing::{Backing, BackingError, Batch};
 use cache::disk::AttachedDisk;
@@ -180,6 +183,7 @@ async fn bring_up_and_use(
     let agent = Agent::start(world).await?;
     agent.check_provisional().await;
     let _held = agent.hold_origins().await;
+    agent.recall_shown();
     let mut disks = None;
     if cold {
         disks = agent.attach_alone().await?;
@@ -224,10 +228,14 @@ async fn bring_up_and_use(
     let looks_ahead = world.profile.looks_ahead;
     let (cuts, collects) = (world.profile.cuts, world.profile.collects);
     let (clones, serves) = (world.profile.clones, world.profile.serves);
+    let (scrubs, shows) = (world.profile.scrubs, world.profile.shows);
+    let parts = world.profile.parts;
     let crew = Crew::default();
     let mut collect_rng = SmallRng::seed_from_u64(world.collect_rng.random());
     let mut cut_rng = SmallRng::seed_from_u64(world.cut_rng.random());
     let mut clone_rng = SmallRng::seed_from_u64(world.clone_rng.random());
+    let mut scrub_rng = SmallRng::seed_from_u64(world.scrub_rng.random());
+    let mut show_rng = SmallRng::seed_from_u64(world.show_rng.random());
     let mut serve_rng = SmallRng::seed_from_u64(world.serve_rng.random());
     // What the agent does beside serving.
     let beside = async {
@@ -247,6 +255,8 @@ async fn bring_up_and_use(
             () = agent.cut(&mut cut_rng, &orders), if cuts => {}
             () = agent.clone_some(&mut clone_rng, &orders), if clones => {}
             () = agent.collect(&mut collect_rng), if collects => {}
+            () = agent.scrub(&mut scrub_rng, last), if scrubs => {}
+            () = agent.show_some(&mut show_rng), if shows => {}
         }
         Ok(())
     };
@@ -256,16 +266,17 @@ async fn bring_up_and_use(
             biased;
             done = beside => done,
             refused = agent.serve_clones(&mut serve_rng, &manner, &crew), if serves => refused,
+            refused = agent.part_with_clones(&manner, &crew), if parts.is_any() => refused,
         }
     };
     if !orderly {
-        let running = crew.run(workers, Worker::run);
+        let running = crew.run(workers, |worker| agent.run(worker));
         let workers = tokio::select! {
             biased;
             workers = running => workers,
             refused = beside => return refused.map(|()| End::Spent),
         };
-        let failed = workers.iter().any(|worker| worker.log_failed);
+        let failed = workers.iter().flatten().any(|worker| worker.log_failed);
         return Ok(if failed { End::LogFailed } else { End::Spent });
     }
     // Workers go on while their disks are drained.
@@ -273,6 +284,12 @@ async fn bring_up_and_use(
     let (sealed, ()) = tokio::try_join!(running.map(Ok), beside)?;
     if sealed.contains(&false) {
         return Ok(End::LogFailed);
+    }
+    if last && scrubs {
+        agent.finish_scrubs(&mut scrub_rng).await;
+    }
+    if last && shows {
+        agent.finish_shown().await;
     }
     Ok(agent.stop(last).await)
 }
@@ -304,6 +321,10 @@ impl Backing for Checked {
         self.model.lock().committed(lsn);
         Ok(())
     }
+
+    fn policy(&self) -> Policy {
+        Backing::policy(&*self.vdi)
+    }
 }
 
 /// What a running agent holds.
@@ -321,6 +342,8 @@ pub struct Agent {
     pub holds: Arc<SnapshotHolds>,
     /// Clones that are served and have not joined the store.
     pub alone: Cell<usize>,
+    /// How they leave.
+    pub parting: Parting,
     legs: Vec<Device>,
     /// The legs themselves: they die with their host.
     pub hosts: Vec<SimDevice>,
@@ -330,6 +353,16 @@ pub struct Agent {
     pub may_have_lost: bool,
     /// The store's device is told of free blocks.
     pub unmaps: bool,
+    /// Snapshots have labels.
+    pub labels: bool,
+    pub scrubs: Scrubs,
+    /// Snapshots that are attached read-only.
+    pub shown: shown::Notes,
+    pub held: shown::Held,
+    /// The store's device was damaged.
+    pub store_harmed: bool,
+    /// What it says is wrong at times.
+    pub garbles: bool,
 }
 
 impl Agent {
@@ -357,6 +390,8 @@ impl Agent {
         let (models, clones) = (world.models.clone(), Arc::clone(&world.clones));
         let (store, vdis) = (Mutex::default(), Mutex::default());
         let (unmaps, disks) = (world.profile.unmaps, world.profile.disks.len());
+        let (scrubs, shown) = (Arc::clone(&world.scrubs), Arc::clone(&world.shown));
+        let parting = Parting::new(world.profile.parts, &mut world.parting);
         Ok(Self {
             cache,
             san,
@@ -367,11 +402,18 @@ impl Agent {
             clones,
             holds: Arc::default(),
             alone: Cell::default(),
+            parting,
             legs,
             hosts,
             damaged,
             may_have_lost,
             unmaps,
+            labels: world.profile.labels,
+            scrubs,
+            shown,
+            held: shown::Held::default(),
+            store_harmed: world.store_harmed,
+            garbles: world.profile.san.read_garbled > 0.0,
         })
     }
 
@@ -451,8 +493,7 @@ impl Agent {
     async fn wind_down(&self, orders: &Orders, last: bool) {
         if last {
             // Clones are there, and guests use up what they have left first.
-            let clones = self.served_clones();
-            while clones.iter().any(|n| !self.vdis.lock().contains_key(n))
+            while self.served_clones().iter().any(|n| !self.vdis.lock().contains_key(n))
                 || self.served().iter().any(|(_, model)| !model.lock().guest_is_done)
             {
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -501,7 +542,11 @@ impl Agent {
 
     /// A disk is served until it is to stop, and its log sealed. False if the log failed.
     async fn run_to_the_end(&self, worker: Worker) -> bool {
-        let Worker { attached, model, log_failed, .. } = worker.run_to_the_end().await;
+        let Some(Worker { attached, model, log_failed, .. }) =
+            worker.run_to_the_end().await.leave()
+        else {
+            return true;
+        };
         if log_failed {
             return false;
         }
@@ -524,6 +569,12 @@ impl Agent {
             }
         }
         if last {
+            self.discard_logs().await;
+            let status = self.cache.status();
+            let is_free = status.free_bytes == status.capacity;
+            let excused = self.may_have_lost || self.keeps_logs_of_none().await;
+            let (logs, left) = (self.cache.attached().await, self.cache.quarantined());
+            assert!(is_free || excused, "P6: no disk is left, and: {status:?}, {logs:?}, {left:?}");
             self.collect_all().await;
         }
         self.cache.close().await;

@@ -6,7 +6,7 @@
 //! commit, every recovery and the store's image after every crash.
 //!
 //! `SIM_SEEDS=N SIM_FIRST_SEED=F SIM_REQUESTS=R cargo test -p tests --test sim` runs others, or more; `SIM_CLONES=1` those of them
-//! in which clones are served.
+//! in which clones are served, `SIM_SCRUBS=1` those in which the store is scrubbed.
 
 mod attaching;
 mod chaos;
@@ -16,17 +16,26 @@ mod collecting;
 mod crew;
 mod cuts;
 mod damage;
+mod detaching;
 mod device;
+mod giving_up;
 mod host;
+mod labels;
 mod legs;
 mod model;
+mod parting;
 mod profile;
 mod provisional;
 mod reading;
+mod rolling_back;
 #[cfg(feature = "sabotage")]
 mod sabotage;
+mod scrubs;
 mod serving;
+mod shown;
+mod taken;
 mod trace;
+mod walk;
 mod witness;
 mod worker;
 mod world;
@@ -76,7 +85,8 @@ fn run_all(seeds: impl Iterator<Item = (u64, u64)> + Send) -> Vec<(u64, u64, Str
     let seeds = Mutex::new(seeds);
     let failed = Mutex::new(Vec::new());
     let (done, requests, lives, simulated, hash) = <_>::default();
-    let events: [AtomicU64; 9] = <_>::default();
+    let events: [AtomicU64; 11] = <_>::default();
+    let parted: [AtomicU64; 5] = <_>::default();
     let add = |sum: &AtomicU64, n: u64| sum.fetch_add(n, Ordering::Relaxed);
     let began = Instant::now();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -104,8 +114,16 @@ fn run_all(seeds: impl Iterator<Item = (u64, u64)> + Send) -> Vec<(u64, u64, Str
                                 e.without_legs,
                                 e.clones_served,
                                 e.provisional,
+                                e.scrubbed,
+                                e.named,
                             ];
                             events.iter().zip(counts).for_each(|(sum, n)| {
+                                add(sum, n);
+                            });
+                            let p = e.parted;
+                            let counts =
+                                [p.renamed, p.given_up, p.detached, p.deleted, p.rolled_back];
+                            parted.iter().zip(counts).for_each(|(sum, n)| {
                                 add(sum, n);
                             });
                         }
@@ -144,11 +162,18 @@ fn run_all(seeds: impl Iterator<Item = (u64, u64)> + Send) -> Vec<(u64, u64, Str
         without_legs,
         clones_served,
         provisional,
+        scrubbed,
+        named,
     ] = events.map(AtomicU64::into_inner);
     eprintln!(
         "{mirrored} seeds on two legs: {one_legged} lives on one of them, {replaced} replaced; {cold} starts without the \
          store; {damaged} seeds with damage beyond repair, {refused} refused; {without_legs} disks left without any leg; {clones_served} clones served, \
-         {provisional} of which the cache alone had made"
+         {provisional} of which the cache alone had made; {scrubbed} scrubs, which found {named} blocks that were harmed on purpose"
+    );
+    let [renamed, given_up, detached, deleted, rolled_back] = parted.map(AtomicU64::into_inner);
+    eprintln!(
+        "{renamed} clones got another name in the store, {given_up} were given up, {detached} detached, of them {deleted} deleted, \
+         and {rolled_back} rolled back"
     );
     failed.into_inner().expect("all threads are done")
 }
@@ -169,7 +194,9 @@ fn promises_hold_under_every_fault() {
     let first = variable("SIM_FIRST_SEED", 1);
     let (count, requests) = (variable("SIM_SEEDS", SEEDS), variable("SIM_REQUESTS", REQUESTS));
     let only_clones = variable("SIM_CLONES", 0) > 0;
+    let only_scrubs = variable("SIM_SCRUBS", 0) > 0;
     let seeds = (first..first + count).filter(|seed| !only_clones || world::serves_clones(*seed));
+    let seeds = seeds.filter(|seed| !only_scrubs || world::is_scrubbed(*seed));
     let failed = run_all(seeds.map(|seed| (seed, requests)));
     assert!(failed.is_empty(), "{} of {count} seeds failed, see above", failed.len());
 }

@@ -4,7 +4,14 @@
 //! torn, misdirected or another disk's is recognised wherever it turns up. A clone bears the name of what it was cloned from, whose
 //! sectors it begins with; its own writes have numbers that nobody else's have.
 
+mod rolled_back;
+
+pub use rolled_back::{Rollback, kept_label};
+
+use crate::labels::Labels;
+use crate::parting::Parted;
 use crate::world::name;
+use blockstore::SnapshotLabel;
 use blockstore::commit::{Batch, Change};
 use blockstore::crc::crc32c;
 use blockstore::schedule::is_cut;
@@ -34,16 +41,18 @@ pub type Image = Vec<u32>;
 struct Done {
     sectors: Range<u64>,
     stamp: u32,
+    /// The whole disk became this: it was rolled back.
+    becomes: Option<Arc<Image>>,
 }
 
 impl Done {
     fn is_cut(&self) -> bool {
-        self.sectors.is_empty() && self.stamp != COPIED
+        self.sectors.is_empty() && self.stamp != COPIED && self.becomes.is_none()
     }
 }
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Model {
     /// In the store.
     pub name: String,
@@ -56,6 +65,8 @@ pub struct Model {
     pub is_promised: bool,
     /// It did not come about: there must be no such disk, anywhere.
     pub is_none: bool,
+    /// What is known of its leaving this host.
+    pub parted: Parted,
     /// Its log begins with so much of what was copied as its first recovery says.
     is_copied: bool,
     /// Of the disk in every sector, and of all that was cloned from it.
@@ -88,6 +99,8 @@ pub struct Model {
     /// taken.
     pub as_of: BTreeSet<u64>,
     pub maybe_as_of: BTreeSet<u64>,
+    /// Of its snapshots.
+    pub labels: Labels,
     /// A schedule had snapshots cut behind its writes at some time.
     pub has_rules: bool,
     /// The first broken promise that was found where nobody could be told.
@@ -146,6 +159,7 @@ impl Model {
             is_provisional: false,
             is_promised: false,
             is_none: false,
+            parted: Parted::default(),
             is_copied: false,
             family,
             log: Vec::new(),
@@ -163,6 +177,7 @@ impl Model {
             maybe_deleted: BTreeSet::new(),
             as_of: BTreeSet::new(),
             maybe_as_of: BTreeSet::new(),
+            labels: Labels::default(),
             has_rules: false,
             broken: None,
         }
@@ -186,12 +201,12 @@ impl Model {
     /// The guest's next change, which takes one LSN.
     pub fn push(&mut self, sectors: Range<u64>, stamp: u32) {
         self.now[sectors.start as usize..sectors.end as usize].fill(stamp);
-        self.log.push(Done { sectors, stamp });
+        self.log.push(Done { sectors, stamp, becomes: None });
     }
 
     /// A snapshot was given the next LSN.
     pub fn push_cut(&mut self) {
-        self.log.push(Done { sectors: 0..0, stamp: 0 });
+        self.log.push(Done { sectors: 0..0, stamp: 0, becomes: None });
     }
 
     /// A snapshot was said to be taken: from now on it is durable, and so is all before it.
@@ -199,6 +214,7 @@ impl Model {
         let disk = &self.name;
         assert!(self.is_cut(lsn), "P5, {disk}: LSN {lsn} is said to be a snapshot, and is none");
         self.flushed = self.flushed.max(lsn);
+        self.labels.taken_by_others(lsn);
     }
 
     /// A snapshot of what the disk was is said to be taken: it is durable, and so is all before it.
@@ -221,13 +237,25 @@ impl Model {
         [must, may]
     }
 
-    fn is_cut(&self, lsn: u64) -> bool {
+    pub fn is_cut(&self, lsn: u64) -> bool {
         !cuts_in(&self.log, lsn - 1, lsn).is_empty()
     }
 
     /// The snapshots from after `base` up to `lsn`.
     pub fn cuts(&self, base: u64, lsn: u64) -> Vec<u64> {
         cuts_in(&self.log, base, lsn)
+    }
+
+    /// The disk was deleted, or may have been.
+    pub fn may_be_gone(&self) -> bool {
+        self.is_none || self.parted.may_be_deleted
+    }
+
+    /// Those of them that are surely in the store, which has all up to `committed`.
+    pub fn there(&self, committed: u64) -> Vec<u64> {
+        let mut there = self.cuts(0, committed);
+        there.retain(|lsn| !self.deleted.contains(lsn) && !self.maybe_deleted.contains(lsn));
+        there
     }
 
     /// Makes a sector what write number `stamp` made it.
@@ -310,7 +338,7 @@ impl Model {
     pub fn recovered(&mut self, last: u64, stated: u64) {
         if std::mem::take(&mut self.is_copied) {
             // None of that changes anything; all of it was durable before there was a clone.
-            let copied = Done { sectors: 0..0, stamp: COPIED };
+            let copied = Done { sectors: 0..0, stamp: COPIED, becomes: None };
             self.log.resize(last as usize, copied);
             self.flushed = last;
         }
@@ -330,7 +358,10 @@ impl Model {
             self.former = Some(self.log.clone());
         }
         self.log.truncate(last as usize);
+        self.labels.truncate(last);
+        let sectors = self.now.len();
         self.now = self.image_at(last);
+        self.now.truncate(sectors);
         self.acked = last;
         self.flushed = last;
         self.power_lost = false;
@@ -359,6 +390,12 @@ impl Model {
         let cuts = batch.cuts.iter().filter(|cut| cut.lsn.0 > base);
         // Those of a cadence are where a batch makes them: what they hold is looked at below.
         let (of_rules, cuts): (Vec<_>, Vec<_>) = cuts.partition(|cut| is_cut(cut.label.as_str()));
+        let mut labelled = cuts.iter().map(|cut| self.labels.check(cut.lsn.0, &cut.label));
+        if let Some(words) = labelled.find_map(Result::err) {
+            drop(labelled);
+            return self.breaks(format!("the commit to LSN {lsn}: {words}"));
+        }
+        drop(labelled);
         let cuts: Vec<u64> = cuts.iter().map(|cut| cut.lsn.0).collect();
         if !of_rules.is_empty() && !self.has_rules {
             return self.breaks(format!("P5: the commit to LSN {lsn} has snapshots of no rule"));
@@ -428,6 +465,9 @@ impl Model {
 
     /// The store's image was read from the device and claims to be that of `lsn` (P2).
     pub fn check_store(&self, lsn: u64, found: &Image) {
+        if let Some(after) = self.after_rollback(lsn) {
+            return after.check_store(lsn, found);
+        }
         let disk = &self.name;
         if self.former.as_ref().is_some_and(|former| {
             let before = former.get(..lsn as usize);
@@ -448,6 +488,9 @@ impl Model {
 
     /// The store, whose image is at `lsn`, lists these snapshots (P5).
     pub fn check_listed(&self, lsn: u64, listed: &[u64]) {
+        if let Some(after) = self.after_rollback(lsn) {
+            return after.check_listed(lsn, listed);
+        }
         let gone = |lsn: &u64| self.deleted.contains(lsn) || self.maybe_deleted.contains(lsn);
         // Those that must be there, and of those that are there those that need a reason.
         let compared = |log: &[Done]| -> [Vec<u64>; 2] {
@@ -466,6 +509,19 @@ impl Model {
         assert_eq!(sure, expected, "P5, {disk}: snapshots in the store at LSN {lsn}");
     }
 
+    /// The store lists snapshots with these labels (P5).
+    pub fn check_labels(&self, listed: &[(u64, SnapshotLabel)]) {
+        // It may hold what damage took from the log.
+        if self.former.is_some() {
+            return;
+        }
+        for (lsn, label) in listed {
+            if let Err(words) = self.labels.check(*lsn, label) {
+                panic!("{}: the store: {words}", self.name);
+            }
+        }
+    }
+
     fn breaks(&mut self, words: String) {
         self.broken.get_or_insert(format!("{}: {words}", self.name));
     }
@@ -477,16 +533,22 @@ fn cuts_in(log: &[Done], base: u64, lsn: u64) -> Vec<u64> {
     (base + 1..=lsn).filter(is_cut).collect()
 }
 
-/// What so many sectors, which began as `base`, hold after all of a log.
+/// What so many sectors, which began as `base`, hold after all of a log. More, if the disk was larger before it was rolled back.
 fn image_of(base: &Image, log: &[Done], sectors: usize) -> Image {
     let mut image = base.clone();
-    image.resize(sectors, 0);
+    let written = log.iter().map(|done| done.sectors.end as usize).max().unwrap_or(0);
+    image.resize(sectors.max(base.len()).max(written), 0);
     apply(&mut image, log);
     image
 }
 
 fn apply(image: &mut Image, log: &[Done]) {
     for done in log {
+        if let Some(becomes) = &done.becomes {
+            let len = becomes.len().min(image.len());
+            image[..len].copy_from_slice(&becomes[..len]);
+            image[len..].fill(0);
+        }
         image[done.sectors.start as usize..done.sectors.end as usize].fill(done.stamp);
     }
 }

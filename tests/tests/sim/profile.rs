@@ -1,5 +1,6 @@
 //! What the run of one seed is like: sizes, speeds, faults.
 
+use crate::parting::Plan;
 use crate::worker::Habits;
 use blockstore::device::sim::FaultRates;
 use cache::flusher::FlushOptions;
@@ -51,6 +52,14 @@ pub struct Profile {
     pub clones: bool,
     /// Some of the clones are served as well, from then on.
     pub serves: bool,
+    /// Snapshots have labels.
+    pub labels: bool,
+    /// Some are attached read-only.
+    pub shows: bool,
+    /// The store is scrubbed, one pass after the other.
+    pub scrubs: bool,
+    /// And some of those leave again.
+    pub parts: Plan,
     /// Garbage is collected, one cycle after the other.
     pub collects: bool,
     /// The store's device is told of free blocks after cycles, and beside them.
@@ -179,6 +188,10 @@ impl Profile {
             cuts: false,
             clones: false,
             serves: false,
+            labels: false,
+            shows: false,
+            scrubs: false,
+            parts: Plan::default(),
             collects: false,
             unmaps: false,
         }

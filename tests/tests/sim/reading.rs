@@ -29,6 +29,7 @@ pub struct Reading {
     bad: bool,
     failed: bool,
     tries: u32,
+    orphan: bool,
 }
 
 /// Sectors of a block and what fills them; nothing yet if it is under way.
@@ -99,6 +100,7 @@ impl Reading {
             bad: false,
             failed: false,
             tries: 0,
+            orphan: false,
         }
     }
 
@@ -111,6 +113,7 @@ impl Reading {
     pub fn plan(&mut self, disk: &mut Disk) -> Wanted {
         self.tries += 1;
         self.bad = false;
+        self.orphan = false;
         self.ticket = disk.fill_ticket();
         disk.read(self.sector, self.sectors, &mut self.plan);
         self.pinned = true;
@@ -223,6 +226,21 @@ impl Reading {
             self.pinned = false;
             disk.release(&mut self.plan);
         }
+    }
+
+    /// What it needs here is kept until its local I/O is over.
+    pub fn has_pins(&self) -> bool {
+        self.pinned
+    }
+
+    /// Its session ended: what it asked the store for is forgotten.
+    pub fn end_session(&mut self) {
+        self.orphan = true;
+    }
+
+    /// Only what was forgotten is missing: it ends here, whether or not another guest has come since.
+    pub fn is_abandoned(&self) -> bool {
+        self.orphan && self.local == 0 && self.remote > 0
     }
 
     /// Nothing is under way.

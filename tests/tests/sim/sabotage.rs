@@ -1,5 +1,5 @@
 //! The simulator bites: each of a list of deliberate bugs is found within the first hundred seeds of an ordinary run, but for
-//! those in [`RARE`] and [`OF_CLONES`]. With a bug, anything may happen to the code under test; any panic of a run counts as found, and so does
+//! those in [`RARE`] and [`OF_SOME`]. With a bug, anything may happen to the code under test; any panic of a run counts as found, and so does
 //! a run that does not end.
 //!
 //! `SIM_BUG=Name,Name` tries some of them, `SIM_FIRST_SEED=F` begins there. `SIM_COUNT=1` tries all those seeds and tells how
@@ -16,9 +16,26 @@ const SEEDS_MAX: u64 = 100;
 /// late reply to a read of it is under way, and then be read once more before anything else happens to it. `SkipTailMend`: the
 /// end of the log must differ between the legs, and the one that has more be lost before anything covers that end.
 const RARE: [(Bug, u64); 2] = [(Bug::StaleFill, 1000), (Bug::SkipTailMend, 200)];
-/// Those that only seeds with clones can find: of these so many as there are among so many seeds.
-const OF_CLONES: [(Bug, u64); 3] =
-    [(Bug::CloneOwnsShared, 400), (Bug::CloneBeyondSnapshot, 400), (Bug::CloneTwice, 400)];
+/// Those that only some seeds can find: of these so many as there are among so many seeds.
+const OF_SOME: [(Bug, u64, Seeds); 17] = [
+    (Bug::CloneOwnsShared, 400, world::serves_clones),
+    (Bug::CloneBeyondSnapshot, 400, world::serves_clones),
+    (Bug::CloneTwice, 400, world::serves_clones),
+    (Bug::CloneTakesName, 400, takes_names),
+    (Bug::RenameUnnoted, 400, takes_names),
+    (Bug::GiveUpUnnoted, 400, gives_up),
+    (Bug::GiveUpKeepsSegments, 400, gives_up),
+    (Bug::DetachUnnoted, 400, detaches),
+    (Bug::RollbackOwnsSnapshot, 400, rolls_back),
+    (Bug::RollbackWithoutLsn, 400, rolls_back),
+    (Bug::ScrubBelievesFirstLook, 400, world::is_scrubbed),
+    (Bug::ScrubSkipsBeside, 400, world::is_scrubbed),
+    (Bug::ScrubNotesAhead, 400, world::is_scrubbed),
+    (Bug::ScrubStaysAway, 400, world::is_scrubbed),
+    (Bug::LabelOfNeighbour, 400, world::has_labels),
+    (Bug::PendingLabelsShift, 400, world::has_labels),
+    (Bug::DeleteHeld, 400, world::shows_snapshots),
+];
 /// Requests per seed.
 const REQUESTS: u64 = 10_000;
 
@@ -31,15 +48,36 @@ struct Found {
     seeds: u32,
 }
 
+/// Those seeds.
+type Seeds = fn(u64) -> bool;
+
 /// Seeds within which this bug must be found.
 fn seeds_max(bug: Bug) -> u64 {
-    let mut others = RARE.iter().chain(&OF_CLONES);
-    others.find(|(other, _)| *other == bug).map_or(SEEDS_MAX, |(_, seeds)| *seeds)
+    let of_some = OF_SOME.iter().map(|(bug, seeds, _)| (bug, seeds));
+    let mut others = RARE.iter().map(|(bug, seeds)| (bug, seeds)).chain(of_some);
+    others.find(|(other, _)| **other == bug).map_or(SEEDS_MAX, |(_, seeds)| *seeds)
+}
+
+fn takes_names(seed: u64) -> bool {
+    world::parts_of(seed).takes_names
+}
+
+fn gives_up(seed: u64) -> bool {
+    world::parts_of(seed).gives_up
+}
+
+fn detaches(seed: u64) -> bool {
+    world::parts_of(seed).detaches
+}
+
+fn rolls_back(seed: u64) -> bool {
+    world::parts_of(seed).rolls_back
 }
 
 /// This seed may find this bug.
 fn applies(bug: Bug, seed: u64) -> bool {
-    !OF_CLONES.iter().any(|(of_clones, _)| *of_clones == bug) || world::serves_clones(seed)
+    let mut of_some = OF_SOME.iter();
+    of_some.find(|(other, ..)| *other == bug).is_none_or(|(.., seeds)| seeds(seed))
 }
 
 fn hunt(bug: Bug, count: bool) -> Found {

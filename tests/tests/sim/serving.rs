@@ -3,7 +3,7 @@
 
 use crate::attaching::Up;
 use crate::clones::{CloneOf, Fate, clone_name};
-use crate::cold::record_of;
+use crate::cold::record_named;
 use crate::crew::Crew;
 use crate::host::{Agent, Refused, few, pause};
 use crate::worker::{Excuses, Habits, Orders};
@@ -93,7 +93,7 @@ impl Agent {
         };
         let Some(number) = number.filter(|_| self.takes_more(manner)) else { return Ok(()) };
         match self.adopt(number) {
-            Some(n) => self.serve_clone(n, rng, manner, crew).await,
+            Some(n) => Box::pin(self.serve_clone(n, rng, manner, crew)).await,
             None => Ok(()),
         }
     }
@@ -127,9 +127,11 @@ impl Agent {
         }
         let alone = self.store.lock().is_none() || rng.random_bool(0.3);
         let name = self.models.get(n).lock().name.clone();
-        let record = record_of(&self.cache.attached().await, &name);
+        let uuid = self.models.get(n).lock().uuid;
+        let records = self.cache.attached().await;
+        let record = record_named(&records, &name, uuid);
         if record.as_ref().is_some_and(|record| record.origin.is_some()) {
-            return self.serve_provisional(n, rng, manner, crew).await;
+            return Box::pin(self.serve_provisional(n, rng, manner, crew)).await;
         }
         if let Some(record) = record.filter(|record| alone && record.was_served) {
             let attached = self.recover_alone(n, &record).await?;
@@ -155,6 +157,10 @@ impl Agent {
         manner: &Manner,
         crew: &Crew,
     ) -> Result<(), Refused> {
+        if !self.is_still_there(n).await? {
+            return Ok(());
+        }
+        self.models.get(n).lock().parted.left_cache = false;
         let attached = loop {
             let (uuid, bytes) = self.make(n, 0).await?;
             match self.attach(n, uuid, bytes).await? {
@@ -185,6 +191,7 @@ impl Agent {
             worker.verify_all();
         }
         (worker.budget, worker.counts) = (budget, false);
+        worker.exit = self.parting.exit(n);
         crew.join(worker);
         true
     }

@@ -11,6 +11,7 @@ pub use reads::Fetch;
 
 use self::guest::{DEPTH, Request};
 use crate::model::Model;
+use crate::parting::Exit;
 use crate::reading::{Arrived, Reading};
 use blockstore::device::Device;
 use blockstore::device::sim::SimDevice;
@@ -100,6 +101,10 @@ pub struct Worker {
     pub budget: u64,
     /// Its guest is one of those that must be satisfied before the life ends.
     pub counts: bool,
+    /// How it may end before its life does.
+    pub exit: Option<Rc<Exit>>,
+    /// It did.
+    has_left: bool,
     /// Reads of the whole disk that come first.
     verify: VecDeque<Request>,
     ios: FuturesUnordered<LocalBoxFuture<'static, Finished>>,
@@ -144,6 +149,8 @@ impl Worker {
             orders,
             budget: 0,
             counts: true,
+            exit: None,
+            has_left: false,
             verify: VecDeque::new(),
             ios: FuturesUnordered::new(),
             log_ios: BTreeMap::new(),
@@ -199,8 +206,20 @@ impl Worker {
         self.run().await
     }
 
+    /// Its disk is given back if it left before its life ends; else it stays as it is.
+    pub fn leave(self) -> Option<Self> {
+        if !self.has_left {
+            return Some(self);
+        }
+        self.exit?.leave(self.attached);
+        None
+    }
+
     /// The guest has not asked for everything yet.
     fn wants(&self) -> bool {
+        if self.exit.as_ref().is_some_and(|exit| exit.guest_is_gone()) {
+            return false;
+        }
         !self.verify.is_empty() || (self.budget > 0 && !self.orders.wind_down.get())
     }
 
@@ -218,6 +237,10 @@ impl Worker {
             self.orders.wanting.set(0);
             return true;
         }
+        if self.exit.as_ref().is_some_and(|exit| exit.is_asked()) {
+            self.has_left = self.is_answered() && self.is_sealed();
+            return self.has_left;
+        }
         if self.wants() {
             // Unless another's log has failed.
             return !self.to_the_end && self.orders.wanting.get() == 0;
@@ -230,9 +253,11 @@ impl Worker {
             return self.orders.wanting.get() == 0;
         }
         self.model.lock().guest_is_done = self.is_answered();
-        if !self.orders.stop.get() || !self.is_answered() {
-            return false;
-        }
+        self.orders.stop.get() && self.is_answered() && self.is_sealed()
+    }
+
+    /// Nothing is under way any more, and its log is sealed.
+    fn is_sealed(&mut self) -> bool {
         if !self.rolled {
             self.rolled = true;
             self.attached.disk.on_message(ToDisk::Roll { id: 0 });

@@ -7,11 +7,15 @@ use crate::device::{Pace, Timed};
 use crate::host::{self, End};
 use crate::legs::Legs;
 use crate::model::{Image, Model, Models};
+use crate::parting::{Lasting, Plan, Tally};
 use crate::profile::Profile;
+use crate::scrubs::Scrubs;
+use crate::shown;
+use crate::taken;
 use crate::trace::Trace;
 use crate::witness::Memory;
 use blockstore::device::sim::{SimDevice, SimOptions};
-use blockstore::{FormatOptions, OpenOptions, Store, StoreError, StoreErrorKind};
+use blockstore::{FormatOptions, LostLog, OpenOptions, Store, StoreError, StoreErrorKind};
 use cache::Cache;
 use cache::local::Local;
 use gc::{CollectOptions, Progress};
@@ -24,6 +28,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use tokio::runtime::Runtime;
+use uuid::Uuid;
 
 /// Bytes of the cache device: the least there is, so that the ring wraps often.
 const CACHE_BYTES: u64 = 16 << 20;
@@ -35,6 +40,9 @@ pub const NOWHERE: &str = "/dev/null";
 /// What is drawn apart begins with the seed and one of these.
 const CUTS: u64 = 0xc07;
 const SERVES: u64 = 0x5e12e;
+const LABELS: u64 = 0x1abe1;
+const SHOWS: u64 = 0x5404;
+const SCRUBS: u64 = 0x5c12b;
 /// Of all seeds, those that take snapshots.
 const CUTS_SHARE: f64 = 0.4;
 
@@ -70,6 +78,11 @@ pub struct Events {
     pub clones_served: u64,
     /// Of them, those that the cache alone made.
     pub provisional: u64,
+    /// Scrubs that came to their end, and blocks that were harmed and found by them.
+    pub scrubbed: u64,
+    pub named: u64,
+    /// What became of them otherwise.
+    pub parted: Tally,
 }
 
 /// See the module.
@@ -83,8 +96,15 @@ pub struct World {
     pub clones: Clones,
     /// For clones that are served alone, likewise.
     pub serve_rng: SmallRng,
+    /// For clones that leave, likewise.
+    pub parting: Lasting,
     /// For collection alone, likewise.
     pub collect_rng: SmallRng,
+    /// For scrubs alone, and for snapshots that are attached, likewise.
+    pub scrub_rng: SmallRng,
+    pub scrubs: Scrubs,
+    pub show_rng: SmallRng,
+    pub shown: shown::Notes,
     pub trace: Arc<Trace>,
     /// The cache device.
     pub legs: Legs,
@@ -114,6 +134,30 @@ pub fn serves_clones(seed: u64) -> bool {
     draw(CUTS, CUTS_SHARE) && draw(SERVES, 0.3)
 }
 
+/// Snapshots have labels in this seed.
+pub fn has_labels(seed: u64) -> bool {
+    let draw = |of, share| SmallRng::seed_from_u64(seed ^ of).random_bool(share);
+    draw(CUTS, CUTS_SHARE) && draw(LABELS, 0.5)
+}
+
+/// Snapshots are attached read-only in this seed.
+pub fn shows_snapshots(seed: u64) -> bool {
+    let draw = |of, share| SmallRng::seed_from_u64(seed ^ of).random_bool(share);
+    draw(CUTS, CUTS_SHARE) && draw(SHOWS, 0.4)
+}
+
+/// The store is scrubbed in this seed.
+pub fn is_scrubbed(seed: u64) -> bool {
+    SmallRng::seed_from_u64(seed ^ SCRUBS).random_bool(0.35)
+}
+
+/// How clones leave in this seed. What a disk's worker hands over is sealed on files, of which there are none here: nothing may be
+/// fetched ahead then.
+pub fn parts_of(seed: u64) -> Plan {
+    let looks_ahead = || Profile::draw(&mut SmallRng::seed_from_u64(seed)).looks_ahead;
+    if serves_clones(seed) && !looks_ahead() { Plan::draw(seed) } else { Plan::default() }
+}
+
 /// Runs a seed with so many guest requests. Panics when a promise is broken.
 pub fn run(seed: u64, requests: u64) -> Report {
     let mut world = World::new(seed, requests);
@@ -139,7 +183,9 @@ pub fn run(seed: u64, requests: u64) -> Report {
         events.clones_served += 1;
         events.provisional += u64::from(clone.is_provisional);
     }
+    events.parted = *world.parting.tally.lock();
     events.without_legs = world.witness.notes.load(Ordering::Relaxed);
+    (events.scrubbed, events.named) = world.scrubs.lock().counts();
     events.damaged = u64::from(world.legs.may_have_lost() || world.store_harmed);
     world.report.hash = world.trace.hash();
     world.report.requests = world.requests.load(Ordering::Relaxed);
@@ -158,7 +204,11 @@ impl World {
         let mut collect_rng = SmallRng::seed_from_u64(seed ^ 0x6c);
         let collects = collect_rng.random_bool(0.5);
         let unmaps = collects && SmallRng::seed_from_u64(seed ^ 0x0a9).random_bool(0.5);
-        let profile = Profile { cuts, clones, serves, collects, unmaps, ..Profile::draw(&mut rng) };
+        let (labels, shows, scrubs) = (has_labels(seed), shows_snapshots(seed), is_scrubbed(seed));
+        let parts = parts_of(seed);
+        let drawn = Profile::draw(&mut rng);
+        let profile = Profile { cuts, clones, serves, parts, collects, unmaps, ..drawn };
+        let profile = Profile { labels, shows, scrubs, ..profile };
         let legs = Legs::new(profile.legs, CACHE_BYTES, profile.rots, &mut rng);
         let logical_block = if rng.random_bool(0.8) { 512 } else { 4096 };
         let options = SimOptions {
@@ -186,7 +236,12 @@ impl World {
             clone_rng,
             clones: Clones::default(),
             serve_rng,
+            parting: Lasting::new(seed),
             collect_rng,
+            scrub_rng: SmallRng::seed_from_u64(!seed ^ SCRUBS),
+            scrubs: Scrubs::default(),
+            show_rng: SmallRng::seed_from_u64(!seed ^ SHOWS),
+            shown: shown::Notes::default(),
             trace: Arc::new(Trace::new()),
             legs,
             witness: Arc::default(),
@@ -274,7 +329,8 @@ impl World {
             for model in &models {
                 let (disk, made, is_none) = {
                     let model = model.lock();
-                    (model.name.clone(), model.made, model.is_none)
+                    let is_none = model.is_none && !model.parted.may_be_in_store;
+                    (model.in_store(), model.made, is_none)
                 };
                 match read_out(&store, &disk, None, model).await {
                     Ok((lsn, image)) => {
@@ -288,7 +344,9 @@ impl World {
                     Err(error) => panic!("P2: the store's image cannot be read: {error}"),
                 }
             }
-            clones::check_listed(&store, &self.clones, &models, self.store_harmed).await;
+            let takers = &self.parting.takers;
+            clones::check_listed(&store, &self.clones, &models, takers, self.store_harmed).await;
+            taken::check_takers(&store, takers, self.store_harmed).await;
             clones::check_clones(&store, &self.clones, &models, self.store_harmed).await;
             let report = match gc::check(&store, gc::CheckOptions { data: false }).await {
                 Err(_) if self.store_harmed => return,
@@ -313,9 +371,15 @@ impl World {
             let store = Store::open(session.device(), options).await.expect("the store opens");
             let mut disks = store.list_vdis().await.expect("the disks");
             // A source goes after what was cloned from it.
-            disks.sort_by_key(|info| Reverse(clones::number_of(&info.name)));
+            disks.sort_by_key(|info| Reverse(taken::clone_number(&info.name)));
             for info in disks {
                 let uuid = info.uuid.to_string();
+                if let Some(owner) = info.owner {
+                    // A clone that was given up when the store's answer was lost: nobody has its log.
+                    assert!(self.may_be_in_store(info.uuid), "{} is attached", info.name);
+                    let lost = LostLog { host: owner.host, log_id: info.log_id };
+                    store.roll_back(info.uuid, lost).await.expect("a lost log is given up");
+                }
                 store.delete_vdi_and_snapshots(&uuid).await.expect("a detached disk is deleted");
             }
             for _ in 0..2 {
@@ -330,6 +394,12 @@ impl World {
             let left = report.blocks_allocated;
             assert_eq!(left, 0, "P6: blocks are left when everything is deleted");
         });
+    }
+
+    fn may_be_in_store(&self, uuid: Uuid) -> bool {
+        let models = self.models.all();
+        let mut models = models.iter().map(|model| model.lock());
+        models.any(|model| model.uuid == Some(uuid) && model.parted.may_be_in_store)
     }
 
     /// The agent's ways to the legs of its cache device, and to the store's device.

@@ -10,10 +10,10 @@ use crate::error::{Failure, Kind, Result};
 use crate::names::snapshot_socket_path;
 use ballast_vhost::{DiskServer, NotServed, Stats};
 use blockstore::types::Lsn;
-use blockstore::{SnapshotHold, SnapshotImage, Store};
+use blockstore::{SnapshotHold, SnapshotHolds, SnapshotImage, Store};
 use cache::read_only::{self, Reader};
 use parking_lot::Mutex;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -46,9 +46,9 @@ struct View {
 impl ReadOnlyDisk {
     /// One that is about to come up: from now on nobody deletes the snapshot.
     #[must_use]
-    pub fn new(parts: &Parts, record: Record) -> Self {
-        let hold = parts.holds.hold(record.vdi, Lsn(record.lsn));
-        let socket = snapshot_socket_path(&parts.run_dir, &record.name, record.vdi, record.lsn);
+    pub fn new(holds: &Arc<SnapshotHolds>, run_dir: &Path, record: Record) -> Self {
+        let hold = holds.hold(record.vdi, Lsn(record.lsn));
+        let socket = snapshot_socket_path(run_dir, &record.name, record.vdi, record.lsn);
         Self {
             socket: socket.ok(),
             image: Arc::new(Awaited::new()),
@@ -143,6 +143,12 @@ impl ReadOnlyDisk {
     pub fn let_go(&self) {
         self.image.refuse("it was detached");
         self.hold.lock().take();
+    }
+
+    /// The agent stops, and nothing is read any more. The snapshot is held all the same, until the agent is gone: a deletion that was
+    /// asked for before may be carried out as long as the store is open, and the next agent serves it again.
+    pub fn put_down(&self) {
+        self.image.refuse("the agent stops");
     }
 
     /// It is not served, and why.

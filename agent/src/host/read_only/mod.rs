@@ -50,7 +50,7 @@ impl ReadOnlyDisks {
         });
         let disks = found.into_iter().map(|record| {
             let key = (record.vdi, record.lsn);
-            (key, Arc::new(ReadOnlyDisk::new(parts, record)))
+            (key, Arc::new(ReadOnlyDisk::new(&parts.holds, &parts.run_dir, record)))
         });
         let disks = Mutex::new(disks.collect());
         Self { disks, records, changing: tokio::sync::Mutex::default() }
@@ -60,6 +60,18 @@ impl ReadOnlyDisks {
     #[must_use]
     pub fn were_any(run_dir: &Path) -> bool {
         Records::of(run_dir).read().is_ok_and(|records| !records.is_empty())
+    }
+
+    /// Ends all servers. What is attached stays held, and noted.
+    async fn stop(&self) {
+        // Whoever is attaching one just now ends with the store, at the latest.
+        let _changing = tokio::time::timeout(RETRY_PAUSE, self.changing.lock()).await;
+        for disk in self.all() {
+            if let Err(failure) = disk.stop().await {
+                tracing::error!(snapshot = %disk.name(), "its server did not stop in good order: {failure}");
+            }
+            disk.put_down();
+        }
     }
 
     fn all(&self) -> Vec<Arc<ReadOnlyDisk>> {
@@ -135,7 +147,7 @@ impl Host {
         let disk = match &known {
             Some(disk) if disk.is_up() => return Ok(attached(disk)),
             Some(disk) => Arc::clone(disk),
-            None => Arc::new(ReadOnlyDisk::new(&self.parts, found)),
+            None => Arc::new(ReadOnlyDisk::new(&self.parts.holds, &self.parts.run_dir, found)),
         };
         let outcome = self.come_up(&disk).await;
         if let Err(failure) = outcome {
@@ -269,14 +281,7 @@ impl Host {
 
     /// Ends all servers at the agent's stop; the next agent serves them again.
     pub(super) async fn stop_snapshots(&self) {
-        // Whoever is attaching one just now ends with the store, at the latest.
-        let _changing = tokio::time::timeout(RETRY_PAUSE, self.read_only.changing.lock()).await;
-        for disk in self.read_only.all() {
-            if let Err(failure) = disk.stop().await {
-                tracing::error!(snapshot = %disk.name(), "its server did not stop in good order: {failure}");
-            }
-            disk.let_go();
-        }
+        self.read_only.stop().await;
     }
 
     /// Those that are attached, as `status` shows them.
@@ -322,5 +327,30 @@ mod tests {
         assert_eq!(named("db"), None);
         assert_eq!(named("db@17"), pair("db", "17"));
         assert_eq!(named("db@a@b"), pair("db", "a@b"));
+    }
+
+    /// A deletion that waits for its turn in the store is carried out as late as that closes.
+    #[tokio::test]
+    async fn what_is_attached_is_held_until_the_agent_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (holds, vdi) = (Arc::default(), Uuid::from_u128(5));
+        let record = Record {
+            vdi,
+            name: "db".into(),
+            lsn: 7,
+            label: String::new(),
+            time_ms: 1,
+            size: 1 << 20,
+        };
+        let disk = Arc::new(ReadOnlyDisk::new(&holds, dir.path(), record));
+        let disks = ReadOnlyDisks {
+            disks: Mutex::new(BTreeMap::from([((vdi, 7), disk)])),
+            records: Records::of(dir.path()),
+            changing: tokio::sync::Mutex::default(),
+        };
+        disks.stop().await;
+        assert!(holds.is_held(vdi, blockstore::types::Lsn(7)), "the next agent is to serve it");
+        drop(disks);
+        assert!(!holds.is_held(vdi, blockstore::types::Lsn(7)));
     }
 }

@@ -41,6 +41,8 @@ pub(super) struct State {
     pub(super) full: bool,
     /// Bytes that fail operations of a kind, and how.
     pub(super) bad: Vec<(Range<u64>, OpKind, Fault)>,
+    /// Blocks of which replies had a flipped bit, in the order of the replies.
+    pub(super) garbled: Vec<u64>,
 }
 
 pub(super) struct Session {
@@ -143,6 +145,7 @@ impl Target {
             next_id: 0,
             full: false,
             bad: Vec::new(),
+            garbled: Vec::new(),
         };
         Self { options, state: Mutex::new(state) }
     }
@@ -379,12 +382,14 @@ impl State {
             Fault::Lost if is_write => Ok(Reply::Done),
             Fault::Lost => self.apply(action),
             Fault::Garbled => {
+                let (offset, _) = action.range();
                 let mut reply = self.apply(action)?;
                 if let Reply::Data(buf) = &mut reply
                     && !buf.is_empty()
                 {
                     let at = self.media.rng.random_range(0..buf.len());
                     buf[at] ^= 1 << self.media.rng.random_range(0..8);
+                    self.garbled.push((offset + at as u64) / crate::types::BLOCK_SIZE as u64);
                 }
                 Ok(reply)
             }

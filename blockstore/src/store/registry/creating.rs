@@ -16,6 +16,7 @@ use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::format::vdi::{Owner, VdiHead, VdiState};
 use crate::name::check_name;
 use crate::policy::{Policy, WhenOffline};
+use crate::sabotage::{self, Bug};
 use crate::slot::{Content, Swap, View};
 use crate::store::snapshots::Source;
 use crate::store::{Store, VdiInfo, check_size, device_full, vdi_slot};
@@ -246,7 +247,8 @@ impl Store {
     /// Refuses a name that another disk than `own` has, or is about to have.
     async fn refuse_taken_name(&self, name: &str, own: Option<Uuid>) -> Result<()> {
         let directory = self.settled_directory(own).await?;
-        let Some(holder) = directory.holder(name, own) else { return Ok(()) };
+        let holder = directory.holder(name, own).filter(|_| !sabotage::on(Bug::CloneTakesName));
+        let Some(holder) = holder else { return Ok(()) };
         Err(StoreError::new(
             StoreErrorKind::AlreadyExists,
             format!("VDI '{name}'"),

@@ -416,6 +416,42 @@ async fn a_clone_that_is_given_up_or_too_large_leaves_nothing() {
     assert_eq!(cache.attached().await.len(), 1);
 }
 
+/// Its name is taken in the store, and the slot that would say so cannot be written: it would wait for ever, and its guest with it.
+#[tokio::test(start_paused = true)]
+async fn a_clone_that_lost_its_legs_gets_to_the_store_under_another_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let (mut parent, _) = parent(&cache, 4).await;
+    let lsn = parent.snapshot(&cache).await.lsn;
+    let model = parent.now.clone();
+    parent.clone_of(&cache, 2, lsn).await.unwrap();
+    let clone = vdi(2).uuid;
+    let attached = cache.attach_alone(clone).await.unwrap();
+    let mut disk = Disk::with(vdi(2), attached, Arc::default(), model, 1);
+    disk.change(20).await;
+    disk.guest.lose_the_device(&dir);
+    assert!((0..10).all(|lba| disk.guest.stage(lba, 4) == Staged::All));
+    disk.now.extend((0..10).map(|lba| (lba, [4; 8])));
+    disk.guest.tag += 1;
+    disk.guest.attached.disk.flush(disk.guest.tag);
+    for _ in 0..1000 {
+        disk.guest.turn();
+        pause().await;
+    }
+    assert!(cache.vdi_status(clone).unwrap().write_through);
+    parent.full.is_away.store(false, Ordering::Relaxed);
+    let uuid = parent.guest.vdi.uuid;
+    parent.until(cache.drain(uuid)).await.unwrap();
+    disk.full.image.lock().1 = parent.full.cuts.lock()[&lsn.0].clone();
+    cache.rename(clone, "vdi-2-2").await.unwrap();
+    // The slot names what it began as: whoever starts with it asks the store once more.
+    assert!(cache.attached().await.iter().any(|found| found.origin.is_some()));
+    cache.join(clone, disk.full.clone()).await.unwrap();
+    disk.until(cache.drain(clone)).await.unwrap();
+    let image = disk.full.image.lock().1.clone();
+    assert_eq!(changed(&image, &disk.now), Vec::<u64>::new());
+}
+
 /// A simulated device with these bytes.
 fn simulated(bytes: &[u8], seed: u64) -> SimDevice {
     let sim = SimDevice::new(CACHE_BYTES, seed);

@@ -51,7 +51,19 @@ impl Worker {
         }
     }
 
+    /// The machine was stopped: what nobody works on any more ends here, unanswered.
+    fn end_session(&mut self) {
+        self.stalled.clear();
+        self.verify.clear();
+        self.fetches.clear();
+        self.reads.retain(|_, reading| reading.has_pins());
+        self.reads.values_mut().for_each(Reading::end_session);
+    }
+
     pub(super) fn guest(&mut self) -> bool {
+        if self.exit.as_ref().is_some_and(|exit| exit.guest_is_gone()) {
+            self.end_session();
+        }
         let bytes = self.attached.disk.size_bytes();
         if bytes > self.model.lock().sectors() * SECTOR_SIZE as u64 {
             self.model.lock().grow(bytes);

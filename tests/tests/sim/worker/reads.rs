@@ -112,6 +112,10 @@ impl Worker {
     fn advance_read(&mut self, id: u64) {
         let Some(reading) = self.reads.get_mut(&id) else { return };
         reading.unpin(&mut self.attached.disk);
+        if reading.is_abandoned() {
+            self.reads.remove(&id);
+            return;
+        }
         if !reading.is_complete() {
             return;
         }

@@ -84,6 +84,8 @@ pub enum Bug {
     CloneOwnsShared,
     /// A clone that is made without the store takes over what its source's log has beyond the snapshot.
     CloneBeyondSnapshot,
+    /// One that waits for the store reads what its source holds, though that was written after the snapshot.
+    LendBeyondSnapshot,
     /// It is made in the store as often as that is asked for.
     CloneTwice,
     /// A scrub calls damaged what does not match a pointer that it read before, without a second look.
@@ -117,7 +119,7 @@ pub enum Bug {
 }
 
 /// All of them.
-pub const ALL: [Bug; 54] = [
+pub const ALL: [Bug; 55] = [
     Bug::AckBeforeFlush,
     Bug::AckAcrossGap,
     Bug::SummaryBeforeFlush,
@@ -157,6 +159,7 @@ pub const ALL: [Bug; 54] = [
     Bug::GiveOutUnmapping,
     Bug::CloneOwnsShared,
     Bug::CloneBeyondSnapshot,
+    Bug::LendBeyondSnapshot,
     Bug::CloneTwice,
     Bug::ScrubBelievesFirstLook,
     Bug::ScrubSkipsBeside,

@@ -23,7 +23,7 @@ use crate::image::ImagePool;
 use crate::local::{LegState, Local, Mode, Terms};
 use crate::log_open::Ground;
 use crate::pool::Pool;
-use crate::vdi::{HydrateError, HydrateStatus, Leave, PinError, VdiHandle, VdiStatus};
+use crate::vdi::{Attached, HydrateError, HydrateStatus, Leave, PinError, VdiHandle, VdiStatus};
 use crate::witness::{Witness, WitnessSeat};
 use blockstore::format::vdi::Origin;
 use blockstore::sabotage::{self, Bug};
@@ -118,7 +118,7 @@ pub struct Cache {
     ground: Ground,
     images_held: Arc<AtomicUsize>,
     inner: tokio::sync::Mutex<Inner>,
-    handles: Mutex<HashMap<Uuid, Arc<VdiHandle>>>,
+    handles: Arc<Attached>,
     /// Disks on their way.
     attaching: Mutex<HashSet<Uuid>>,
     /// One clone is made at a time.
@@ -189,6 +189,7 @@ impl Cache {
             pool.adopt(owner, kept.headers.iter().map(|header| header.segment));
             pool.quarantine(owner, owner);
         }
+        let handles = Arc::<Attached>::default();
         Ok(Arc::new(Self {
             ground: Ground {
                 local,
@@ -196,11 +197,12 @@ impl Cache {
                 images,
                 logs_opening: Arc::default(),
                 witness: WitnessSeat::default(),
+                attached: Arc::downgrade(&handles),
             },
             images_held: Arc::default(),
             options,
             inner: tokio::sync::Mutex::new(Inner { slots, found }),
-            handles: Mutex::default(),
+            handles,
             attaching: Mutex::default(),
             cloning: tokio::sync::Mutex::default(),
             quarantined: Mutex::new(quarantined),

@@ -23,8 +23,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 #[derive(Debug)]
 pub enum ToDisk {
     /// Answer to [`FromDisk::Fetch`]: one entry per block, `None` for zeros; every block was verified.
-    /// The driver handles this one itself (and offers the blocks to `Disk::fill`).
-    Fetched { id: u64, result: Result<Vec<Option<Bytes>>, FetchError> },
+    /// The driver handles this one itself, and offers the blocks to `Disk::fill` if it is to `keep` them.
+    Fetched { id: u64, result: Result<Vec<Option<Bytes>>, FetchError>, keep: bool },
     /// A segment for the disk to append to.
     Segment(Grant),
     /// How much guests may fill of the segment with this sequence number, which may not have been granted yet: its first
@@ -42,6 +42,13 @@ pub enum ToDisk {
     /// Keep what was fetched after a [`FromDisk::Planned`] with this ticket, as far as nothing newer is known; answered with
     /// [`FromDisk::Kept`]. With `roomy`, segments are plentiful now.
     Keep { id: u64, ticket: u64, roomy: bool, pieces: Vec<Fetched> },
+    /// Say where these blocks lie if they are what they were at `lsn`, with [`FromDisk::Lent`], and let nobody have these places
+    /// until [`Self::GiveBack`].
+    Lend { id: u64, lba: Lba, blocks: u32, lsn: Lsn },
+    /// What was lent was read.
+    GiveBack { id: u64 },
+    /// Say which ranges the store is known not to have, with [`FromDisk::Holes`].
+    TellHoles { id: u64 },
     /// Seal the open segment, so that all that was staged so far can be committed, then answer
     /// [`FromDisk::Rolled`].
     Roll { id: u64 },
@@ -78,6 +85,13 @@ pub enum Fetched {
     Data { lba: Lba, blocks: Vec<Bytes> },
     /// Blocks that the store does not have.
     Hole { lba: Lba, blocks: u32 },
+}
+
+/// Where a block lies on the cache device, and the CRC32C of its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub offset: u64,
+    pub crc: u32,
 }
 
 /// What became of a [`ToDisk::Keep`].
@@ -144,6 +158,10 @@ pub enum FromDisk {
     Planned { id: u64, ticket: u64, absent: Vec<(Lba, u32)> },
     /// Answer to [`ToDisk::Keep`].
     Kept { id: u64, kept: Kept },
+    /// Answer to [`ToDisk::Lend`]: where each of the blocks lies; none if one of them lies nowhere, or changed since.
+    Lent { id: u64, places: Option<Vec<Place>> },
+    /// Answer to [`ToDisk::TellHoles`]: runs of blocks.
+    Holes { id: u64, holes: Vec<(Lba, u64)> },
     /// What the guest read while it booted.
     BootTrace { ranges: Ranges },
     /// Something failed on a leg, and another is left. What waits for the leg goes on with [`ToDisk::Legs`]. Of a leg that is

@@ -12,10 +12,10 @@ use crate::local::Local;
 use crate::pending::PendingSnapshots;
 use crate::pool::Pool;
 use crate::recovery::{self, Live, Recovered};
-use crate::vdi::{Segment, Segments};
+use crate::vdi::{Attached, Segment, Segments};
 use crate::witness::WitnessSeat;
 use blockstore::types::Lsn;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::Instant;
@@ -32,6 +32,8 @@ pub(crate) struct Ground {
     pub logs_opening: Arc<tokio::sync::RwLock<()>>,
     /// Who remembers that a log was left behind.
     pub witness: WitnessSeat,
+    /// The disks that are attached, while the cache is open.
+    pub attached: Weak<Attached>,
 }
 
 /// A log that is open.

@@ -86,7 +86,7 @@ async fn answer(
             reads.spawn(async move {
                 let result = image.read(lba, blocks).await;
                 let result = result.map_err(|error| FetchError(error.to_string()));
-                sender.send(ToDisk::Fetched { id, result });
+                sender.send(ToDisk::Fetched { id, result, keep: true });
             });
         }
     }

@@ -53,6 +53,7 @@ impl Cache {
         // Whoever adds a leg waits until all of the new log is written, or none of it.
         let _opening = self.ground.logs_opening.read().await;
         let content = Content::as_of(&self.ground.local, parent, &log, lsn).await?;
+        let content = content.with_holes(handle.holes(parent).await?);
         self.refuse_too_large(&new.origin, &content)?;
         let log_id = Uuid::new_v4().as_u128();
         let sequence_before = self.ground.pool.next_seq();

@@ -27,6 +27,7 @@ use crate::local::Local;
 use crate::release::run_once;
 use crate::{Cache, CacheOptions, Phase, VdiIdentity};
 use async_trait::async_trait;
+use blockstore::device::DeviceErrorKind;
 use blockstore::device::sim::{Fault, OpKind, SimDevice};
 use blockstore::types::{BLOCK_SIZE, Lba, Lsn};
 use bytes::Bytes;
@@ -102,8 +103,17 @@ fn options(path: PathBuf) -> CacheOptions {
     }
 }
 
+/// Those who go down without a word have reads under way for a moment, and the device with them.
 async fn open(dir: &TempDir) -> Arc<Cache> {
-    Cache::open(options(dir.path().join("cache"))).await.unwrap()
+    for _ in 0..TURNS_MAX {
+        match Cache::open(options(dir.path().join("cache"))).await {
+            Err(CacheError::Device(error)) if error.kind == DeviceErrorKind::Reserved => {
+                pause().await;
+            }
+            opened => return opened.unwrap(),
+        }
+    }
+    panic!("somebody holds the cache");
 }
 
 fn vdi(n: u128) -> VdiIdentity {
@@ -137,6 +147,20 @@ impl Guest {
         while run_once(&mut self.attached, &mut messages) {}
         messages.into_iter().for_each(|message| self.attached.link.send(message));
         self.attached.disk.completions();
+    }
+
+    /// Turns until it is so, and some more.
+    async fn turn_until(&mut self, is_so: impl Fn(&Self) -> bool) {
+        let mut after = 0;
+        for _ in 0..TURNS_MAX {
+            self.turn();
+            pause().await;
+            after += u32::from(is_so(self));
+            if after == 100 {
+                return;
+            }
+        }
+        panic!("what is waited for does not come");
     }
 
     fn stage(&mut self, lba: u64, byte: u8) -> Staged {

@@ -37,6 +37,8 @@ pub(crate) struct Content {
     whole: Vec<(Slot, Lba, u32)>,
     patched: Vec<(Lba, Patched)>,
     zeros: Vec<(Lba, u64)>,
+    /// Runs of blocks that the store does not have.
+    holes: Vec<(Lba, u64)>,
 }
 
 impl Content {
@@ -91,12 +93,20 @@ impl Content {
         content
     }
 
+    /// And these blocks the store does not have: known when the log was sealed, or since, with the store before the snapshot. None of them
+    /// was changed between that and then.
+    #[must_use]
+    pub fn with_holes(self, holes: Vec<(Lba, u64)>) -> Self {
+        Self { holes, ..self }
+    }
+
     /// Blocks that it takes in a log, with what describes them, at most.
     #[must_use]
     pub fn log_blocks(&self) -> u64 {
         let blocks = (self.whole.len() + self.patched.len()) as u64;
         // Headers and summaries hold at least 200 entries of a block, or 250 of zeros.
-        blocks + 2 * (blocks / 200 + self.zeros.len() as u64 / 200) + 4
+        let ranges = (self.zeros.len() + self.holes.len()) as u64;
+        blocks + 2 * (blocks / 200 + ranges / 200) + 4
     }
 
     /// Its pieces, one after the other; none at the end.
@@ -108,13 +118,14 @@ impl Content {
         local: &Local,
         window: &mut Window,
     ) -> Result<Option<Piece>, CacheError> {
-        if let Some((lba, blocks)) = self.zeros.pop() {
+        for (kind, ranges) in [(Kind::Hole, &mut self.holes), (Kind::Zero, &mut self.zeros)] {
+            let Some((lba, blocks)) = ranges.pop() else { continue };
             let now = blocks.min(ZERO_BLOCKS_MAX);
             if blocks > now {
-                self.zeros.push((Lba(lba.0 + now), blocks - now));
+                ranges.push((Lba(lba.0 + now), blocks - now));
             }
             let blocks = now as u32;
-            let piece = Piece { kind: Kind::Zero, lba, blocks, sectors: WHOLE, data: Vec::new() };
+            let piece = Piece { kind, lba, blocks, sectors: WHOLE, data: Vec::new() };
             return Ok(Some(piece));
         }
         if let Some((lba, patched)) = self.patched.pop() {

@@ -19,6 +19,7 @@
 //! Where to read on: `log.rs` (segments, batches, flushes), `write.rs` (staging), `read.rs` (planning).
 
 mod keep;
+mod lend;
 mod log;
 pub mod plan;
 mod read;
@@ -37,6 +38,7 @@ use hashbrown::HashMap;
 use log::Log;
 pub use log::SNAPSHOTS_WAITING_MAX;
 use plan::SegmentId;
+use smallvec::SmallVec;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -163,6 +165,8 @@ pub struct Disk {
     sealed: HashMap<SegmentId, Sealed>,
     /// Counts removals from the index, see [`Disk::fill_ticket`].
     removals: u64,
+    /// Segments of which something was lent, once for each loan.
+    loans: HashMap<u64, SmallVec<[SegmentId; 4]>>,
     outbox: Vec<FromDisk>,
     progress: Arc<Progress>,
     polls: u32,
@@ -203,6 +207,7 @@ impl Disk {
             committed: start.committed,
             sealed,
             removals: 0,
+            loans: HashMap::new(),
             outbox: Vec::new(),
             progress: start.progress,
             polls: 0,
@@ -360,6 +365,12 @@ impl Disk {
             ToDisk::Keep { id, ticket, roomy, pieces } => {
                 let kept = self.keep(ticket, roomy, &pieces);
                 self.outbox.push(FromDisk::Kept { id, kept });
+            }
+            ToDisk::Lend { id, lba, blocks, lsn } => self.lend(id, lba, blocks, lsn),
+            ToDisk::GiveBack { id } => self.give_back(id),
+            ToDisk::TellHoles { id } => {
+                let holes = self.index.holes().collect();
+                self.outbox.push(FromDisk::Holes { id, holes });
             }
             ToDisk::Roll { id } => self.log.roll(id),
             ToDisk::Resized { bytes } => self.size_bytes = self.size_bytes.max(bytes),

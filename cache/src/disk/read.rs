@@ -1,7 +1,7 @@
 //! Planning reads: where each block of a request lies right now.
 
 use super::Disk;
-use super::plan::{BlockSource, Overlay, PatchedBlock, Piece, ReadPlan};
+use super::plan::{BlockSource, Overlay, PatchedBlock, Piece, ReadPlan, SegmentId};
 use crate::index::{Found, PatchBase, PatchSource, Patched, Slot};
 use blockstore::types::{BLOCK_SIZE, Lba, SECTORS_PER_BLOCK};
 
@@ -42,11 +42,15 @@ impl Disk {
     /// Gives back the pins of a plan whose local I/O is finished.
     pub fn release(&mut self, plan: &mut ReadPlan) {
         for id in plan.pins.drain(..) {
-            let Some(sealed) = self.sealed.get_mut(&id) else { continue };
-            sealed.pins -= 1;
-            if sealed.pins == 0 && sealed.evicting {
-                self.evicted(id);
-            }
+            self.unpin(id);
+        }
+    }
+
+    pub(super) fn unpin(&mut self, id: SegmentId) {
+        let Some(sealed) = self.sealed.get_mut(&id) else { return };
+        sealed.pins -= 1;
+        if sealed.pins == 0 && sealed.evicting {
+            self.evicted(id);
         }
     }
 

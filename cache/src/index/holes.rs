@@ -24,6 +24,11 @@ impl Holes {
         self.ranges.range(..=lba.0).next_back().is_some_and(|(_, end)| lba.0 < *end)
     }
 
+    /// All of them, sorted: the first block and how many.
+    pub fn ranges(&self) -> impl Iterator<Item = (Lba, u64)> + '_ {
+        self.ranges.iter().map(|(&start, &end)| (Lba(start), end - start))
+    }
+
     /// Blocks in all holes.
     #[must_use]
     pub fn blocks(&self) -> u64 {

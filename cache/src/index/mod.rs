@@ -123,6 +123,11 @@ impl Index {
         self.holes.remove(lba.0, lba.0.saturating_add(blocks));
     }
 
+    /// All runs of blocks that the store is known not to have, sorted.
+    pub fn holes(&self) -> impl Iterator<Item = (Lba, u64)> + '_ {
+        self.holes.ranges()
+    }
+
     /// The parts of a range of which nothing is known, sorted.
     #[must_use]
     pub fn absent(&self, lba: Lba, blocks: u64) -> Vec<(u64, u64)> {

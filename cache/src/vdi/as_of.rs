@@ -45,6 +45,13 @@ pub(super) struct AsOf {
     asked: Vec<Asked>,
 }
 
+impl AsOf {
+    /// Snapshots that wait for the store to join.
+    pub fn waiting(&self) -> usize {
+        self.asked.len()
+    }
+}
+
 impl VdiTask {
     /// Has the log sealed and tells what is in it, `for_cut` to somebody who will ask for a snapshot of it.
     pub(super) fn undrained(&mut self, for_cut: bool, reply: UndrainedReply) {

@@ -3,6 +3,7 @@
 use super::as_of;
 use super::cuts::Pressed;
 use super::hydrate::{HydrateError, HydrateStatus};
+use super::lend::{Loan, Wanted};
 use super::pin::PinError;
 use super::task::VdiTask;
 use crate::backing::Backing;
@@ -46,6 +47,10 @@ pub(crate) enum Command {
     SetPolicy { change: PolicyChange, reply: oneshot::Sender<Result<Policy, CacheError>> },
     /// Seal the log and tell what is in it that the store may not have.
     Undrained { for_cut: bool, reply: as_of::UndrainedReply },
+    /// Read what is held of a snapshot of it.
+    Lend { wanted: Wanted, reply: oneshot::Sender<Loan> },
+    /// Which blocks the store is known not to have.
+    Holes(oneshot::Sender<Vec<(Lba, u64)>>),
     /// Take a snapshot of what the disk was.
     Cut { cut: PendingSnapshot, reply: Reply },
     /// Cut more or less often than the schedule says.
@@ -106,6 +111,7 @@ impl VdiTask {
                 };
                 self.p.desk.close(NOT_SERVED);
                 self.fail_asked("the disk went out of service");
+                self.loans.worker_is_gone();
                 self.finish_evictions().await;
                 let _ = reply.send(result);
             }
@@ -135,6 +141,8 @@ impl VdiTask {
                 let _ = reply.send(self.pin(on).await);
             }
             Command::Undrained { for_cut, reply } => self.undrained(for_cut, reply),
+            Command::Lend { wanted, reply } => self.lend(&wanted, reply),
+            Command::Holes(reply) => self.ask_holes(reply),
             Command::Cut { cut, reply } => self.cut(cut, reply).await,
             Command::Press { pressed, reply } => {
                 self.press(pressed);
@@ -207,6 +215,7 @@ impl VdiTask {
             self.log_is_sound()?;
         }
         self.end_hydration();
+        self.loans.worker_is_gone();
         self.abandon_evictions().await?;
         let logs_opening = Arc::clone(&self.p.ground.logs_opening);
         let _opening = logs_opening.read().await;

@@ -17,6 +17,7 @@ mod drain;
 mod evict;
 mod feed;
 mod hydrate;
+mod lend;
 mod offline;
 mod pin;
 mod ration;
@@ -30,6 +31,7 @@ pub(crate) use as_of::Undrained;
 pub(crate) use command::{Command, Leave};
 pub use cuts::{MadeCuts, Pressed};
 pub use hydrate::{HydrateError, HydrateStatus};
+pub(crate) use lend::{Loan, Wanted};
 pub use pin::PinError;
 pub use state::{Phase, VdiStatus};
 pub(crate) use state::{Segment, Segments};
@@ -43,12 +45,16 @@ use crate::format::slot::VdiSlot;
 use crate::pending::PendingSnapshot;
 use blockstore::types::{Lba, Lsn};
 use blockstore::{Policy, PolicyChange};
+use hashbrown::HashMap;
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 /// Commands that may wait for a disk's task.
 const COMMANDS_MAX: usize = 64;
+
+/// The disks that are attached, by their UUID.
+pub(crate) type Attached = Mutex<HashMap<uuid::Uuid, Arc<VdiHandle>>>;
 
 /// The cache's handle on a disk's task.
 #[derive(Debug)]
@@ -118,6 +124,14 @@ impl VdiHandle {
 
     pub async fn undrained(&self, vdi: uuid::Uuid, for_cut: bool) -> Result<Undrained, CacheError> {
         self.ask(vdi, |reply| Command::Undrained { for_cut, reply }).await?
+    }
+
+    pub async fn lend(&self, vdi: uuid::Uuid, wanted: Wanted) -> Result<Loan, CacheError> {
+        self.ask(vdi, |reply| Command::Lend { wanted, reply }).await
+    }
+
+    pub async fn holes(&self, vdi: uuid::Uuid) -> Result<Vec<(Lba, u64)>, CacheError> {
+        self.ask(vdi, Command::Holes).await
     }
 
     pub async fn cut(

@@ -50,6 +50,8 @@ pub struct VdiStatus {
     pub snapshots_pending: u64,
     /// Those that a cadence has cut, as far as it keeps them.
     pub cuts_pending: u64,
+    /// Those asked for of what the disk was that wait for the store to say how far it is.
+    pub snapshots_waiting: u64,
     /// Age of the oldest uncommitted data.
     pub oldest_dirty_ms: Option<u64>,
     /// Commits so far, and bytes of log in them.

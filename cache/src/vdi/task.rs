@@ -9,6 +9,7 @@ use super::cuts::{MadeCuts, Pressed};
 use super::drain::Waiter;
 use super::evict::Evictions;
 use super::hydrate::Hydration;
+use super::lend::Loans;
 use super::offline::Offline;
 use super::pin::Lost;
 use super::ration::Ration;
@@ -116,6 +117,7 @@ pub(crate) struct VdiTask {
     pub(super) hydration: Option<Hydration>,
     pub(super) lost: Lost,
     pub(super) as_of: AsOf,
+    pub(super) loans: Loans,
     pub(super) pressed: Pressed,
     /// The last LSN of any batch that was sent to the store, whatever became of it.
     pub(super) sent: Lsn,
@@ -153,6 +155,7 @@ impl VdiTask {
             hydration: None,
             lost: Lost::default(),
             as_of: AsOf::default(),
+            loans: Loans::default(),
             pressed: Pressed::default(),
             sent: Lsn(0),
             device_failed: false,
@@ -186,6 +189,7 @@ impl VdiTask {
             self.start_commit();
         }
         self.end_hydration();
+        self.loans.end().await;
         if let Some(commit) = self.commit.take() {
             // A commit may be cut anywhere: the head changes atomically and the log is kept. But one that is about to
             // finish had better.
@@ -260,6 +264,8 @@ impl VdiTask {
                     hydration.answer(message);
                 }
             }
+            FromDisk::Lent { id, places } => self.lent(id, places),
+            FromDisk::Holes { id, holes } => self.loans.tell_holes(id, holes),
             FromDisk::SnapshotTaken { id, result } => self.p.desk.taken(id, result),
             FromDisk::Failed { reason } => {
                 self.device_failed |= reason != WORKER_PANICKED;
@@ -345,13 +351,23 @@ impl VdiTask {
         self.p.status.lock().fetched_bytes += u64::from(blocks) * BLOCK_SIZE as u64;
         let (backing, sender) = (Arc::clone(&self.p.backing), self.p.sender.clone());
         let name = self.p.record.name.clone();
+        let lender = self.lender();
         // One task per fetch: as many as the guest's queues hold requests, not more.
         tokio::spawn(async move {
-            let result = backing.read(lba, blocks).await.map_err(|error| {
+            let (read, keep) = match lender {
+                Some(lender) => tokio::select! {
+                    biased;
+                    read = backing.read(lba, blocks) => (read, true),
+                    // Nothing of a clone that waits for the store can be evicted: what another disk holds for it is not kept twice.
+                    lent = lender.read(lba, blocks) => (Ok(lent), false),
+                },
+                None => (backing.read(lba, blocks).await, true),
+            };
+            let result = read.map_err(|error| {
                 tracing::error!(vdi = %name, lba = lba.0, blocks, %error, "a read from the store failed");
                 FetchError(error.to_string())
             });
-            sender.send(ToDisk::Fetched { id, result });
+            sender.send(ToDisk::Fetched { id, result, keep });
         });
     }
 
@@ -377,6 +393,7 @@ impl VdiTask {
         status.dirty_bytes = dirty;
         status.clean_bytes = clean;
         status.oldest_dirty_ms = oldest.map(|since| since.elapsed().as_millis() as u64);
+        status.snapshots_waiting = self.as_of.waiting() as u64;
         status.state = match () {
             () if self.failure.is_some() || self.log_failure.is_some() => Phase::Failed,
             () if self.commit.is_some() => Phase::Flushing,

@@ -134,7 +134,7 @@ impl VdiTask {
         }
         // The disk was given up meanwhile, and the store may not have what was acknowledged.
         let why = self.log_failure.clone().unwrap_or_else(|| "the log has failed".into());
-        self.p.sender.send(ToDisk::Fetched { id, result: Err(FetchError(why)) });
+        self.p.sender.send(ToDisk::Fetched { id, result: Err(FetchError(why)), keep: false });
     }
 
     /// What only the legs have cannot be read from any. If they take no writes either, they have all failed: the worker is
@@ -149,7 +149,7 @@ impl VdiTask {
         let works = self.log_failure.is_some() || self.released || self.write_slot().await.is_ok();
         if works {
             let lost = FetchError("its only copy, in the cache, cannot be read".into());
-            self.p.sender.send(ToDisk::Fetched { id, result: Err(lost) });
+            self.p.sender.send(ToDisk::Fetched { id, result: Err(lost), keep: false });
             return;
         }
         self.unreadable.push((id, lba, 1));
@@ -195,7 +195,11 @@ impl VdiTask {
         );
         self.p.sender.send(ToDisk::GiveUp { reason: reason.clone() });
         for (id, ..) in through.fetches {
-            self.p.sender.send(ToDisk::Fetched { id, result: Err(FetchError(reason.clone())) });
+            self.p.sender.send(ToDisk::Fetched {
+                id,
+                result: Err(FetchError(reason.clone())),
+                keep: false,
+            });
         }
         self.log_failed(reason);
     }

@@ -17,9 +17,10 @@ const SEEDS_MAX: u64 = 100;
 /// end of the log must differ between the legs, and the one that has more be lost before anything covers that end.
 const RARE: [(Bug, u64); 2] = [(Bug::StaleFill, 1000), (Bug::SkipTailMend, 200)];
 /// Those that only some seeds can find: of these so many as there are among so many seeds.
-const OF_SOME: [(Bug, u64, Seeds); 17] = [
+const OF_SOME: [(Bug, u64, Seeds); 18] = [
     (Bug::CloneOwnsShared, 400, world::serves_clones),
     (Bug::CloneBeyondSnapshot, 400, world::serves_clones),
+    (Bug::LendBeyondSnapshot, 400, world::serves_clones),
     (Bug::CloneTwice, 400, world::serves_clones),
     (Bug::CloneTakesName, 400, takes_names),
     (Bug::RenameUnnoted, 400, takes_names),

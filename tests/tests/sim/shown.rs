@@ -172,7 +172,7 @@ impl Agent {
                 tokio::time::sleep(LOOK).await;
                 continue;
             };
-            let ToDisk::Fetched { id, result } = message else { continue };
+            let ToDisk::Fetched { id, result, .. } = message else { continue };
             // One that was not waited for to its end.
             let Some(lba) = under_way.remove(&id) else { continue };
             match result {

@@ -286,7 +286,7 @@ impl Worker {
         while let Some(message) = self.attached.link.try_recv() {
             any = true;
             match message {
-                ToDisk::Fetched { id, result } => self.fetched(id, result.ok()),
+                ToDisk::Fetched { id, result, keep } => self.fetched(id, result.ok(), keep),
                 other => {
                     self.written_through |= matches!(other, ToDisk::WriteThrough { .. });
                     if matches!(other, ToDisk::Tick) {

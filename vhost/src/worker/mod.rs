@@ -376,7 +376,7 @@ impl Worker {
         while let Some(message) = self.attached.link.try_recv() {
             self.progress = true;
             match message {
-                ToDisk::Fetched { id, result } => self.fetched(id, result),
+                ToDisk::Fetched { id, result, keep } => self.fetched(id, result, keep),
                 ToDisk::FailWaiting { reads, writes } => self.fail_waiting(reads, writes),
                 message => {
                     if matches!(message, ToDisk::Tick) {

@@ -227,7 +227,12 @@ impl Worker {
     }
 
     /// The store answered.
-    pub(super) fn fetched(&mut self, id: u64, result: Result<Vec<Option<Bytes>>, FetchError>) {
+    pub(super) fn fetched(
+        &mut self,
+        id: u64,
+        result: Result<Vec<Option<Bytes>>, FetchError>,
+        keep: bool,
+    ) {
         let index = (id & u64::from(u32::MAX)) as u32;
         let known = matches!(self.io.operations.get(index), Some(Operation::Fetch(_)));
         if id & !u64::from(u32::MAX) != self.fetch_ids || !known {
@@ -243,7 +248,7 @@ impl Worker {
             );
         });
         let blocks = blocks.ok().filter(|blocks| whole(blocks));
-        if let (Some(blocks), None) = (blocks, fetch.patch) {
+        if let (Some(blocks), None, true) = (blocks, fetch.patch, keep) {
             for (lba, block) in read::fetched_lbas(&fetch).zip(blocks) {
                 if let Some(block) = block {
                     self.attached.disk.fill(lba, block, fetch.ticket);

@@ -122,17 +122,17 @@ async fn after_a_start_without_the_store_it_waits_until_that_says_how_far_it_is(
     let attached = cache.attach_alone(vdi.uuid).await.unwrap();
     let mut guest = Guest { vdi, store, attached, tag };
     let mut asked = Vec::new();
-    for lsn in [5, 8] {
-        let (cache, vdi) = (Arc::clone(&cache), guest.vdi.uuid);
+    for (lsn, waiting) in [(5, 1), (8, 2)] {
+        let (whose, vdi) = (Arc::clone(&cache), guest.vdi.uuid);
         let point = AsOf::Lsn(Lsn(lsn));
-        let taken = async move { cache.snapshot_as_of(vdi, point, SnapshotLabel::default()).await };
+        let taken = async move { whose.snapshot_as_of(vdi, point, SnapshotLabel::default()).await };
         asked.push(tokio::spawn(taken));
-        for _ in 0..50 {
+        while cache.vdi_status(vdi).unwrap().snapshots_waiting < waiting {
+            assert!(asked.iter().all(|asked| !asked.is_finished()), "nobody knows yet");
             guest.turn();
             pause().await;
         }
     }
-    assert!(asked.iter().all(|asked| !asked.is_finished()), "nobody knows yet");
     // The former agent's last commit had arrived.
     *guest.store.image.lock() = (Lsn(5), BTreeMap::from([(LBA, 5)]));
     cache.join(guest.vdi.uuid, guest.store.clone()).await.unwrap();

@@ -4,6 +4,8 @@
 //! Method: as in the module above, but with sectors: random writes and zeroings, each disk beside a model; what is not held is
 //! looked up in the image that the store will have of the snapshot. For deaths the cache lies on a simulated device.
 
+mod lending;
+
 use super::*;
 use crate::format::slot::VdiSlot;
 use crate::index::{Found, PatchBase, PatchSource};
@@ -434,11 +436,7 @@ async fn a_clone_that_lost_its_legs_gets_to_the_store_under_another_name() {
     disk.now.extend((0..10).map(|lba| (lba, [4; 8])));
     disk.guest.tag += 1;
     disk.guest.attached.disk.flush(disk.guest.tag);
-    for _ in 0..1000 {
-        disk.guest.turn();
-        pause().await;
-    }
-    assert!(cache.vdi_status(clone).unwrap().write_through);
+    disk.guest.turn_until(|_| cache.vdi_status(clone).unwrap().write_through).await;
     parent.full.is_away.store(false, Ordering::Relaxed);
     let uuid = parent.guest.vdi.uuid;
     parent.until(cache.drain(uuid)).await.unwrap();

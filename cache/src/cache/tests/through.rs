@@ -82,7 +82,7 @@ impl Guest {
         for _ in 0..TURNS_MAX {
             while let Some(message) = self.attached.link.try_recv() {
                 match message {
-                    ToDisk::Fetched { id, result } if id == wanted => return result,
+                    ToDisk::Fetched { id, result, .. } if id == wanted => return result,
                     other => self.attached.on_message(other),
                 }
             }
@@ -287,11 +287,7 @@ async fn a_disk_that_lost_its_legs_while_it_was_alone_gets_to_its_store() {
     assert!((410..420).all(|lba| guest.stage(lba, 4) == Staged::All));
     guest.tag += 1;
     guest.attached.disk.flush(guest.tag);
-    for _ in 0..1000 {
-        guest.turn();
-        pause().await;
-    }
-    assert!(cache.vdi_status(guest.vdi.uuid).unwrap().write_through);
+    guest.turn_until(|guest| cache.vdi_status(guest.vdi.uuid).unwrap().write_through).await;
     assert_eq!(store.committed(), Lsn(300));
     cache.join(guest.vdi.uuid, store.clone()).await.unwrap();
     guest.drain(&cache).await;
@@ -357,11 +353,8 @@ async fn a_disk_that_stops_before_its_slot_says_that_the_store_has_joined_commit
         .attached
         .disk
         .on_message(crate::link::ToDisk::Legs { members: crate::format::LegSet::NONE });
-    for _ in 0..1000 {
-        guest.turn();
-        pause().await;
-    }
-    assert_eq!(cache.vdi_status(guest.vdi.uuid).unwrap().state, Phase::Failed);
+    let failed = |guest: &Guest| cache.vdi_status(guest.vdi.uuid).unwrap().state == Phase::Failed;
+    guest.turn_until(failed).await;
     assert_eq!(store.committed(), Lsn(0));
 }
 

@@ -24,9 +24,9 @@ pub struct Fetch {
 
 impl Worker {
     /// What the store was asked for has come, or not.
-    pub(super) fn fetched(&mut self, id: u64, blocks: Option<Vec<Option<Bytes>>>) {
+    pub(super) fn fetched(&mut self, id: u64, blocks: Option<Vec<Option<Bytes>>>, keep: bool) {
         let Some(fetch) = self.fetches.remove(&id) else { return };
-        if let (Some(blocks), true) = (&blocks, fetch.whole)
+        if let (Some(blocks), true) = (&blocks, fetch.whole && keep)
             && let Some(reading) = self.reads.get(&fetch.read)
         {
             for (lba, block) in (reading.lba(fetch.block)..).zip(blocks) {

@@ -158,7 +158,7 @@ pub enum FromDisk {
     Planned { id: u64, ticket: u64, absent: Vec<(Lba, u32)> },
     /// Answer to [`ToDisk::Keep`].
     Kept { id: u64, kept: Kept },
-    /// Answer to [`ToDisk::Lend`]: where each of the blocks lies; none if one of them lies nowhere, or changed since.
+    /// Answer to [`ToDisk::Lend`]: where each of the blocks lies; none if one of them lies in no sealed segment that ends there or before.
     Lent { id: u64, places: Option<Vec<Place>> },
     /// Answer to [`ToDisk::TellHoles`]: runs of blocks.
     Holes { id: u64, holes: Vec<(Lba, u64)> },

@@ -132,6 +132,13 @@ impl PendingSnapshots {
         self.retired
     }
 
+    /// When the one at `lsn` was asked for, milliseconds since 1970.
+    #[must_use]
+    pub fn time_of(&self, lsn: Lsn) -> Option<u64> {
+        let at = self.places.binary_search_by_key(&lsn, |place| place.lsn).ok()?;
+        self.places.get(at).map(|place| place.time_ms)
+    }
+
     /// The one at `lsn`.
     #[must_use]
     pub fn find(&self, lsn: Lsn) -> Option<PendingSnapshot> {

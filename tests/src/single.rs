@@ -210,6 +210,27 @@ pub fn until(rig: &AgentRig, what: &str, wanted: impl Fn(&Value) -> bool) -> Res
     }
 }
 
+/// Writes to the only disk, whose store is away, until its log is full: the last write is not answered.
+///
+/// # Errors
+/// The disk's.
+pub fn fill_log(rig: &AgentRig, disk: &mut Disk, bytes: u64) -> Result<()> {
+    let is_full = |status: &Value| status["vdis"][0]["waiting"]["writes"] != 0;
+    let mut at = 0;
+    loop {
+        disk.begin_write(at, 7)?;
+        at = (at + CHUNK as u64) % bytes;
+        let begun = Instant::now();
+        while disk.is_waiting()? {
+            // Slowed down, or stuck.
+            if begun.elapsed() > Duration::from_secs(5) && is_full(&control(rig, "status")?) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
 /// Detaches the only disk, `db`, whose front end has just gone: that may not be noticed yet.
 ///
 /// # Errors

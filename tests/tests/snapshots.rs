@@ -12,7 +12,9 @@ use anyhow::{Context, Result, ensure};
 use bench::agent::find_binary;
 use serde_json::Value;
 use tests::agent_rig::{AgentRig, StoreSpec};
-use tests::single::{CHUNK, Content, Disk, San, control, ensure_same, in_the_store, until};
+use tests::single::{
+    CHUNK, Content, Disk, San, control, ensure_same, fill_log, in_the_store, until,
+};
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 8 * MIB;
@@ -203,20 +205,7 @@ fn one_that_a_full_log_has_no_room_for_is_answered_after_its_wait() -> Result<()
     let socket = rig.agent()?.attach("db")?;
     let mut disk = Disk::connect(&mut rig, &socket)?;
     san.cut();
-    let mut at = 0;
-    let is_full = |status: &Value| status["vdis"][0]["waiting"]["writes"] != 0;
-    'full: loop {
-        disk.begin_write(at, 7)?;
-        at = (at + CHUNK as u64) % (64 * MIB);
-        let begun = Instant::now();
-        while disk.is_waiting()? {
-            // Slowed down, or stuck.
-            if begun.elapsed() > Duration::from_secs(5) && is_full(&control(&rig, "status")?) {
-                break 'full;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
+    fill_log(&rig, &mut disk, 64 * MIB)?;
     let said = control(&rig, "snap create db --label late --wait 1s").unwrap_err().to_string();
     ensure!(said.contains("not durable in the log after 1s"), "{said}");
     ensure!(said.contains("it may be taken yet"), "{said}");

@@ -15,7 +15,9 @@ use anyhow::{Context, Result, ensure};
 use bench::agent::find_binary;
 use serde_json::Value;
 use tests::agent_rig::{AgentRig, StoreSpec};
-use tests::single::{CHUNK, Content, Disk, San, control, detach, ensure_same, in_the_store, until};
+use tests::single::{
+    CHUNK, Content, Disk, San, control, detach, ensure_same, fill_log, in_the_store, until,
+};
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 8 * MIB;
@@ -23,6 +25,8 @@ const DISK: u64 = 8 * MIB;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// As the agent has it.
 const STREAMS_MAX: usize = 64;
+/// Snapshots of a stream that are under way, likewise.
+const UNANSWERED_MAX: usize = 64;
 
 /// `snap stream db`, under way; it ends with the test.
 struct Stream {
@@ -231,13 +235,22 @@ fn misuse_of_a_stream_hurts_nobody_else() -> Result<()> {
     let (mut deaf, _) = connect(&mut rig, UPGRADE, "")?;
     deaf.set_write_timeout(Some(PATIENCE))?;
     let cut_off = loop {
-        if let Err(error) = deaf.write_all(b"{}\n") {
+        if let Err(error) = deaf.write_all(b"{\"label\":\"deaf\"}\n") {
             break error.kind();
         }
     };
     // It would block if the agent had only ceased to read.
     ensure!(matches!(cut_off, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset), "{cut_off}");
     disk.write(0, 1)?;
+    // What it asked for and the agent had not begun with by then is not taken.
+    let mut heard = Vec::new();
+    let _ = deaf.read_to_end(&mut heard);
+    let answered = heard.iter().filter(|byte| **byte == b'\n').count();
+    let taken = labelled(&rig, "deaf")?;
+    ensure!(
+        answered > 100 && (answered..=answered + UNANSWERED_MAX).contains(&taken),
+        "{answered} of {taken} were answered"
+    );
     // Who listens is not, however much was asked at once; nor who says no more.
     let (mut eager, _) = connect(&mut rig, UPGRADE, "")?;
     let mut listener = eager.try_clone()?;
@@ -281,6 +294,53 @@ fn misuse_of_a_stream_hurts_nobody_else() -> Result<()> {
     // They do not keep the agent from ending.
     rig.shut_down()?;
     drop(open);
+    rig.check_store()
+}
+
+/// How many snapshots of `db` have this label.
+fn labelled(rig: &AgentRig, label: &str) -> Result<usize> {
+    let (mut found, mut beyond) = (0, 0);
+    loop {
+        let page = control(rig, &format!("snap list db --oldest-first --beyond {beyond}"))?;
+        let rows = page["snapshots"].as_array().context("a list")?;
+        let Some(last) = rows.last() else { return Ok(found) };
+        beyond = last["lsn"].as_u64().context("an LSN")?;
+        found += rows.iter().filter(|row| row["label"] == label).count();
+    }
+}
+
+#[test]
+fn a_stream_that_waits_for_room_in_the_log_ends_with_its_client() -> Result<()> {
+    const DEAD: usize = 8;
+    let san = San::new()?;
+    let mut rig = san.rig(64 * MIB)?;
+    rig.start()?;
+    control(&rig, "vdi create db --size 64MiB")?;
+    let socket = rig.agent()?.attach("db")?;
+    let mut disk = Disk::connect(&mut rig, &socket)?;
+    san.cut();
+    fill_log(&rig, &mut disk, 64 * MIB)?;
+    let held = |rig: &AgentRig| -> Result<usize> {
+        let pid = rig.agent()?.process().pid();
+        Ok(std::fs::read_dir(format!("/proc/{pid}/fd"))?.count())
+    };
+    let (mut waiting, _) = connect(&mut rig, UPGRADE, "{\"label\":\"waits\"}\n")?;
+    let before = held(&rig)?;
+    let mut dead = Vec::new();
+    for _ in 0..DEAD {
+        dead.push(connect(&mut rig, UPGRADE, "{\"label\":\"dead\"}\n")?.0);
+    }
+    wait_until(|| Ok(held(&rig)? >= before + DEAD))?;
+    drop(dead);
+    // The SAN's sessions come and go meanwhile.
+    wait_until(|| Ok(held(&rig)? < before + DEAD / 2))?;
+    san.restore();
+    ensure!(disk.answer()?, "the write that waited failed");
+    let mut said = vec![0; 1024];
+    let len = waiting.read(&mut said)?;
+    ensure!(String::from_utf8_lossy(&said[..len]).contains("\"lsn\":"), "{said:?}");
+    drop((waiting, disk));
+    rig.shut_down()?;
     rig.check_store()
 }
 

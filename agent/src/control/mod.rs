@@ -43,7 +43,9 @@
 //! each line to the agent is a SnapAsked, `{}` at the least, each line from it a SnapAnswered, in the order of LSNs. What is refused at once may
 //! overtake others. Whoever does not read what is answered is cut off.
 
+mod body;
 pub mod client;
+mod routes;
 pub mod server;
 mod stream;
 

@@ -2,38 +2,20 @@
 //!
 //! A request that changes something runs as a task of its own: a caller that goes away does not cancel it half-way.
 //! At most [`REQUESTS_MAX`] requests are under way; more are turned away at once. Nothing that comes in over the socket
-//! can end the daemon: what cannot be understood is answered with words.
+//! can end the daemon: what cannot be understood is answered with words. What there is to ask for: `routes.rs`.
 
 use super::REQUEST_BYTES_MAX;
-use super::stream::{self, STREAMS_MAX};
-use crate::api::diff::DiffRequest;
-use crate::api::loss::RollbackRequest;
-use crate::api::schedule::ScheduleRequest;
-use crate::api::sizes::SizesRequest;
-use crate::api::snapshots::{
-    RewindRequest, SnapDeleteRequest, SnapLabelRequest, SnapListRequest, SnapRequest,
-    SnapSetRequest,
-};
-use crate::api::{
-    AttachRequest, CreateRequest, DeleteRequest, DetachRequest, DrainRequest, DrillRequest,
-    HydrateRequest, ReplaceRequest, ResizeRequest, SetRequest,
-};
-use crate::error::{ErrorBody, Failure, Kind, Result};
+use super::routes::{self, router};
+use super::stream::STREAMS_MAX;
+use crate::error::{Failure, Kind, Result};
 use crate::host::Host;
-use crate::metrics;
-use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, PathRejection};
-use axum::extract::{DefaultBodyLimit, Path, Request, State};
-use axum::http::{Method, StatusCode, Uri, header};
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use axum::{Extension, Router};
+use axum::routing::get;
 use parking_lot::RwLock;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -93,6 +75,15 @@ impl Gate {
             )),
         }
     }
+
+    /// A place for one more stream of snapshots.
+    pub(super) fn stream(&self) -> Result<OwnedSemaphorePermit> {
+        Arc::clone(&self.streams).try_acquire_owned().map_err(|_| {
+            let words =
+                format!("{STREAMS_MAX} streams of snapshots are open already: end one first");
+            Failure::new(Kind::Unavailable, words)
+        })
+    }
 }
 
 /// Serves the control socket until `stop` resolves and the requests under way are answered. Snapshots of served disks are taken by the thread that
@@ -114,9 +105,9 @@ pub async fn serve(
 /// Serves the metrics, and nothing else, on a TCP port.
 pub async fn serve_metrics(listener: TcpListener, gate: Gate) {
     let router = Router::new()
-        .route("/metrics", get(metrics))
-        .fallback(unknown)
-        .method_not_allowed_fallback(unknown)
+        .route("/metrics", get(routes::metrics))
+        .fallback(routes::unknown)
+        .method_not_allowed_fallback(routes::unknown)
         .layer(middleware::from_fn_with_state(gate.clone(), limit))
         .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
         .with_state(gate);
@@ -125,50 +116,10 @@ pub async fn serve_metrics(listener: TcpListener, gate: Gate) {
     }
 }
 
-fn router(gate: Gate, others: Handle) -> Router {
-    Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/metrics", get(metrics))
-        .route("/v1/cache", get(cache_status))
-        .route("/v1/cache/drain", post(drain))
-        .route("/v1/cache/quarantine/{name}", axum::routing::delete(discard_quarantine))
-        .route("/v1/cache/replace", get(replacement).post(replace).delete(cancel_replacement))
-        .route("/v1/snapshots", post(snap_quiesced))
-        .route("/v1/diff", post(diff))
-        .route("/v1/tree", get(forest))
-        .route("/v1/sizes", post(sizes))
-        .route("/v1/gc", get(gc_status).post(gc_run))
-        .route("/v1/scrub", get(scrub_status).post(scrub_run).delete(scrub_stop))
-        .route("/v1/vdis", get(list).post(create))
-        .route("/v1/vdis/{name}", get(info))
-        .route("/v1/vdis/{name}/delete", post(delete))
-        .route("/v1/vdis/{name}/snapshots/list", post(snapshots))
-        .route("/v1/vdis/{name}/snapshots/label", post(label_snapshot))
-        .route("/v1/vdis/{name}/snapshots/delete", post(delete_snapshots))
-        .route("/v1/vdis/{name}/attach", post(attach))
-        .route("/v1/vdis/{name}/detach", post(detach))
-        .route("/v1/vdis/{name}/resize", post(resize))
-        .route("/v1/vdis/{name}/set", post(set))
-        .route("/v1/vdis/{name}/schedule", get(schedule).post(set_schedule))
-        .route("/v1/vdis/{name}/rollback", post(rollback))
-        .route("/v1/vdis/{name}/snapshots/rollback", post(rewind))
-        .route("/v1/vdis/{name}/hydrate", post(hydrate))
-        .route("/v1/vdis/{name}/pin", post(pin).delete(unpin))
-        .route("/v1/vdis/{name}/drill", post(drill).delete(end_drill))
-        .layer(middleware::from_fn_with_state(others.clone(), elsewhere))
-        .route("/v1/vdis/{name}/snapshots", post(snap).layer(Extension(others)))
-        .route("/v1/vdis/{name}/snapshots/stream", get(snap_stream))
-        .fallback(unknown)
-        .method_not_allowed_fallback(unknown)
-        .layer(middleware::from_fn_with_state(gate.clone(), limit))
-        .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
-        .with_state(gate)
-}
-
 /// Held for as long as something of a request is under way.
 type Permit = Arc<OwnedSemaphorePermit>;
 
-async fn limit(State(gate): State<Gate>, mut request: Request, next: Next) -> Response {
+pub(super) async fn limit(State(gate): State<Gate>, mut request: Request, next: Next) -> Response {
     let Ok(permit) = Arc::clone(&gate.permits).try_acquire_owned() else {
         let words = format!("{REQUESTS_MAX} requests are under way already: try again later");
         return Failure::new(Kind::Unavailable, words).into_response();
@@ -179,7 +130,11 @@ async fn limit(State(gate): State<Gate>, mut request: Request, next: Next) -> Re
 }
 
 /// Has a request done by the threads of a runtime; it ends with its caller.
-async fn elsewhere(State(others): State<Handle>, request: Request, next: Next) -> Response {
+pub(super) async fn elsewhere(
+    State(others): State<Handle>,
+    request: Request,
+    next: Next,
+) -> Response {
     let mut task = JoinSet::new();
     let permit = request.extensions().get::<Permit>().cloned();
     let doing = async move {
@@ -200,391 +155,15 @@ async fn elsewhere(State(others): State<Handle>, request: Request, next: Next) -
     }
 }
 
-type Gated = State<Gate>;
-type Name = Result<Path<String>, PathRejection>;
-type Body = Result<Bytes, BytesRejection>;
-
-async fn unknown(method: Method, uri: Uri) -> Response {
-    let words = format!(
-        "the agent (version {}) knows no request '{method} {}': use the command of the same version",
-        env!("CARGO_PKG_VERSION"),
-        uri.path().escape_debug()
-    );
-    Failure::new(Kind::Usage, words).into_response()
-}
-
-async fn status(State(gate): Gated) -> Response {
-    answer(gate.host().map(|host| host.status()))
-}
-
-async fn metrics(State(gate): Gated) -> Response {
-    match gate.host().and_then(|host| metrics::render(&host.status())) {
-        Ok(text) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
-        Err(failure) => failure.into_response(),
-    }
-}
-
-async fn cache_status(State(gate): Gated) -> Response {
-    answer(gate.host().map(|host| host.cache_status()))
-}
-
-async fn replacement(State(gate): Gated) -> Response {
-    answer(gate.host().and_then(|host| host.replacement()))
-}
-
-async fn replace(State(gate): Gated, body: Body) -> Response {
-    answer(
-        async {
-            let ReplaceRequest { path, rate } = parse(body)?;
-            let host = gate.host()?;
-            to_the_end(async move { host.replace_leg(&path, rate).await }).await
-        }
-        .await,
-    )
-}
-
-async fn cancel_replacement(State(gate): Gated) -> Response {
-    answer(
-        async {
-            let host = gate.host()?;
-            to_the_end(async move { host.cancel_replacement().await }).await
-        }
-        .await,
-    )
-}
-
-async fn list(State(gate): Gated) -> Response {
-    answer(async { gate.host()?.list().await }.await)
-}
-
-async fn info(State(gate): Gated, name: Name) -> Response {
-    answer(async { gate.host()?.info(&name_of(name)?).await }.await)
-}
-
-async fn create(State(gate): Gated, body: Body) -> Response {
-    answer(
-        async {
-            let CreateRequest { name, size, from, when_offline } = parse(body)?;
-            let host = gate.host()?;
-            to_the_end(async move {
-                let policy = when_offline.as_deref();
-                match (size, from) {
-                    (Some(size), None) => host.create(&name, size, policy).await,
-                    (None, Some(from)) => host.create_from(&name, &from, policy).await,
-                    _ => Err(Failure::new(
-                        Kind::Usage,
-                        format!(
-                            "disk '{name}': give either its size or the snapshot that it begins as"
-                        ),
-                    )),
-                }
-            })
-            .await
-        }
-        .await,
-    )
-}
-
-/// Of what a served disk is now: at once. What may read a log, or the registry, is done by the others.
-async fn snap(
-    State(gate): Gated,
-    Extension(others): Extension<Handle>,
-    name: Name,
-    body: Body,
-) -> Response {
-    answer(
-        async {
-            let request: SnapRequest = parse_or_default(body)?;
-            let (name, host) = (name_of(name)?, gate.host()?);
-            let is_here = request.as_of.is_none() && host.serves(&name);
-            let doer = if is_here { Handle::current() } else { others };
-            to_the_end_by(&doer, async move { host.snap(&name, request).await }).await
-        }
-        .await,
-    )
-}
-
-async fn snap_stream(State(gate): Gated, name: Name, request: Request) -> Response {
-    let begun = || {
-        let name = name_of(name)?;
-        stream::check(&request)?;
-        let Some(uuid) = gate.host()?.served(&name) else {
-            let words = format!(
-                "disk '{name}' is not attached to this host: 'ballast vdi attach {name}' first"
-            );
-            return Err(Failure::new(Kind::Conflict, words));
-        };
-        let place = Arc::clone(&gate.streams).try_acquire_owned().map_err(|_| {
-            let words =
-                format!("{STREAMS_MAX} streams of snapshots are open already: end one first");
-            Failure::new(Kind::Unavailable, words)
-        })?;
-        Ok((stream::Disk { uuid, name }, place))
-    };
-    match begun() {
-        Ok((disk, place)) => stream::begin(gate, disk, request, place),
-        Err(failure) => failure.into_response(),
-    }
-}
-
-async fn snap_quiesced(State(gate): Gated, body: Body) -> Response {
-    answer(
-        async {
-            let request: SnapSetRequest = parse(body)?;
-            let host = gate.host()?;
-            to_the_end(async move { host.snap_quiesced(request).await }).await
-        }
-        .await,
-    )
-}
-
-async fn snapshots(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let request: SnapListRequest = parse_or_default(body)?;
-            gate.host()?.snapshots(&name_of(name)?, request).await
-        }
-        .await,
-    )
-}
-
-async fn label_snapshot(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let request: SnapLabelRequest = parse(body)?;
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.label_snapshot(&name, request).await }).await
-        }
-        .await,
-    )
-}
-
-async fn delete_snapshots(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let SnapDeleteRequest { snapshots } = parse(body)?;
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.delete_snapshots(&name, snapshots).await }).await
-        }
-        .await,
-    )
-}
-
-async fn delete(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let DeleteRequest { with_snapshots } = parse_or_default(body)?;
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.delete(&name, with_snapshots).await }).await
-        }
-        .await,
-    )
-}
-
-async fn attach(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            // Commands of former versions send 'null'.
-            let request: Option<AttachRequest> = parse_or_default(body)?;
-            let AttachRequest { read_only } = request.unwrap_or_default();
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.attach(&name, read_only).await }).await
-        }
-        .await,
-    )
-}
-
-async fn detach(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let DetachRequest { force } = parse_or_default(body)?;
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.detach(&name, force).await }).await
-        }
-        .await,
-    )
-}
-
-async fn rollback(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let RollbackRequest { accept_loss } = parse_or_default(body)?;
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.roll_back(&name, accept_loss).await }).await
-        }
-        .await,
-    )
-}
-
-async fn rewind(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let request: RewindRequest = parse(body)?;
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.rewind(&name, request).await }).await
-        }
-        .await,
-    )
-}
-
-async fn forest(State(gate): Gated) -> Response {
-    answer(async { gate.host()?.forest().await }.await)
-}
-
-/// It only looks, and may take long: it ends with its caller.
-async fn sizes(State(gate): Gated, body: Body) -> Response {
-    answer(
-        async {
-            let request: SizesRequest = parse_or_default(body)?;
-            gate.host()?.sizes(request).await
-        }
-        .await,
-    )
-}
-
-async fn diff(State(gate): Gated, body: Body) -> Response {
-    answer(
-        async {
-            let request: DiffRequest = parse(body)?;
-            gate.host()?.diff(request).await
-        }
-        .await,
-    )
-}
-
-async fn discard_quarantine(State(gate): Gated, log: Name) -> Response {
-    answer(
-        async {
-            let (log, host) = (name_of(log)?, gate.host()?);
-            to_the_end(async move { host.discard_quarantine(&log).await }).await
-        }
-        .await,
-    )
-}
-
-async fn resize(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let ResizeRequest { size } = parse(body)?;
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.resize(&name, size).await }).await
-        }
-        .await,
-    )
-}
-
-async fn set(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let request: SetRequest = parse(body)?;
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.set(&name, request).await }).await
-        }
-        .await,
-    )
-}
-
-async fn schedule(State(gate): Gated, name: Name) -> Response {
-    answer(async { gate.host()?.schedule(&name_of(name)?).await }.await)
-}
-
-async fn set_schedule(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let request: ScheduleRequest = parse(body)?;
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.set_schedule(&name, request).await }).await
-        }
-        .await,
-    )
-}
-
-async fn hydrate(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let request: HydrateRequest = parse_or_default(body)?;
-            gate.host()?.hydrate(&name_of(name)?, request).await
-        }
-        .await,
-    )
-}
-
-async fn pin(State(gate): Gated, name: Name) -> Response {
-    answer(
-        async {
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.pin(&name, true).await }).await
-        }
-        .await,
-    )
-}
-
-async fn unpin(State(gate): Gated, name: Name) -> Response {
-    answer(
-        async {
-            let (name, host) = (name_of(name)?, gate.host()?);
-            to_the_end(async move { host.pin(&name, false).await }).await
-        }
-        .await,
-    )
-}
-
-async fn gc_status(State(gate): Gated) -> Response {
-    answer(gate.host().map(|host| host.gc_status()))
-}
-
-/// The cycle goes on by itself.
-async fn gc_run(State(gate): Gated) -> Response {
-    answer(gate.host().and_then(|host| host.collect_now()))
-}
-
-async fn scrub_status(State(gate): Gated) -> Response {
-    answer(gate.host().map(|host| host.scrub_status()))
-}
-
-/// The pass goes on by itself.
-async fn scrub_run(State(gate): Gated) -> Response {
-    answer(gate.host().and_then(|host| host.scrub_now()))
-}
-
-async fn scrub_stop(State(gate): Gated) -> Response {
-    answer(gate.host().and_then(|host| host.stop_scrub()))
-}
-
-async fn drill(State(gate): Gated, name: Name, body: Body) -> Response {
-    answer(
-        async {
-            let DrillRequest { time_ms } = parse(body)?;
-            gate.host()?.drill(&name_of(name)?, Duration::from_millis(time_ms))
-        }
-        .await,
-    )
-}
-
-async fn end_drill(State(gate): Gated, name: Name) -> Response {
-    answer(async { gate.host()?.end_drill(&name_of(name)?) }.await)
-}
-
-/// Changes nothing that would have to be carried to its end: a caller that goes away ends the wait.
-async fn drain(State(gate): Gated, body: Body) -> Response {
-    answer(
-        async {
-            let DrainRequest { vdi } = parse_or_default(body)?;
-            gate.host()?.drain(vdi.as_deref()).await
-        }
-        .await,
-    )
-}
-
 /// Runs a change as a task of its own, so that it ends in a defined state even if its caller goes away. A panic in it
 /// is one failed request.
-async fn to_the_end<T: Send + 'static>(
+pub(super) async fn to_the_end<T: Send + 'static>(
     change: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
     to_the_end_by(&Handle::current(), change).await
 }
 
-async fn to_the_end_by<T: Send + 'static>(
+pub(super) async fn to_the_end_by<T: Send + 'static>(
     doer: &Handle,
     change: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
@@ -592,57 +171,4 @@ async fn to_the_end_by<T: Send + 'static>(
         tracing::error!("a control request ended badly: {error}");
         Err(Failure::new(Kind::Failed, ENDED_BADLY))
     })
-}
-
-fn name_of(name: Name) -> Result<String> {
-    match name {
-        Ok(Path(name)) => Ok(name),
-        Err(error) => Err(Failure::new(
-            Kind::Usage,
-            format!("the disk's name in the request cannot be read: {}", error.body_text()),
-        )),
-    }
-}
-
-fn read(body: Body) -> Result<Bytes> {
-    body.map_err(|error| {
-        Failure::new(
-            Kind::Usage,
-            format!("the request's body cannot be read: {}", error.body_text()),
-        )
-    })
-}
-
-fn parse<T: DeserializeOwned>(body: Body) -> Result<T> {
-    serde_json::from_slice(&read(body)?)
-        .map_err(|error| Failure::caused(Kind::Usage, "the request's body makes no sense", &error))
-}
-
-fn parse_or_default<T: DeserializeOwned + Default>(body: Body) -> Result<T> {
-    match body {
-        Ok(bytes) if bytes.is_empty() => Ok(T::default()),
-        body => parse(body),
-    }
-}
-
-fn answer<T: Serialize>(result: Result<T>) -> Response {
-    let value = match result {
-        Ok(value) => value,
-        Err(failure) => return failure.into_response(),
-    };
-    match serde_json::to_vec(&value) {
-        Ok(body) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
-        Err(error) => {
-            Failure::caused(Kind::Failed, "cannot write the answer", &error).into_response()
-        }
-    }
-}
-
-impl IntoResponse for Failure {
-    fn into_response(self) -> Response {
-        let status = StatusCode::from_u16(self.kind.http_status());
-        let body = serde_json::to_vec(&ErrorBody { error: self }).unwrap_or_default();
-        let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
-    }
 }

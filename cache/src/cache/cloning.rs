@@ -50,10 +50,11 @@ impl Cache {
         if log.segments.last().is_none_or(|segment| segment.last_lsn < lsn) {
             return Err(refuse("its log was not sealed that far: try again".into()));
         }
+        let holes = handle.holes(parent).await?;
         // Whoever adds a leg waits until all of the new log is written, or none of it.
         let _opening = self.ground.logs_opening.read().await;
         let content = Content::as_of(&self.ground.local, parent, &log, lsn).await?;
-        let content = content.with_holes(handle.holes(parent).await?);
+        let content = content.with_holes(holes);
         self.refuse_too_large(&new.origin, &content)?;
         let log_id = Uuid::new_v4().as_u128();
         let sequence_before = self.ground.pool.next_seq();

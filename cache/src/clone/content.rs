@@ -2,7 +2,7 @@
 
 use crate::aside;
 use crate::error::CacheError;
-use crate::flusher::{apply, read_header, read_whole};
+use crate::flusher::{apply, look_at_header, read_whole};
 use crate::format::record::{Entries, Kind, WHOLE, ZERO_BLOCKS_MAX};
 use crate::index::{self, Index, PatchBase, PatchSource, Patched, Slot};
 use crate::local::Local;
@@ -59,7 +59,7 @@ impl Content {
         let geometry = local.geometry;
         let mut index = Index::default();
         for segment in log.segments.iter().take_while(|segment| segment.first_lsn <= lsn) {
-            let header = read_header(local, vdi, segment.id, segment.seq).await?;
+            let header = look_at_header(local, vdi, segment.id, segment.seq).await?;
             let found = read_whole(local, vdi, &header, segment.last_lsn).await?;
             let first_slot = geometry.first_block(segment.id);
             let mut at = Lsn(segment.first_lsn.0 - 1);
@@ -162,7 +162,8 @@ impl Window {
                 .last();
             let blocks = last.map_or(1, |last| last - slot + 1);
             let offset = local.geometry.block_offset(slot);
-            self.bytes = Some(local.read(offset, blocks as usize * BLOCK_SIZE).await?);
+            let len = blocks as usize * BLOCK_SIZE;
+            self.bytes = Some(local.look(offset, len, |_| true).await?);
             self.first = slot;
         }
         let bytes = self.bytes.as_ref().expect("it was read");
@@ -191,7 +192,7 @@ impl Window {
 /// A block of the log, checked, from whichever leg has it.
 async fn read_block(local: &Local, slot: Slot, crc: u32) -> Result<AlignedBuf, CacheError> {
     let is_good = |bytes: &[u8]| crc32c(bytes) == crc;
-    let bytes = local.read_good(local.geometry.block_offset(slot), BLOCK_SIZE, is_good).await?;
+    let bytes = local.look(local.geometry.block_offset(slot), BLOCK_SIZE, is_good).await?;
     if is_good(&bytes) {
         return Ok(bytes);
     }

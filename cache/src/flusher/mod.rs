@@ -219,15 +219,36 @@ pub(crate) async fn read_header(
     id: SegmentId,
     seq: u64,
 ) -> Result<SegmentHeader, CacheError> {
-    let decode = |block: &[u8]| {
-        SegmentHeader::decode(block, local.cache_uuid(), id)
-            .ok()
-            .filter(|header| header.vdi == vdi && header.seq == seq)
-    };
-    let offset = local.geometry.segment_offset(id);
-    let block = local.read_good(offset, BLOCK_SIZE, |block| decode(block).is_some()).await?;
-    decode(&block).ok_or_else(|| CacheError::Flush {
-        vdi,
-        why: format!("the header of segment {} on {} is damaged", id.0, local.path.display()),
+    let is_it = |block: &[u8]| decode_header(local, vdi, id, seq, block).is_ok();
+    let block = local.read_good(local.geometry.segment_offset(id), BLOCK_SIZE, is_it).await?;
+    decode_header(local, vdi, id, seq, &block)
+}
+
+/// As [`read_header`], for who is not in the way of the segment's eviction.
+pub(crate) async fn look_at_header(
+    local: &Local,
+    vdi: Uuid,
+    id: SegmentId,
+    seq: u64,
+) -> Result<SegmentHeader, CacheError> {
+    let is_it = |block: &[u8]| decode_header(local, vdi, id, seq, block).is_ok();
+    let block = local.look(local.geometry.segment_offset(id), BLOCK_SIZE, is_it).await?;
+    decode_header(local, vdi, id, seq, &block)
+}
+
+fn decode_header(
+    local: &Local,
+    vdi: Uuid,
+    id: SegmentId,
+    seq: u64,
+    block: &[u8],
+) -> Result<SegmentHeader, CacheError> {
+    let header = SegmentHeader::decode(block, local.cache_uuid(), id).ok();
+    header.filter(|header| header.vdi == vdi && header.seq == seq).ok_or_else(|| {
+        let path = local.path.display();
+        CacheError::Flush {
+            vdi,
+            why: format!("the header of segment {} on {path} is damaged", id.0),
+        }
     })
 }

@@ -107,6 +107,27 @@ impl Local {
         len: usize,
         is_good: impl Fn(&[u8]) -> bool,
     ) -> Result<AlignedBuf, CacheError> {
+        self.read_from_any(offset, len, is_good, true).await
+    }
+
+    /// As [`Self::read_good`], and nothing is rewritten: for what may be used for something else while it is read, as those do who are
+    /// not in the way of its eviction. A copy that is not good may be another disk's by then.
+    pub async fn look(
+        &self,
+        offset: u64,
+        len: usize,
+        is_good: impl Fn(&[u8]) -> bool,
+    ) -> Result<AlignedBuf, CacheError> {
+        self.read_from_any(offset, len, is_good, false).await
+    }
+
+    async fn read_from_any(
+        &self,
+        offset: u64,
+        len: usize,
+        is_good: impl Fn(&[u8]) -> bool,
+        mends: bool,
+    ) -> Result<AlignedBuf, CacheError> {
         let (mut bad, mut damaged, mut failed) = (Vec::new(), None, None);
         let (mut late, mut slow) = (Running::new(), Vec::new());
         let members = self.legs_in(self.members());
@@ -144,7 +165,7 @@ impl Local {
                     for leg in slow {
                         self.leg_silent(leg, None).await;
                     }
-                    for leg in bad {
+                    for leg in bad.into_iter().filter(|_| mends) {
                         self.repair(leg, offset, AlignedBuf::copy_of(&bytes)).await?;
                     }
                     return Ok(bytes);
@@ -225,6 +246,7 @@ mod tests {
     //! the last leg is never put out. Method: simulated devices that stop answering, a simulated clock.
 
     use super::*;
+    use blockstore::device::BlockDevice;
     use blockstore::device::sim::{FaultRates, Reach, SimDevice};
 
     const PLACE: u64 = 5 << 20;
@@ -293,6 +315,20 @@ mod tests {
             let out = state.iter().find(|leg| !leg.member).and_then(|leg| leg.why.clone());
             assert!(out.is_some_and(|why| why.contains("no answer")), "{what}: {state:?}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_only_looks_rewrites_nothing() {
+        let (local, sims) = pair().await;
+        local.write(PLACE, block(1)).await.unwrap();
+        local.flush().await.unwrap();
+        // It is another disk's by now, and the other leg will have it, too.
+        sims[0].write(PLACE, vec![block(2).freeze()]).await.unwrap();
+        let is_old = |bytes: &[u8]| bytes[0] == 1;
+        assert_eq!(local.look(PLACE, BLOCK_SIZE, is_old).await.unwrap()[0], 1);
+        assert_eq!(sims[0].read(PLACE, BLOCK_SIZE).await.unwrap()[0], 2);
+        assert_eq!(local.read_good(PLACE, BLOCK_SIZE, is_old).await.unwrap()[0], 1);
+        assert_eq!(sims[0].read(PLACE, BLOCK_SIZE).await.unwrap()[0], 1, "it is mended");
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,7 +2,7 @@
 
 use super::scan::block_at;
 use crate::error::CacheError;
-use crate::flusher::{Replay, read_header};
+use crate::flusher::{Replay, look_at_header};
 use crate::format::record::RecordHeader;
 use crate::format::segment::SegmentHeader;
 use crate::local::Local;
@@ -41,7 +41,7 @@ pub async fn at_time(
     let (mut from, mut to) = (0, segments.len());
     while from < to {
         let middle = usize::midpoint(from, to);
-        let header = read_header(local, vdi, segments[middle].id, segments[middle].seq).await?;
+        let header = look_at_header(local, vdi, segments[middle].id, segments[middle].seq).await?;
         if first_record(local, &header).await?.time_ms <= time_ms {
             from = middle + 1;
         } else {
@@ -80,14 +80,14 @@ async fn first_record(local: &Local, header: &SegmentHeader) -> Result<Sent, Cac
         decoded.ok().map(|(record, _)| record)
     };
     let offset = local.geometry.segment_offset(header.segment) + BLOCK_SIZE as u64;
-    let block = local.read_good(offset, BLOCK_SIZE, |block| decode(block).is_some()).await?;
+    let block = local.look(offset, BLOCK_SIZE, |block| decode(block).is_some()).await?;
     let record = decode(&block).ok_or_else(|| damaged(local, header, 1))?;
     Ok(Sent { time_ms: record.time_ms, first_lsn: record.first_lsn })
 }
 
 /// All records of a sealed segment, in their order.
 async fn records(local: &Local, vdi: Uuid, segment: &Replay) -> Result<Vec<Sent>, CacheError> {
-    let header = read_header(local, vdi, segment.id, segment.seq).await?;
+    let header = look_at_header(local, vdi, segment.id, segment.seq).await?;
     let offset = local.geometry.segment_offset(segment.id);
     let copies = local.read_each(offset, segment.used_blocks as usize * BLOCK_SIZE).await?;
     let mut sent = Vec::new();

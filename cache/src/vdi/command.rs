@@ -111,7 +111,6 @@ impl VdiTask {
                 };
                 self.p.desk.close(NOT_SERVED);
                 self.fail_asked("the disk went out of service");
-                self.loans.worker_is_gone();
                 self.finish_evictions().await;
                 let _ = reply.send(result);
             }

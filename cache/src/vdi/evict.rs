@@ -66,7 +66,7 @@ impl VdiTask {
         };
         let (seq, last_lsn) = (segment.seq, segment.last_lsn);
         if self.released {
-            // No worker, no reads: nothing refers to it but the slot.
+            // No worker, no reads that count: nothing refers to it but the slot.
             self.evictions.asked.push(id);
             return self.was_evicted(id).await;
         }
@@ -83,7 +83,8 @@ impl VdiTask {
                 tracing::trace!(segment = id.0, blocks = named.lbas.len(), "evicting");
                 let (lbas, holes) = (named.lbas, named.zeros);
                 if !self.p.sender.send(ToDisk::Evict { segment: id, lbas, holes }) {
-                    // The disk is gone, and its reads with it.
+                    // The disk is gone, and its reads with it; what was lent does not count.
+                    self.loans.worker_is_gone();
                     self.was_evicted(id).await;
                 }
             }

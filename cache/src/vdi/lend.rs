@@ -2,7 +2,7 @@
 //! task has its worker say where the blocks lie, as they were at the snapshot, reads them, and gives the places back.
 //!
 //! The worker keeps those places from being used for anything else meanwhile. One that is gone cannot: what is read then counts for
-//! nothing, and is asked for again.
+//! nothing, and is asked for again. So nothing is mended on the way.
 
 use super::Attached;
 use super::task::VdiTask;
@@ -22,6 +22,8 @@ use tokio::task::JoinSet;
 
 /// A parent that is not served is asked again after so long.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// How often what cannot be read is read.
+const ATTEMPTS: u32 = 3;
 
 /// Blocks of a snapshot.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +43,8 @@ pub(crate) enum Loan {
     Blocks(Vec<Bytes>),
     /// Not all of it, or not as it was at the snapshot.
     NotHeld,
+    /// All of it, but it could not be read.
+    Unreadable,
 }
 
 /// Whom a clone asks.
@@ -54,13 +58,15 @@ impl Lender {
     /// Reads blocks of the snapshot; waits for ever if they are not held.
     pub async fn read(&self, lba: Lba, blocks: u32) -> Vec<Option<Bytes>> {
         let parent = self.of.snapshot.vdi;
+        let mut left = ATTEMPTS;
         while let Some(attached) = self.among.upgrade() {
             let handle = attached.lock().get(&parent).cloned();
             drop(attached);
             if let Some(handle) = handle {
                 match handle.lend(parent, Wanted { of: self.of, lba, blocks }).await {
                     Ok(Loan::Blocks(lent)) => return lent.into_iter().map(Some).collect(),
-                    Ok(Loan::NotHeld) => break,
+                    Ok(Loan::Unreadable) if left > 1 => left -= 1,
+                    Ok(Loan::NotHeld | Loan::Unreadable) => break,
                     // It is not served, or its worker was replaced.
                     Err(_) => {}
                 }
@@ -104,7 +110,7 @@ impl Loans {
         }
     }
 
-    /// Nobody reads any more when this returns.
+    /// Nobody waits for what is read any more when this returns.
     pub async fn end(&mut self) {
         self.worker_is_gone();
         self.reading.shutdown().await;
@@ -119,12 +125,15 @@ impl VdiTask {
         Some(Lender { among: Weak::clone(&self.p.ground.attached), of })
     }
 
+    fn has_worker(&self) -> bool {
+        !self.released && self.log_failure.is_none()
+    }
+
     pub(super) fn lend(&mut self, wanted: &Wanted, reply: oneshot::Sender<Loan>) {
         while self.loans.reading.try_join_next().is_some() {}
         let Wanted { of, lba, blocks } = *wanted;
         // Another log of this disk may have another one at that LSN; and what the store has gone beyond may have come back from it.
-        let known = self.p.desk.pending().find(of.snapshot.lsn);
-        let is_it = known.is_some_and(|found| found.time_ms == of.time_ms);
+        let is_it = self.p.desk.pending().time_of(of.snapshot.lsn) == Some(of.time_ms);
         if !is_it || self.through.is_some() {
             let _ = reply.send(Loan::NotHeld);
             return;
@@ -132,7 +141,7 @@ impl VdiTask {
         let id = self.loans.number();
         let lend = ToDisk::Lend { id, lba, blocks, lsn: of.snapshot.lsn };
         // Whoever asks sees that there is no answer if there is no worker.
-        if !self.released && self.p.sender.send(lend) {
+        if self.has_worker() && self.p.sender.send(lend) {
             self.loans.asked.insert(id, reply);
         }
     }
@@ -155,8 +164,10 @@ impl VdiTask {
             sender.send(ToDisk::GiveBack { id });
             let loan = read.map_or_else(
                 |error| {
-                    tracing::warn!(vdi = %name, %error, "a clone waits for the store: what is held for it cannot be read");
-                    Loan::NotHeld
+                    if was_kept {
+                        tracing::warn!(vdi = %name, %error, "what is held for a clone cannot be read");
+                    }
+                    Loan::Unreadable
                 },
                 Loan::Blocks,
             );
@@ -169,7 +180,7 @@ impl VdiTask {
     /// Tells what the worker says; nothing if there is none.
     pub(super) fn ask_holes(&mut self, reply: oneshot::Sender<Vec<(Lba, u64)>>) {
         let id = self.loans.number();
-        if !self.released && self.p.sender.send(ToDisk::TellHoles { id }) {
+        if self.has_worker() && self.p.sender.send(ToDisk::TellHoles { id }) {
             self.loans.holes.insert(id, reply);
         }
     }
@@ -185,7 +196,7 @@ async fn read(local: &Local, places: &[Place]) -> Result<Vec<Bytes>, CacheError>
             pairs.all(|(block, place)| crc32c(block) == place.crc)
         };
         let offset = run[0].offset;
-        let bytes = local.read_good(offset, run.len() * BLOCK_SIZE, is_good).await?;
+        let bytes = local.look(offset, run.len() * BLOCK_SIZE, is_good).await?;
         if !is_good(&bytes) {
             return Err(CacheError::LogChanged {
                 path: local.path.clone(),

@@ -338,6 +338,7 @@ impl VdiTask {
     pub(super) fn fail_asked(&mut self, why: &str) {
         self.p.desk.fail(why);
         self.fail_looks(why);
+        self.loans.worker_is_gone();
     }
 
     pub(super) fn log_is_sound(&self) -> Result<(), CacheError> {

@@ -50,6 +50,19 @@ async fn read(clone: &mut Disk, parent: &mut Disk, lba: u64) -> Option<[u8; 8]> 
     None
 }
 
+/// What the disk says to this.
+fn told(disk: &mut AttachedDisk, message: ToDisk) -> Vec<FromDisk> {
+    disk.on_message(message);
+    let mut said = Vec::new();
+    while run_once(disk, &mut said) {}
+    said
+}
+
+fn is_evicted(said: &[FromDisk], segment: SegmentId) -> bool {
+    said.iter()
+        .any(|message| matches!(message, FromDisk::Evicted { segment: of } if *of == segment))
+}
+
 #[tokio::test(start_paused = true)]
 async fn without_the_store_a_clone_reads_what_its_parent_holds_of_the_snapshot() {
     for seed in 1..4 {
@@ -98,6 +111,11 @@ async fn without_the_store_a_clone_reads_what_its_parent_holds_of_the_snapshot()
         parent.until(cache.drain(vdi)).await.unwrap();
         clone.full.image.lock().1 = parent.full.cuts.lock()[&lsn.0].clone();
         cache.join(clone.guest.vdi.uuid, clone.full.clone()).await.unwrap();
+        // And what was lent was given back.
+        for segment in cache.ground.pool.owned(vdi) {
+            let evict = ToDisk::Evict { segment, lbas: Vec::new(), holes: Vec::new() };
+            assert!(is_evicted(&told(&mut parent.guest.attached, evict), segment), "seed {seed}");
+        }
     }
 }
 
@@ -131,12 +149,6 @@ async fn a_segment_of_which_something_is_lent_is_not_given_up() {
     let mut parent = informed_parent(&cache, 1).await;
     let lsn = parent.snapshot(&cache).await.lsn;
     let disk = &mut parent.guest.attached;
-    let told = |disk: &mut AttachedDisk, message: ToDisk| {
-        disk.on_message(message);
-        let mut said = Vec::new();
-        while run_once(disk, &mut said) {}
-        said
-    };
     let held: Vec<u64> = (0..BLOCKS)
         .filter(|lba| matches!(disk.disk.index().get(Lba(*lba)), Found::At { .. }))
         .collect();
@@ -153,13 +165,55 @@ async fn a_segment_of_which_something_is_lent_is_not_given_up() {
     let segment = geometry.segment_of(geometry.block_at(found[0][0].offset));
     let lbas: Vec<Lba> = held.iter().map(|lba| Lba(*lba)).collect();
     let evict = ToDisk::Evict { segment, lbas, holes: Vec::new() };
-    let is_evicted = |said: &[FromDisk]| {
-        said.iter()
-            .any(|message| matches!(message, FromDisk::Evicted { segment: of } if *of == segment))
-    };
-    assert!(!is_evicted(&told(disk, evict)), "it is being read");
+    assert!(!is_evicted(&told(disk, evict), segment), "it is being read");
     assert_eq!(places(told(disk, lend(9, held[0]))), Some(None), "it is lent no more");
-    assert!(!is_evicted(&told(disk, ToDisk::GiveBack { id: 7 })), "it is being read still");
-    assert!(is_evicted(&told(disk, ToDisk::GiveBack { id: 8 })));
-    assert!(!is_evicted(&told(disk, ToDisk::GiveBack { id: 8 })), "once");
+    assert!(
+        !is_evicted(&told(disk, ToDisk::GiveBack { id: 7 }), segment),
+        "it is being read still"
+    );
+    assert!(is_evicted(&told(disk, ToDisk::GiveBack { id: 8 }), segment));
+    assert!(!is_evicted(&told(disk, ToDisk::GiveBack { id: 8 }), segment), "once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clone_that_comes_up_first_waits_for_its_parent() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(&dir).await;
+    let mut parent = informed_parent(&cache, 1).await;
+    let lsn = parent.snapshot(&cache).await.lsn;
+    let model = parent.now.clone();
+    parent.clone_of(&cache, 2, lsn).await.unwrap();
+    let (parent_now, full) = (parent.now.clone(), Arc::clone(&parent.full));
+    let cache = reopened(cache, &dir, vec![parent]).await;
+    let attached = cache.attach_alone(vdi(2).uuid).await.unwrap();
+    let mut clone = Disk::with(vdi(2), attached, Arc::default(), model.clone(), 1);
+    let (_, absent) = clone.content(&cache, &model).await;
+    for lba in &absent {
+        clone.guest.attached.ask(FromDisk::Fetch { id: *lba, lba: Lba(*lba), blocks: 1 });
+    }
+    for _ in 0..2000 {
+        pause().await;
+    }
+    let said = std::iter::from_fn(|| clone.guest.attached.link.try_recv());
+    let answered = said.filter(|message| matches!(message, ToDisk::Fetched { .. })).count();
+    assert_eq!(answered, 0, "nobody can know");
+    let attached = cache.attach_alone(vdi(1).uuid).await.unwrap();
+    let mut parent = Disk::with(vdi(1), attached, full, parent_now, 1);
+    let held =
+        |lba: &&u64| matches!(parent.guest.attached.disk.index().get(Lba(**lba)), Found::At { .. });
+    let mut left = absent.iter().filter(held).count();
+    assert!(left > 20, "{left}");
+    for _ in 0..TURNS_MAX {
+        parent.guest.turn();
+        while let Some(message) = clone.guest.attached.link.try_recv() {
+            let ToDisk::Fetched { id, result, .. } = message else { continue };
+            assert_eq!(sectors_of(result.unwrap()[0].as_ref().unwrap()), model[&id], "block {id}");
+            left -= 1;
+        }
+        if left == 0 {
+            return;
+        }
+        pause().await;
+    }
+    panic!("{left} are not answered");
 }

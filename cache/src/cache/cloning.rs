@@ -50,7 +50,9 @@ impl Cache {
         if log.segments.last().is_none_or(|segment| segment.last_lsn < lsn) {
             return Err(refuse("its log was not sealed that far: try again".into()));
         }
-        let holes = handle.holes(parent).await?;
+        let holes = handle.holes(parent).await;
+        let holes =
+            holes.map_err(|_| refuse("its worker was replaced meanwhile: try again".into()))?;
         // Whoever adds a leg waits until all of the new log is written, or none of it.
         let _opening = self.ground.logs_opening.read().await;
         let content = Content::as_of(&self.ground.local, parent, &log, lsn).await?;

@@ -148,9 +148,7 @@ impl VdiTask {
         }
         let at = self.p.record.cuts.partition_point(|cut| cut.lsn < lsn);
         self.p.record.cuts.insert(at, asked.cut.clone());
-        if let Some(ahead) = self.drafting.take_if(|ahead| ahead.lsn() >= lsn) {
-            ahead.abandon();
-        }
+        self.drafting.take_if(|ahead| ahead.lsn() >= lsn);
         if let Err(error) = self.write_slot().await {
             self.p.record.cuts.retain(|cut| cut.lsn != lsn);
             return self.answer_cut(asked, Err(format!("it cannot be noted: {error}")));

@@ -21,25 +21,30 @@ pub(super) struct CommitUnderWay {
     bytes: u64,
 }
 
-/// A batch being read and coalesced.
+/// A batch being read and coalesced; it ends with whoever waits for it. What it reads it mends, and that must not be another disk's
+/// by then.
 #[derive(Debug)]
 pub(super) struct Drafting {
-    task: JoinHandle<Result<Drafted, FlushError>>,
+    task: Draft,
     /// Where it ends.
     lsn: Lsn,
     /// Bytes of log in it.
     bytes: u64,
 }
 
+#[derive(Debug)]
+struct Draft(JoinHandle<Result<Drafted, FlushError>>);
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 impl Drafting {
     /// Where it ends.
     pub(super) fn lsn(&self) -> Lsn {
         self.lsn
-    }
-
-    /// It is of no use.
-    pub(super) fn abandon(self) {
-        self.task.abort();
     }
 }
 
@@ -71,10 +76,10 @@ impl VdiTask {
             return;
         };
         let (vdi, backing) = (self.p.vdi, Arc::clone(&self.p.backing));
-        let Drafting { task: draft, lsn, bytes } = ready;
+        let Drafting { task: mut draft, lsn, bytes } = ready;
         self.sent = self.sent.max(lsn);
         let task = tokio::spawn(async move {
-            let drafted = draft.await.unwrap_or_else(|error| {
+            let drafted = (&mut draft.0).await.unwrap_or_else(|error| {
                 Err(BackingError::Failed(format!("coalescing a batch: {error}")).into())
             })?;
             flusher::commit(vdi, &*backing, drafted).await
@@ -97,7 +102,7 @@ impl VdiTask {
         let newer = if is_durable { self.p.segments.cuts_after(lsn) } else { 0 };
         let asked = Asked { cuts: self.p.record.cuts.clone(), newer };
         let draft = async move { flusher::draft(&local, vdi, after, batch, asked).await };
-        let task = tokio::spawn(draft);
+        let task = Draft(tokio::spawn(draft));
         Some(Drafting { task, lsn, bytes })
     }
 
